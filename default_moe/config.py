@@ -1,0 +1,424 @@
+"""Every setting of a run: frozen dataclasses, their checks, and the way to and from ml_collections.
+
+A config file starts from `default_config()` (a locked `ConfigDict`), changes fields and returns it. The program turns
+the result into a `Config` once, with `Config.from_config_dict`, which checks every value; from there on settings are
+immutable. A run stores its `Config` as JSON, never as Python.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict, config_dict
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: what is wrong and what would be right."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _check(value in choices, f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_at_least(name: str, value: float, least: float) -> None:
+    _check(value >= least, f"{name} is {value}, but must be at least {least}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    _check(0 <= value <= 1, f"{name} is {value}, but must lie in [0, 1]")
+
+
+def _dtype_name(name: str, value: Any) -> str:
+    """The name of a compute dtype given as a string or as a NumPy or JAX type."""
+    try:
+        dtype = jnp.dtype(value).name
+    except TypeError:
+        dtype = str(value)
+    _check_choice(name, dtype, ("float32", "bfloat16"))
+    return dtype
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One sparse Mixture-of-Experts layer.
+
+    num_experts: N.  top_k: K, experts that each token runs.  expert_dim: F, hidden width of one SwiGLU expert.
+    router: "default" (the router gets a dense gradient through default vectors) or "topk" (it does not).
+    ema_decay: beta of the default vectors' moving average.  ema_weighted: average expert outputs weighted by their
+      router probability.  substitute: "forward" adds the default vectors of the inactive experts to the output,
+      "backward" uses them for the router's gradient alone.  ema_init: "zeros" or "gaussian" (with ema_init_std).
+    load_balance_weight, router_z_weight: factors of the auxiliary losses in the training loss.
+    dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
+      router and the default vectors are float32 always.
+    matmul: how expert matrix products are computed, see `grouped_matmul`.
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    expert_dim: int = 352
+    router: str = "default"
+    ema_decay: float = 0.9
+    ema_weighted: bool = True
+    substitute: str = "forward"
+    ema_init: str = "zeros"
+    ema_init_std: float = 0.02
+    load_balance_weight: float = 0.01
+    router_z_weight: float = 0.0
+    dtype: str | None = None
+    matmul: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_at_least("moe.num_experts", self.num_experts, 1)
+        _check(
+            1 <= self.top_k <= self.num_experts,
+            f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
+        )
+        _check_at_least("moe.expert_dim", self.expert_dim, 1)
+        _check_choice("moe.router", self.router, ("default", "topk"))
+        _check_fraction("moe.ema_decay", self.ema_decay)
+        _check_choice("moe.substitute", self.substitute, ("forward", "backward"))
+        _check_choice("moe.ema_init", self.ema_init, ("zeros", "gaussian"))
+        _check_at_least("moe.ema_init_std", self.ema_init_std, 0)
+        _check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
+        _check_at_least("moe.router_z_weight", self.router_z_weight, 0)
+        _check_choice("moe.matmul", self.matmul, ("auto", "ragged", "blocks"))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", _dtype_name("moe.dtype", self.dtype))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder-only language model around the MoE layers.
+
+    vocab_size: None takes the tokenizer's.  num_dense_layers: leading layers with a dense feed-forward network of
+    width dense_dim (None: as wide as one expert).  remat: what the backward pass recomputes, "none", "full" or "dots"
+    (all but matrix products).  scan_unroll: layers unrolled per step of the scan over layers; changes speed alone.
+    """
+
+    vocab_size: int | None = None
+    d_model: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_dense_layers: int = 1
+    dense_dim: int | None = None
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers", "num_heads", "scan_unroll"):
+            _check_at_least(f"model.{name}", getattr(self, name), 1)
+        _check(
+            self.d_model % self.num_heads == 0,
+            f"model.num_heads is {self.num_heads}, but must divide model.d_model = {self.d_model}",
+        )
+        _check(
+            (self.d_model // self.num_heads) % 2 == 0,
+            f"model.d_model / model.num_heads is {self.d_model // self.num_heads}, but rotary embeddings need it even",
+        )
+        _check(
+            0 <= self.num_dense_layers <= self.num_layers,
+            f"model.num_dense_layers is {self.num_dense_layers}, but must lie between 0 and model.num_layers = "
+            f"{self.num_layers}",
+        )
+        for name in ("vocab_size", "dense_dim"):
+            if getattr(self, name) is not None:
+                _check_at_least(f"model.{name}", getattr(self, name), 1)
+        _check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
+        _check_choice("model.remat", self.remat, ("none", "full", "dots"))
+        object.__setattr__(self, "dtype", _dtype_name("model.dtype", self.dtype))
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes sequences.
+
+    name: "python_stdlib" (the standard library's sources), "python_english" (its docstrings and pydoc topics),
+      "text_files" (the files that the glob `files` names), or any TFDS text data set, "c4/en" for instance.
+    files: glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for text_files.
+    text_field: the field that holds the text, in .jsonl, .parquet and TFDS data sets.
+    tokenizer: "bytes", "bpe:SIZE" (byte-level BPE trained on the corpus) or the path of a tokenizer.json.
+    validation_fraction: share of documents held out, chosen by a hash of the document's name.
+    mask_documents: no attention across document boundaries.
+    dir: where prepared data is kept; None takes $DEFAULT_MOE_DATA or ~/.cache/default_moe.
+    prefetch: batches read ahead of the training step.
+    """
+
+    name: str = "python_stdlib"
+    files: str | None = None
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.05
+    mask_documents: bool = False
+    dir: str | None = None
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
+        _check(
+            self.name != "text_files" or bool(self.files),
+            "data.files is not set, but data.name='text_files' needs a glob there, 'texts/*.txt' for instance",
+        )
+        _check(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}, but must lie between 0 and 1",
+        )
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            _check(
+                size.isdigit() and int(size) >= 257,
+                f"data.tokenizer is {self.tokenizer!r}, but a BPE's size must be a number of at least 257 (256 bytes "
+                "and the document separator)",
+            )
+        _check_at_least("data.prefetch", self.prefetch, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. batch_size counts sequences over all devices and microbatches; sequence_length counts tokens.
+
+    grad_accum_steps splits each batch into that many microbatches.  max_bad_steps: how many steps with a non-finite
+    loss or gradient may follow each other before the run stops.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 32
+    sequence_length: int = 256
+    grad_accum_steps: int = 1
+    seed: int = 0
+    log_every_steps: int = 10
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "batch_size",
+            "sequence_length",
+            "grad_accum_steps",
+            "log_every_steps",
+            "max_bad_steps",
+        ):
+            _check_at_least(f"train.{name}", getattr(self, name), 1)
+        _check_at_least("train.seed", self.seed, 0)
+        _check(
+            self.batch_size % self.grad_accum_steps == 0,
+            f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
+            f"{self.grad_accum_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up over warmup_fraction of the steps, then cosine decay to peak_lr * final_lr_fraction.
+
+    decay_all: apply weight decay to norms, biases, embeddings and the router too, not to the other matrices alone.
+    """
+
+    peak_lr: float = 3e-3
+    warmup_fraction: float = 0.01
+    final_lr_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_all: bool = False
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.peak_lr > 0, f"optim.peak_lr is {self.peak_lr}, but must be positive")
+        for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
+            _check_fraction(f"optim.{name}", getattr(self, name))
+        _check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
+        _check_at_least("optim.weight_decay", self.weight_decay, 0)
+        _check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis (-1, once: all that are left), and the mesh axes of each logical axis.
+
+    data: copies of the model.  fsdp: parameters and optimizer state split over it.  expert: experts split over it.
+    The batch is split over all three.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    rules: tuple[tuple[str, Any], ...] = (
+        ("batch", ("data", "fsdp", "expert")),
+        ("expert", "expert"),
+        ("embed", "fsdp"),
+        ("heads", None),
+        ("mlp", None),
+        ("vocab", None),
+    )
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.expert)
+        _check(
+            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh.data, mesh.fsdp, mesh.expert are {sizes}, but each must be positive, and at most one of them -1",
+        )
+        rules = tuple((name, tuple(axes) if isinstance(axes, list | tuple) else axes) for name, axes in self.rules)
+        object.__setattr__(self, "rules", rules)
+        for name, axes in rules:
+            for axis in axes if isinstance(axes, tuple) else (axes,):
+                _check(
+                    axis in ("data", "fsdp", "expert", None),
+                    f"mesh.rules maps {name!r} to {axis!r}, but the mesh axes are 'data', 'fsdp' and 'expert'",
+                )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Save every every_steps steps and every every_minutes minutes (0: not by the clock) and at the end.
+
+    keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss.
+    """
+
+    every_steps: int = 100
+    every_minutes: float = 0.0
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _check_at_least("checkpoint.every_steps", self.every_steps, 1)
+        _check_at_least("checkpoint.every_minutes", self.every_minutes, 0)
+        _check_at_least("checkpoint.keep_last", self.keep_last, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text every every_steps steps and at the end, over num_batches (0: the whole split).
+
+    batch_size: None takes train.batch_size. prompt, sample_tokens, temperature: the text generated after training and
+    by eval.py (temperature 0 takes the likeliest token each time).
+    """
+
+    every_steps: int = 100
+    num_batches: int = 8
+    batch_size: int | None = None
+    prompt: str = "def "
+    sample_tokens: int = 200
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_at_least("eval.every_steps", self.every_steps, 1)
+        _check_at_least("eval.num_batches", self.num_batches, 0)
+        if self.batch_size is not None:
+            _check_at_least("eval.batch_size", self.batch_size, 1)
+        _check_at_least("eval.sample_tokens", self.sample_tokens, 0)
+        _check_at_least("eval.temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.moe.dtype is None:
+            object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """The checked Config of a nested mapping, such as `to_dict` gives. Missing fields get defaults.
+
+        Raises ConfigError on an unknown key, a value of the wrong type, or one that cannot work.
+        """
+        _check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
+        sections = {}
+        for section in dataclasses.fields(cls):
+            values = mapping.get(section.name, {})
+            _check(isinstance(values, Mapping), f"{section.name} is {values!r}, but must be a group of settings")
+            sections[section.name] = _section_from_mapping(typing.cast(type, section.type), section.name, values)
+        return cls(**sections)
+
+    @classmethod
+    def from_config_dict(cls, config: ConfigDict) -> Self:
+        """`from_mapping` of what a config file's `get_config` returned."""
+        return cls.from_mapping(config.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+
+def default_config() -> ConfigDict:
+    """A locked ConfigDict with every setting at its default. Fields that may stay unset are typed placeholders."""
+    config = ConfigDict()
+    for section in dataclasses.fields(Config):
+        config[section.name] = ConfigDict()
+        for f in dataclasses.fields(typing.cast(Any, section.type)):
+            optional = _optional_type(f.type)
+            config[section.name][f.name] = config_dict.placeholder(optional) if optional else f.default
+    return config.lock()
+
+
+def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """('model.d_model', 128), ... of a nested mapping."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def closest(name: str, known: list[str]) -> str:
+    """'; did you mean ...?' with the known name closest to `name`, or an empty string if none is close."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    for key in mapping:
+        _check(key in known, f"there is no setting {prefix + key!r}{closest(key, known)}")
+
+
+def _optional_type(annotation: Any) -> type | None:
+    """int for `int | None`; None for any other annotation."""
+    if isinstance(annotation, types.UnionType):
+        return next(t for t in typing.get_args(annotation) if t is not type(None))
+    return None
+
+
+def _section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    _check_keys(mapping, list(fields), prefix=f"{name}.")
+    values = {}
+    for key, value in mapping.items():
+        optional = _optional_type(fields[key].type)
+        wanted = optional or fields[key].type
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(wanted, type) and not (optional and value is None):
+            _check(
+                isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)),
+                f"{name}.{key} is {value!r}, but must be of type {wanted.__name__}",
+            )
+        values[key] = value
+    return section(**values)
