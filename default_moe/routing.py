@@ -1,0 +1,127 @@
+"""Routing mathematics: who goes where, how balanced that is, and the layout of tokens grouped by expert.
+
+Dimension key, for the whole package:
+  B batch, L length, T tokens (B * L), D model width, F expert hidden width, N experts, M experts held by this device
+  (N on one device), K active experts per token, S slots of the grouped layout, H heads, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def masked_mean(values: Array, mask: Array | None) -> Array:
+    """Mean over all but the last axes that `mask` lacks, counting only positions where `mask` is not zero."""
+    if mask is None:
+        return values.mean(axis=tuple(range(2)))
+    weight = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim)).astype(jnp.float32)
+    return (values * weight).sum(axis=(0, 1)) / jnp.maximum(mask.sum(), 1)
+
+
+def tokens_per_expert(index_BLK: Array, num_experts: int, mask_BL: Array | None) -> Array:
+    """How many of the tokens that `mask_BL` keeps chose each expert: int32 [N]."""
+    chosen = jnp.ones(index_BLK.shape, jnp.int32)
+    if mask_BL is not None:
+        chosen = chosen * (mask_BL != 0)[..., None]
+    one_hot = index_BLK[..., None] == jnp.arange(num_experts)  # fused into the sum: never stored
+    return jnp.where(one_hot, chosen[..., None], 0).sum(axis=(0, 1, 2))
+
+
+def load_balance_loss(probs_BLN: Array, counts_N: Array, mask_BL: Array | None) -> Array:
+    """N * sum_e f_e P_e: 1 at perfect balance, N at worst (Switch Transformer, eq. 4, generalised to K choices).
+
+    f_e is the share of assignments to expert e and carries no gradient, P_e the mean router probability. Both are
+    over all tokens given, which under jit are those of the global batch on any mesh.
+    """
+    num_experts = counts_N.shape[0]
+    f_N = counts_N / jnp.maximum(counts_N.sum(), 1)
+    return num_experts * jnp.sum(f_N * masked_mean(probs_BLN, mask_BL))
+
+
+def router_z_loss(logits_BLN: Array, mask_BL: Array | None) -> Array:
+    """Mean of the squared log-partition (ST-MoE, eq. 5)."""
+    return masked_mean(jax.nn.logsumexp(logits_BLN, axis=-1) ** 2, mask_BL)
+
+
+def router_entropy(logits_BLN: Array, mask_BL: Array | None) -> Array:
+    """Mean entropy of the router's distribution in nats: log N when undecided, 0 when certain."""
+    log_probs = jax.nn.log_softmax(logits_BLN, axis=-1)
+    return masked_mean(-(jnp.exp(log_probs) * log_probs).sum(axis=-1), mask_BL)
+
+
+class Layout(NamedTuple):
+    """Assignments (token t, choice k) placed in slots, grouped by expert; each group starts at a multiple of `align`.
+
+    assignment_S: int32, t * K + k of the assignment in each slot, T * K in an empty slot.
+    slot_TK: int32, the slot of each assignment, S if its expert is held elsewhere.
+    expert_TK: int32, the expert of each assignment among the M held here, M if it is held elsewhere.
+    group_sizes_M: int32, slots given to each expert, rounded up to `align`. Slots past their sum are empty.
+    """
+
+    assignment_S: Array
+    slot_TK: Array
+    expert_TK: Array
+    group_sizes_M: Array
+
+
+def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
+    """Lay out assignments by expert. No assignment is ever dropped, however unbalanced the routing.
+
+    Args:
+      expert_TK: int32 [T, K], expert of each assignment, 0 <= e < num_experts; any other value is held elsewhere.
+      num_experts: M.
+      align: each group's number of slots is a multiple of this.
+    """
+    shape_TK = expert_TK.shape
+    num_assignments = expert_TK.size
+    num_slots = num_assignments if align == 1 else _round_up(num_assignments, align) + num_experts * align
+    here = (expert_TK >= 0) & (expert_TK < num_experts)
+    expert_TK = jnp.where(here, expert_TK, num_experts)
+    expert_A = expert_TK.reshape(-1)
+    order_A = jnp.argsort(expert_A, stable=True)  # assignments in slot order, without the gaps
+    rank_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(num_assignments, dtype=order_A.dtype))
+    # Where each expert's assignments start among the sorted ones, and where its slots do.
+    sorted_start_M = jnp.searchsorted(expert_A[order_A], jnp.arange(num_experts + 1)).astype(jnp.int32)
+    sizes_M = _round_up(jnp.diff(sorted_start_M), align)
+    slot_start_M = jnp.cumsum(sizes_M) - sizes_M
+    shift_M = jnp.append(slot_start_M - sorted_start_M[:-1], 0)
+    slot_A = jnp.where(expert_A < num_experts, rank_A + shift_M[expert_A], num_slots)
+    assignment_S = jnp.full(num_slots, num_assignments, jnp.int32)
+    assignment_S = assignment_S.at[slot_A].set(jnp.arange(num_assignments, dtype=jnp.int32), mode="drop")
+    return Layout(assignment_S, slot_A.reshape(shape_TK), expert_TK, sizes_M)
+
+
+def _round_up(size: Array | int, multiple: int) -> Array | int:
+    return -(-size // multiple) * multiple
+
+
+@jax.custom_vjp
+def dispatch(x_TD: Array, layout: Layout) -> Array:
+    """Copy each token to the slots of its experts: [S, D], zero in empty slots.
+
+    The backward pass gathers too (each token sums its K slots), where transposing the gather would scatter.
+    """
+    num_choices = layout.slot_TK.shape[1]
+    return x_TD.at[layout.assignment_S // num_choices].get(mode="fill", fill_value=0)
+
+
+def _dispatch_fwd(x_TD: Array, layout: Layout) -> tuple[Array, Layout]:
+    return dispatch(x_TD, layout), layout
+
+
+def _dispatch_bwd(layout: Layout, g_SD: Array) -> tuple[Array, None]:
+    return sum_choices(g_SD, layout, None).astype(g_SD.dtype), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+def sum_choices(values_SD: Array, layout: Layout, weights_TK: Array | None) -> Array:
+    """For each token the (weighted) sum over its K slots, in float32: [T, D]. An expert held elsewhere counts 0."""
+    total = 0.0
+    for k in range(layout.slot_TK.shape[1]):  # K gathers of [T, D]; a [T, K, D] array never exists
+        rows_TD = values_SD.at[layout.slot_TK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        total += rows_TD if weights_TK is None else weights_TK[:, k, None] * rows_TD
+    return total

@@ -1,0 +1,113 @@
+"""The device mesh, and how logical axis names map onto it.
+
+Modules name the axes of their variables ("embed", "expert", ...); `mesh.rules` in the config says which mesh axes
+those are split over. Code that runs under a mesh finds it with `jax.sharding.get_abstract_mesh()`, set by
+`jax.set_mesh`; without one everything works on a single device.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from default_moe.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "expert")
+_DEFAULT_RULES = MeshConfig().rules
+_annotating = contextvars.ContextVar("annotating", default=False)
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and expert over all devices. Raises ConfigError if it does not fit them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.expert]
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"{asked} does not fit {len(devices)} device{'s' if len(devices) > 1 else ''}: the product of the three "
+            "must be the number of devices (-1 stands for the rest)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def rules() -> tuple[tuple[str, Any], ...]:
+    """The logical axis rules in force: those of `flax.linen.logical_axis_rules`, else the defaults of the config."""
+    return tuple(nn.get_logical_axis_rules()) or _DEFAULT_RULES
+
+
+def mesh_axes(logical_axis: str) -> tuple[str, ...]:
+    """The axes of the mesh in use, of more than one device each, that `logical_axis` is split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, axes in rules():
+        if name == logical_axis:
+            axes = axes if isinstance(axes, tuple) else (axes,)
+            return tuple(axis for axis in axes if axis in mesh.axis_names and mesh.shape[axis] > 1)
+    return ()
+
+
+def num_shards(logical_axis: str) -> int:
+    """How many parts `logical_axis` is split into under the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Ask for `x` to be laid out by its logical axes; nothing without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = PartitionSpec(*((mesh_axes(axis) or None) if axis else None for axis in logical_axes))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def with_axes(init: Callable[..., Any], *logical_axes: str | None) -> Callable[..., Any]:
+    """`init`, its result annotated with logical axes while shardings are being worked out, and plain otherwise.
+
+    So variables are plain arrays wherever a user meets them, and the names stay beside the variables they describe.
+    """
+
+    def annotated(*args: Any, **kwargs: Any) -> Any:
+        wrapped = nn.with_logical_partitioning(init, logical_axes) if _annotating.get() else init
+        return wrapped(*args, **kwargs)
+
+    return annotated
+
+
+@contextlib.contextmanager
+def _annotations() -> Iterator[None]:
+    token = _annotating.set(True)
+    try:
+        yield
+    finally:
+        _annotating.reset(token)
+
+
+def shardings_of(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args: Any) -> Any:
+    """The NamedSharding of every array that `init(*args)` would make, without making any.
+
+    Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
+    """
+    with _annotations():
+        abstract = jax.eval_shape(init, *args)
+    specs = nn.get_partition_spec(abstract)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, mesh_rules)
+    jax.tree_util.tree_map_with_path(_check_divisible, nn.unbox(abstract), shardings)
+    return shardings
+
+
+def _check_divisible(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        parts = math.prod(sharding.mesh.shape[axis] for axis in names)
+        if size % parts:
+            raise ConfigError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} of shape {leaf.shape} cannot be split into "
+                f"{parts} parts along its axis of {size} by " + " and ".join(f"mesh.{axis}" for axis in names)
+            )
