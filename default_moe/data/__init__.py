@@ -1,0 +1,22 @@
+"""Text as batches: `open_data` gives a run's tokenizer and the rows of its two splits.
+
+corpus.py, stdlib.py, text_files.py, tfds_text.py give documents; tokenizer.py makes them ids; token_store.py keeps the
+ids on the disk; packing.py cuts them into rows; pipeline.py puts these together; prefetch.py works ahead.
+"""
+
+from default_moe.data.packing import Batch, Rows
+from default_moe.data.pipeline import Data, data_directory, measure_reading, open_data
+from default_moe.data.prefetch import Prefetcher
+from default_moe.data.tokenizer import Tokenizer, tokenizer_from_dict
+
+__all__ = [
+    "Batch",
+    "Data",
+    "Prefetcher",
+    "Rows",
+    "Tokenizer",
+    "data_directory",
+    "measure_reading",
+    "open_data",
+    "tokenizer_from_dict",
+]

@@ -1,0 +1,46 @@
+"""What a corpus is: documents in two splits, and the few rules that every kind of corpus shares."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+Split = Literal["train", "validation"]
+
+
+class Corpus(Protocol):
+    """Text documents in a "train" and a "validation" split.
+
+    name: for messages and folder names.
+    replaced: in how many places of each file invalid Unicode became U+FFFD, added to while documents are read.
+    """
+
+    name: str
+    replaced: Counter[str]
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The split's non-empty documents, always in the same order, streamed.
+
+        Raises ConfigError where the source is missing, damaged or has no such text.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Hexadecimal key of the documents and their split, found without reading large files."""
+        ...
+
+
+def in_split(document: str, split: Split, validation_fraction: float) -> bool:
+    """Whether the document of that name falls in `split`: about validation_fraction of all names are held out."""
+    digest = hashlib.sha256(document.encode("utf-8", "surrogateescape")).digest()
+    held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
+    return held_out == (split == "validation")
+
+
+def decode_utf8(data: bytes) -> tuple[str, int]:
+    """The text of UTF-8 bytes, and in how many places invalid bytes were replaced by U+FFFD."""
+    try:
+        return data.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        return text, text.count("\ufffd") - data.count("\ufffd".encode())

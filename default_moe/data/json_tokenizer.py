@@ -1,0 +1,131 @@
+"""Tokenizers that a tokenizer.json describes: Llama-3's, say, or a byte-level BPE trained here."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from default_moe.config import ConfigError
+
+SEPARATORS = (
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<|end▁of▁sentence|>",
+    "[EOS]",
+    "[SEP]",
+)
+
+
+class JsonTokenizer:
+    """A tokenizer.json. See `Tokenizer` for the interface.
+
+    token_bytes adds up to the text's UTF-8 length for byte-level tokenizers. A SentencePiece-style one that puts a
+    space before each document counts that byte too, and one that discards white space (WordPiece) counts none for it.
+    """
+
+    def __init__(self, values: Any, where: str, name: str) -> None:
+        """`values`: the parsed file, not changed.  `where`: opens error messages.
+
+        Raises ConfigError if the values describe no tokenizer or one without a document separator.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            raise ConfigError(f"{where} is not a tokenizer.json: it has no 'model'")
+        # What would make the encoding random or lose text has no place in packed training data.
+        values = {**values, "truncation": None, "padding": None, "model": {**values["model"]}}
+        if "dropout" in values["model"]:
+            values["model"]["dropout"] = None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+        except Exception as error:  # the library raises nothing more precise
+            raise ConfigError(f"{where} is not a tokenizer.json: {str(error).partition(chr(10))[0]}") from error
+        self.name = name
+        self._values = values
+        vocabulary = self._tokenizer.get_vocab()
+        separators = [token for token in SEPARATORS if token in vocabulary]
+        if not separators:
+            raise ConfigError(
+                f"{where} has no token that can separate documents; it needs one of {', '.join(SEPARATORS)}"
+            )
+        self.separator = vocabulary[separators[0]]
+        self._tokenizer.add_special_tokens([separators[0]])
+        self._tokenizer.encode_special_tokens = True  # "</s>" within a document is text
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.token_bytes = _token_bytes(self._tokenizer, values, self.vocab_size, self.separator)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        documents: list[list[int]] = [[]]
+        for token in np.asarray(ids).tolist():
+            if token == self.separator:
+                documents.append([])
+            elif 0 <= token < self.vocab_size:
+                documents[-1].append(token)
+        return "\n".join(self._tokenizer.decode(document) for document in documents)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "tokenizer_json", "name": self.name, "json": self._values}
+
+
+def train_byte_level_bpe(texts: Iterable[str], size: int) -> dict[str, Any]:
+    """The tokenizer.json of a byte-level BPE with at most `size` tokens. The same texts give the same one."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return json.loads(tokenizer.to_str())
+
+
+def _token_bytes(
+    tokenizer: tokenizers.Tokenizer, values: dict[str, Any], vocab_size: int, separator: int
+) -> np.ndarray:
+    """int32 [vocab_size]: see `Tokenizer`. Ids without a token count 0."""
+    kinds = set(_component_types(values.get("pre_tokenizer"))) | set(_component_types(values.get("decoder")))
+    byte_level = "ByteLevel" in kinds
+    added = tokenizer.get_added_tokens_decoder()
+    unknown = values["model"].get("unk_token")
+    counts = np.zeros(vocab_size, np.int32)
+    for token, index in tokenizer.get_vocab().items():
+        if index in added:
+            counts[index] = 0 if added[index].special else len(added[index].content.encode())
+        elif index != separator and token != unknown:
+            counts[index] = len(token) if byte_level else _plain_length(token, "ByteFallback" in kinds)
+    return counts
+
+
+def _plain_length(token: str, byte_fallback: bool) -> int:
+    """Bytes of a token that is spelt as text: "▁" for a space, "<0x0A>" for a byte, "##" before a word's later part."""
+    if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    if len(token) > 2:
+        token = token.removeprefix("##")
+    return len(token.replace("▁", " ").encode())
+
+
+def _component_types(component: Any) -> Iterator[str]:
+    """The types of a tokenizer.json component and of those nested in it."""
+    if isinstance(component, dict):
+        if isinstance(component.get("type"), str):
+            yield component["type"]
+        for value in component.values():
+            yield from _component_types(value)
+    elif isinstance(component, list):
+        for value in component:
+            yield from _component_types(value)

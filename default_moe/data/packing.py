@@ -1,0 +1,106 @@
+"""Fixed-length training sequences from a flat stream of tokens, in an order that depends on the seed alone.
+
+Dimension key: B rows, L sequence length, T tokens of a split, V vocabulary.
+
+Sequence i covers tokens [i L, i L + L + 1) of the stream, so that each token but the first is a target once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+class Windows:
+    """A grain random-access source: element i is the tokens [i L, i L + L + 1) of a stream, the last maybe fewer.
+
+    With `whole`, only windows of full length. There are none if the stream has fewer than 2 tokens (whole: L + 1).
+    """
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, whole: bool) -> None:
+        targets = max(len(tokens) - 1, 0)
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self._count = targets // sequence_length if whole else -(-targets // sequence_length)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        start = int(index) * self._sequence_length
+        return self._tokens[start : start + self._sequence_length + 1]
+
+
+class Rows:
+    """Rows of a split in a fixed order, each a pure function of its number, whoever asks for it.
+
+    A batch is a dict of arrays [B, L] (a row: [L]): int32 `inputs` and `targets`; float32 `loss_mask`, 0 on padding;
+    int32 `segment_ids`, the document's number within the row from 1 on, a separator belonging to the document that it
+    ends, 0 on padding; int32 `positions` within the row; int32 `target_bytes`, the UTF-8 bytes of each target.
+    """
+
+    def __init__(
+        self, order: grain.MapDataset, length: int | None, sequence_length: int, separator: int, token_bytes: np.ndarray
+    ) -> None:
+        """`order`: windows by row number.  `length`: how many rows there are, None if they go on for ever."""
+        self._order = order
+        self._length = length
+        self._sequence_length = sequence_length
+        self._separator = separator
+        self._token_bytes = token_bytes
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("training rows go on for ever and have no length")
+        return self._length
+
+    def row(self, index: int) -> Batch:
+        """Row `index`, arrays [L]."""
+        return {name: array[0] for name, array in self.batch(index, 1).items()}
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Rows start to start + count - 1, arrays [count, L]. Rows past the end are padding."""
+        stop = start + count if self._length is None else min(start + count, self._length)
+        windows = [self._order[index] for index in range(start, stop)]
+        return pack(windows, count, self._sequence_length, self._separator, self._token_bytes)
+
+
+def training_rows(tokens: np.ndarray, sequence_length: int, seed: int, separator: int, token_bytes: np.ndarray) -> Rows:
+    """Endless rows: each epoch is all whole sequences, in an order of its own. The tail that fills none is dropped."""
+    windows = Windows(tokens, sequence_length, whole=True)
+    order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    return Rows(order, None, sequence_length, separator, token_bytes)
+
+
+def validation_rows(tokens: np.ndarray, sequence_length: int, separator: int, token_bytes: np.ndarray) -> Rows:
+    """All sequences once, the tail padded, in one fixed random order, so that the first rows are representative."""
+    windows = Windows(tokens, sequence_length, whole=False)
+    order = grain.MapDataset.source(windows).seed(0).shuffle()
+    return Rows(order, len(windows), sequence_length, separator, token_bytes)
+
+
+def pack(
+    windows: Sequence[np.ndarray], count: int, sequence_length: int, separator: int, token_bytes: np.ndarray
+) -> Batch:
+    """The batch, arrays [count, L], of windows of up to L + 1 tokens; what they do not fill is padding of id 0."""
+    tokens = np.zeros((count, sequence_length + 1), np.int32)
+    lengths = np.zeros((count, 1), np.int32)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window)] = window
+        lengths[row] = len(window)
+    positions = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), (count, sequence_length)).copy()
+    real = positions < lengths - 1
+    inputs = np.where(real, tokens[:, :-1], 0)
+    targets = np.where(real, tokens[:, 1:], 0)
+    ends = inputs == separator
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "loss_mask": real.astype(np.float32),
+        "segment_ids": np.where(real, 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends, 0).astype(np.int32),
+        "positions": positions,
+        "target_bytes": np.where(real, token_bytes[targets], 0).astype(np.int32),
+    }

@@ -1,0 +1,160 @@
+"""From `DataConfig` to batches: chooses the corpus and the tokenizer, prepares what is missing, opens the splits."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from default_moe.config import ConfigError, DataConfig
+from default_moe.data import packing
+from default_moe.data.corpus import Corpus, Split
+from default_moe.data.packing import Rows
+from default_moe.data.token_store import StoreInfo, TokenStore, open_store, replacing
+from default_moe.data.tokenizer import (
+    Tokenizer,
+    open_tokenizer_file,
+    tokenizer_fingerprint,
+    tokenizer_from_dict,
+    train_bpe,
+)
+
+Log = Callable[[str], None]
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A corpus, tokenized. corpus_hash: SHA-256 over the text of both splits, wherever the files lie.
+
+    train, validation: the splits' streams of tokens; their `info` has the counts of tokens, documents and bytes.
+    """
+
+    tokenizer: Tokenizer
+    corpus_hash: str
+    train: TokenStore
+    validation: TokenStore
+
+    def train_rows(self, sequence_length: int, seed: int) -> Rows:
+        """Endless rows of the train split, reshuffled each epoch. Raises ConfigError if it fills no sequence."""
+        _check_long_enough("train", self.train.info, sequence_length)
+        return packing.training_rows(
+            self.train.tokens, sequence_length, seed, self.tokenizer.separator, self.tokenizer.token_bytes
+        )
+
+    def validation_rows(self, sequence_length: int) -> Rows:
+        """The whole held-out split once. Raises ConfigError if it fills no sequence."""
+        _check_long_enough("validation", self.validation.info, sequence_length)
+        return packing.validation_rows(
+            self.validation.tokens, sequence_length, self.tokenizer.separator, self.tokenizer.token_bytes
+        )
+
+
+def open_data(config: DataConfig, log: Log = _print) -> Data:
+    """The data of a run, prepared now where it has not been before, with a line to `log` about it.
+
+    Raises ConfigError if the corpus, the tokenizer or the data directory cannot be used.
+    """
+    directory = data_directory(config)
+    try:
+        return _open_data(config, directory, log)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"data.dir: {directory} cannot be used for prepared data: {reason}") from error
+
+
+def data_directory(config: DataConfig) -> Path:
+    """Where prepared data is kept. It need not exist yet."""
+    chosen = config.dir or os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe"
+    return Path(chosen).expanduser().absolute()
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config.name` names. Raises ConfigError if there is none."""
+    if config.name in ("python_stdlib", "python_english"):
+        from default_moe.data.stdlib import StdlibCorpus
+
+        return StdlibCorpus(config.name, config.validation_fraction, data_directory(config))
+    if config.name == "text_files":
+        from default_moe.data.text_files import TextFiles
+
+        return TextFiles(config.files or "", config.text_field, config.validation_fraction)
+    from default_moe.data.tfds_text import TfdsText
+
+    return TfdsText(config.name, config.text_field, config.validation_fraction, data_directory(config))
+
+
+def open_tokenizer(config: DataConfig, corpus: Corpus, cache: Path, log: Log) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names; a BPE is trained on the train split unless it lies in `cache`."""
+    if config.tokenizer == "bytes":
+        return tokenizer_from_dict({"kind": "bytes"})
+    if not config.tokenizer.startswith("bpe:"):
+        return open_tokenizer_file(Path(config.tokenizer))
+    size = int(config.tokenizer.removeprefix("bpe:"))
+    path = cache / f"bpe-{size}.json"
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: trained again
+        return tokenizer_from_dict(json.loads(path.read_bytes()))
+    begin = time.monotonic()
+    cache.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_bpe(corpus.documents("train"), size)
+    corpus.replaced.clear()  # the train split is read once more
+    with replacing(path) as file:
+        file.write(json.dumps(tokenizer.to_dict()).encode())
+    log(f"Trained a BPE of {tokenizer.vocab_size:,} tokens on {corpus.name} in {time.monotonic() - begin:.1f} s")
+    return tokenizer
+
+
+def measure_reading(data: Data, sequence_length: int, batch_size: int, seconds: float) -> float:
+    """Tokens per second at which training batches are made, measured over about that many seconds."""
+    rows = data.train_rows(sequence_length, seed=0)
+    rows.batch(0, batch_size)
+    begin = time.perf_counter()
+    batches = 0
+    while (elapsed := time.perf_counter() - begin) < seconds or not batches:
+        batches += 1
+        rows.batch(batches * batch_size, batch_size)
+    return batches * batch_size * sequence_length / elapsed
+
+
+def _open_data(config: DataConfig, directory: Path, log: Log) -> Data:
+    directory.mkdir(parents=True, exist_ok=True)
+    corpus = open_corpus(config)
+    cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
+    tokenizer = open_tokenizer(config, corpus, cache, log)
+    folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
+    train = open_store(folder / "train", corpus, "train", tokenizer, log)
+    validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
+    if corpus.replaced:
+        places, files = corpus.replaced.total(), len(corpus.replaced)
+        log(f"Replaced invalid Unicode in {places:,} places of {files:,} files, {next(iter(corpus.replaced))} for one")
+    _check_has_documents(config, train.info, validation.info)
+    hashes = train.info.content_hash + validation.info.content_hash
+    return Data(tokenizer, hashlib.sha256(hashes.encode()).hexdigest(), train, validation)
+
+
+def _check_has_documents(config: DataConfig, train: StoreInfo, validation: StoreInfo) -> None:
+    where = f"data.files = {config.files!r}" if config.name == "text_files" else f"data.name = {config.name!r}"
+    documents = train.documents + validation.documents
+    if not documents:
+        raise ConfigError(f"{where} holds no text, but must have documents to train on and to hold out")
+    for split, info, change in (("train", train, "lower"), ("validation", validation, "raise")):
+        if not info.documents:
+            raise ConfigError(
+                f"the {split} split is empty: {where} has {documents} documents and data.validation_fraction is "
+                f"{config.validation_fraction}; {change} it, or give more documents"
+            )
+
+
+def _check_long_enough(split: Split, info: StoreInfo, sequence_length: int) -> None:
+    if info.tokens < sequence_length + 1:
+        change = "lower" if split == "train" else "raise"
+        raise ConfigError(
+            f"the {split} split has {info.tokens} tokens, but train.sequence_length = {sequence_length} needs "
+            f"{sequence_length + 1}; lower that, give data.files more text, or {change} data.validation_fraction"
+        )

@@ -1,0 +1,70 @@
+"""TFDS builders of the standard library's text, written as array_record and read without TensorFlow."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from default_moe.config import ConfigError
+from default_moe.data.corpus import Split
+from default_moe.data.tfds_text import quiet_tfds, read_text
+
+Documents = dict[Split, list[tuple[str, str]]]
+
+
+class _NamedTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A data set of {"name", "text"} from documents already in hand. Splits without documents are left out."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, documents: Documents | None = None, **kwargs: object) -> None:
+        self._documents: Documents = documents or {}
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()}),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(named) for split, named in self._documents.items() if named}
+
+    def _generate_examples(self, named: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+        for name, text in named:
+            yield name, {"name": name, "text": text}
+
+
+class PythonStdlib(_NamedTexts):
+    """Sources of the Python standard library, one document per file."""
+
+
+class PythonEnglish(_NamedTexts):
+    """Docstrings of the Python standard library, one document per file, and the topics of pydoc's help."""
+
+
+_BUILDERS: dict[str, type[_NamedTexts]] = {"python_stdlib": PythonStdlib, "python_english": PythonEnglish}
+
+
+def write(variant: str, documents: Documents, directory: Path) -> Path:
+    """Prepares the data set under `directory` and returns the folder that holds it."""
+    quiet_tfds()
+    builder = _BUILDERS[variant](documents=documents, data_dir=str(directory), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def read(directory: Path, split: Split) -> Iterator[str]:
+    """The documents of a prepared split. Raises ConfigError if the files are damaged."""
+    quiet_tfds()
+    try:
+        builder = tfds.builder_from_directory(str(directory))
+        if split in builder.info.splits:
+            for text in read_text(builder, split, "text"):
+                yield text.decode()
+    except Exception as error:
+        raise ConfigError(f"the prepared data in {directory} cannot be read; delete that folder ({error!r})") from error

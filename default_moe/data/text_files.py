@@ -1,0 +1,226 @@
+"""The user's own text: .txt, .md, .jsonl, .jsonl.gz and .parquet files, read as a stream.
+
+A line of .jsonl and a row of .parquet is a document. So is a .txt or .md file, unless it is large: then it is cut at
+line ends into pieces, each a document of its own, so that memory does not grow with it. A corpus of a few such files
+is cut into smaller pieces, so that some can be held out.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from default_moe.config import ConfigError, closest
+from default_moe.data.corpus import Split, decode_utf8, in_split
+
+PLAIN = (".txt", ".md")
+JSON_LINES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (*PLAIN, *JSON_LINES, ".parquet")
+
+LARGEST_PIECE = 4 << 20  # bytes of a plain file in one document
+FEW_FILES = 32  # plain files; with fewer, the corpus is cut into about PIECES pieces
+PIECES = 256
+SMALLEST_PIECE = 1 << 10
+
+Wanted = Callable[[int], bool]
+
+
+class TextFiles:
+    """The documents of the files that a glob (or several, separated by commas) names. See `Corpus`.
+
+    A document's name, whose hash decides its split, is the file's name from the glob's fixed part on and the
+    document's number in the file; the same files in another folder are split in the same way.
+    """
+
+    def __init__(self, patterns: str, text_field: str, validation_fraction: float) -> None:
+        """Raises ConfigError if a glob names no file or one of an unknown kind."""
+        self.name = "text_files"
+        self.replaced: Counter[str] = Counter()
+        self._text_field = text_field
+        self._validation_fraction = validation_fraction
+        self._files = _find_files(patterns)
+        self._piece = _piece_size([path for _, path in self._files])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((1, self._text_field, self._validation_fraction, self._piece)).encode())
+        for name, path in self._files:
+            stat = path.stat()
+            digest.update(repr((name, str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+    def documents(self, split: Split) -> Iterator[str]:
+        for name, path in self._files:
+
+            def wanted(index: int, name: str = name) -> bool:
+                return in_split(f"{name}#{index}", split, self._validation_fraction)
+
+            try:
+                for text, replaced in self._read(path, wanted):
+                    if replaced:
+                        self.replaced[str(path)] += replaced
+                    if text:
+                        yield text
+            except OSError as error:
+                raise ConfigError(f"data.files: {path} cannot be read: {error.strerror or error}") from error
+
+    def _read(self, path: Path, wanted: Wanted) -> Iterator[tuple[str, int]]:
+        suffix = _suffix(path)
+        if suffix in PLAIN:
+            return _read_plain(path, self._piece, wanted)
+        if suffix in JSON_LINES:
+            return _read_json_lines(path, self._text_field, wanted)
+        return _read_parquet(path, self._text_field, wanted)
+
+
+def _suffix(path: Path) -> str:
+    """The kind of file: the suffix of SUFFIXES that the name ends in, or its own if it is none of them."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), path.suffix)
+
+
+def _find_files(patterns: str) -> list[tuple[str, Path]]:
+    """(name from the glob's fixed folder on, path), sorted, each file once."""
+    found: dict[Path, str] = {}
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        expanded = os.path.expanduser(pattern)
+        literal = os.path.exists(expanded)
+        paths = [Path(expanded)] if literal else [Path(path) for path in glob.glob(expanded, recursive=True)]
+        files = [path for path in paths if path.is_file()]
+        if not files:
+            hint = f"it is a folder; try '{pattern.rstrip('/')}/**/*.txt'" if literal else f"looked from {os.getcwd()}"
+            raise ConfigError(f"data.files: {pattern!r} names no file ({hint})")
+        folder = Path(expanded).parent if literal else _fixed_folder(expanded)
+        for path in files:
+            found.setdefault(path, path.relative_to(folder).as_posix())
+    if not found:
+        raise ConfigError("data.files is empty, but needs a glob, 'texts/*.txt' for instance")
+    for path in found:
+        if _suffix(path) not in SUFFIXES:
+            raise ConfigError(f"data.files: {path} is no {', '.join(SUFFIXES)} file; narrow the glob to one of these")
+    return sorted((name, path) for path, name in found.items())
+
+
+def _fixed_folder(pattern: str) -> Path:
+    """The folders of a glob that come before its first wildcard."""
+    parts = Path(pattern).parts
+    magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:magic])
+
+
+def _piece_size(paths: list[Path]) -> int:
+    """Bytes of a plain file that make one document, at most."""
+    if len(paths) >= FEW_FILES or any(_suffix(path) not in PLAIN for path in paths):
+        return LARGEST_PIECE
+    total = sum(path.stat().st_size for path in paths)
+    return min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def _read_plain(path: Path, piece: int, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    """(text, replaced places) of each wanted piece of a text file, cut after a line's end where there is one."""
+    with path.open("rb") as file:
+        index, rest = 0, b""
+        while data := rest + file.read(piece - len(rest)):
+            cut = len(data) if len(data) < piece else data.rfind(b"\n") + 1 or _character_end(data)
+            if wanted(index):
+                yield decode_utf8(data[:cut].removeprefix(b"\xef\xbb\xbf" if index == 0 else b""))
+            index, rest = index + 1, data[cut:]
+
+
+def _character_end(data: bytes) -> int:
+    """Length of `data` without a UTF-8 character cut short at its end."""
+    for back in range(1, min(4, len(data))):
+        if data[-back] >= 0xC0:  # a lead byte; its continuation bytes are 0x80 to 0xBF
+            return len(data) - back
+        if data[-back] < 0x80:
+            break
+    return len(data)
+
+
+def _read_json_lines(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    """(text, replaced places) of each wanted line's text field."""
+    compressed = path.name.lower().endswith(".gz")
+    try:
+        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
+            yield from _read_lines(file, path, field, wanted)
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f"data.files: {path} is not a gzip file, or damaged ({error})") from error
+    except EOFError as error:
+        raise ConfigError(f"data.files: {path} is cut short: its gzip stream has no end") from error
+
+
+def _read_lines(file: IO[bytes] | gzip.GzipFile, path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    for index, data in enumerate(file):
+        if not wanted(index) or not data.strip():
+            continue
+        line, replaced = decode_utf8(data.removeprefix(b"\xef\xbb\xbf" if index == 0 else b""))
+        where = f"{path}:{index + 1}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"data.files: {where} is not valid JSON ({error}); each line must be one object"
+            ) from error
+        if not isinstance(record, dict):
+            raise ConfigError(f"data.files: {where} is not a JSON object, but must be, {{{field!r}: ...}} for instance")
+        if field not in record:
+            raise _no_field(field, where, list(record))
+        text = record[field]
+        if text is not None and not isinstance(text, str):
+            raise ConfigError(f"data.text_field is {field!r}, but at {where} it holds {type(text).__name__}, not text")
+        text, surrogates = re.subn("[\ud800-\udfff]", "\ufffd", text or "")
+        yield text, replaced + surrogates
+
+
+def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    """(text, replaced places) of each wanted row's text field, a few rows in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"data.files: {path} is not a parquet file, or damaged ({_first_line(error)})") from error
+    with file:
+        schema = file.schema_arrow
+        if field not in schema.names:
+            raise _no_field(field, str(path), schema.names)
+        kind = schema.field(field).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(
+            is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
+            raise ConfigError(f"data.text_field is {field!r}, but in {path} it holds {kind}, not text")
+        index = 0
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                column = batch.column(0)
+                for value in column:
+                    if wanted(index):
+                        yield _parquet_text(value)
+                    index += 1
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"data.files: {path} is damaged ({_first_line(error)})") from error
+
+
+def _parquet_text(value: Any) -> tuple[str, int]:
+    """The text of a pyarrow scalar. Parquet files may hold invalid UTF-8 in string columns."""
+    try:
+        return value.as_py() or "", 0
+    except UnicodeDecodeError:
+        return decode_utf8(value.as_buffer().to_pybytes())
+
+
+def _no_field(field: str, where: str, fields: list[str]) -> ConfigError:
+    names = ", ".join(map(repr, fields)) or "none"
+    return ConfigError(f"data.text_field is {field!r}, but the fields at {where} are {names}{closest(field, fields)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
