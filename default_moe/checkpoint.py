@@ -1,0 +1,370 @@
+"""Checkpoints that are written behind the training loop's back, and restored only if every byte is as it was written.
+
+    <workdir>/checkpoints/<step>/state/         the train state, written by Orbax
+                                 meta.json      what the run needs to know about itself: config, tokenizer, corpus
+                                 metrics.json   held-out metrics at that step, if there were any
+                                 digests.json   SHA-256 and size of each of the files above, written last
+    <workdir>/checkpoints_damaged/<step>/       steps that failed verification, kept out of the way
+
+A step is put together in `<step>.saving` and renamed once its digests are on the disk, and renamed to
+`<step>.deleting` before it is deleted: a directory that is named by its number alone is whole, unless it was damaged.
+Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes old steps, before digests
+could be written.)
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from default_moe.config import CheckpointConfig
+from default_moe.files import find_damage, sync_folder, write_atomically, write_manifest
+
+BEST_METRIC = "eval/loss"
+_DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
+Tree = TypeVar("Tree")
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be restored. The message is one line: what is wrong and what would be right."""
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one work directory.
+
+    config: how many steps to keep.  read_only: write and move nothing, for evaluation.  report: takes one line about
+    a save that failed or a step that is damaged, possibly from another thread.
+
+    With several processes all call the same methods at the same points, on a file system that they share.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: CheckpointConfig | None = None,
+        read_only: bool = False,
+        report: Callable[[str], None] = _to_stderr,
+    ):
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self._root = Path(workdir).absolute() / "checkpoints"
+        self._config = config or CheckpointConfig()
+        self._read_only = read_only
+        self._report = report
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._thread: threading.Thread | None = None
+        self._saving = -1
+        self._error: BaseException | None = None
+        self._failed = False
+        self._trusted: set[int] = set()
+        if not read_only and jax.process_index() == 0 and self._root.is_dir():
+            for path in self._root.iterdir():
+                if _DEBRIS.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save under way, then frees Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """The steps on the disk, oldest first, verified or not."""
+        if not self._root.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+
+    # Saving
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
+        """Starts to save `state`, a pytree of arrays; returns as soon as its arrays may be changed or donated.
+
+        meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept.
+        Waits for the save before this one. Returns whether a save was started: not if the step is there and whole,
+        nor if it failed at once. An input/output error is reported and sets `needs_retry`; any other error is raised.
+        """
+        if self._read_only:
+            raise ValueError("this CheckpointStore is read-only")
+        self.wait()
+        if _process_zero_says(self._has_whole(step)):
+            return False
+        files = {"meta.json": json.dumps(dict(meta), indent=1), "metrics.json": json.dumps(dict(metrics or {}))}
+        self._saving = step
+        try:
+            if jax.process_index() == 0:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            self._checkpointer.save(self._staging / "state", state)
+        except Exception as error:
+            self._error = error
+            self._settle()
+            return False
+        self._thread = threading.Thread(target=self._finish, args=(files,), name="checkpoint")
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Returns when no save is under way: the last one is whole on the disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._settle()
+
+    @property
+    def needs_retry(self) -> bool:
+        """Whether the last save failed. Always False with several processes: they retry when the next save is due."""
+        if jax.process_count() > 1:
+            return False
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        return self._failed
+
+    @property
+    def _staging(self) -> Path:
+        return self._root / f"{self._saving}.saving"
+
+    def _finish(self, files: Mapping[str, str]) -> None:
+        """The background thread: everything after the copy of the arrays."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                for name, content in files.items():
+                    write_atomically(self._staging / name, content)
+                write_manifest(self._staging)
+                self._staging.rename(self._folder(self._saving))
+                sync_folder(self._root)
+                self._delete_old()
+        except BaseException as error:
+            self._error = error
+
+    def _settle(self) -> None:
+        """Draws the conclusion from a save that ended."""
+        error, self._error = self._error, None
+        self._failed = error is not None
+        if error is None:
+            self._trusted.add(self._saving)
+            return
+        if jax.process_index() == 0:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        reason = _io_failure(error)
+        if reason is None:
+            raise error
+        self._report(f"checkpoint of step {self._saving} not saved ({reason}): training goes on, the save is retried")
+
+    def _delete_old(self) -> None:
+        steps = self.steps()
+        losses = {step: loss for step in steps if (loss := self._held_out_loss(step)) is not None}
+        best = [min(losses, key=lambda step: (losses[step], -step))] if losses else []
+        for step in set(steps) - set(steps[-self._config.keep_last :]) - set(best):
+            doomed = self._root / f"{step}.deleting"
+            try:
+                self._folder(step).rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                self._report(f"old checkpoint of step {step} not deleted ({_io_failure(error)})")
+
+    def _held_out_loss(self, step: int) -> float | None:
+        try:
+            loss = float(self._read_json(step, "metrics.json")[BEST_METRIC])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return loss if math.isfinite(loss) else None
+
+    def _has_whole(self, step: int) -> bool:
+        """Whether `step` is there and whole. If it is there and damaged, it is moved out of the way."""
+        if not self._folder(step).exists():
+            return False
+        problem = None if step in self._trusted else find_damage(self._folder(step))
+        if problem:
+            self._report(f"checkpoint of step {step} is damaged ({problem}): saving it again")
+            self._move_aside(step)
+        return problem is None
+
+    # Restoring
+
+    def restore_latest(self, abstract_state: Tree) -> tuple[Tree, dict[str, Any], int] | None:
+        """State, meta and step of the newest step that is whole; None if there are no steps at all.
+
+        abstract_state: jax.ShapeDtypeStruct leaves, whose shardings the arrays get (one device where there is none).
+        Each damaged step is reported in one line and, unless read-only, moved to checkpoints_damaged.
+        Raises CheckpointError if no step is whole, or if the state is of another shape.
+        """
+        step = self._newest_whole()
+        if step is None:
+            return None
+        return self._restore(step, abstract_state, partial=False), self._read_json(step, "meta.json"), step
+
+    def restore_for_eval(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
+        """Some of the state's fields, such as {"params": ..., "variables": ...}; the rest is verified, but not loaded.
+
+        abstract: like `restore_latest`'s.  step: None takes the newest that is whole.
+        Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
+        """
+        if step is None:
+            step = self._newest_whole()
+            if step is None:
+                raise self._nothing_here()
+        else:
+            self._check_step(step)
+        return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """The meta of a step, or of the newest one whose meta is whole. Raises CheckpointError, as `restore_for_eval`."""
+        if step is not None:
+            self._check_step(step, ["meta.json"])
+            return self._read_json(step, "meta.json")
+        for step in reversed(self.steps()):
+            if find_damage(self._folder(step), ["meta.json"]) is None:
+                return self._read_json(step, "meta.json")
+        raise self._none_whole() if self.steps() else self._nothing_here()
+
+    def _newest_whole(self) -> int | None:
+        """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
+        found = -1
+        steps = self.steps()
+        if jax.process_index() == 0:
+            damaged = []
+            for step in reversed(steps):
+                problem = find_damage(self._folder(step))
+                if problem is None:
+                    found = step
+                    self._trusted.add(step)
+                    break
+                damaged.append(step)
+                self._report(f"checkpoint of step {step} is damaged ({problem}): trying the one before")
+            if found >= 0 and not self._read_only:
+                for step in damaged:
+                    self._move_aside(step)
+        found = _process_zero_says(found)
+        if found < 0 and steps:
+            raise self._none_whole()
+        return found if found >= 0 else None
+
+    def _check_step(self, step: int, names: list[str] | None = None) -> None:
+        steps = self.steps()
+        if not steps:
+            raise self._nothing_here()
+        if step not in steps:
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self._root}; there are those of {', '.join(map(str, steps))}"
+            )
+        problem = find_damage(self._folder(step), names)
+        if problem:
+            others = ", ".join(str(other) for other in steps if other != step) or "no other step"
+            raise CheckpointError(f"the checkpoint of step {step} is damaged ({problem}); there is {others}")
+
+    def _nothing_here(self) -> CheckpointError:
+        if not self._root.parent.is_dir():
+            return CheckpointError(f"there is no work directory {self._root.parent}; give one that train.py wrote")
+        return CheckpointError(f"there is no checkpoint in {self._root}; train there first")
+
+    def _none_whole(self) -> CheckpointError:
+        return CheckpointError(
+            f"no checkpoint in {self._root} is whole; restore them from a copy, or start anew in another work directory"
+        )
+
+    def _restore(self, step: int, abstract: Tree, partial: bool) -> Tree:
+        path = self._folder(step) / "state"
+        abstract = jax.tree.map(_with_sharding, abstract)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = _shapes(checkpointer.metadata(path).item_metadata.tree)
+            difference = _difference(saved, _shapes(abstract), partial)
+            if difference:
+                raise CheckpointError(f"the checkpoint of step {step} does not fit this model: {difference}")
+            arguments = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=partial,
+            )
+            return checkpointer.restore(path, args=arguments)
+
+    def _move_aside(self, step: int) -> None:
+        folder = self._root.with_name("checkpoints_damaged")
+        folder.mkdir(exist_ok=True)
+        target, copy = folder / str(step), 1
+        while target.exists():
+            target, copy = folder / f"{step}.{copy}", copy + 1
+        self._folder(step).rename(target)
+        self._report(f"checkpoint of step {step} moved to {target}")
+
+    def _folder(self, step: int) -> Path:
+        return self._root / str(step)
+
+    def _read_json(self, step: int, name: str) -> dict[str, Any]:
+        return json.loads((self._folder(step) / name).read_bytes())
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs each failure as several pages of traceback; the store reports it in a line."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _process_zero_says(value: Any) -> Any:
+    """`value` (bool or int) as process 0 has it."""
+    if jax.process_count() == 1:
+        return value
+    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _io_failure(error: BaseException | None) -> str | None:
+    """Why the disk failed, if that is the cause of `error`: TensorStore raises ValueErrors that hold an errno."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        code = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+        if code:
+            return os.strerror(int(code[1] or code[2]))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """{'params.embed.embedding': 'float32[256, 64]', ...}; a random key, which is saved as integers, is just 'key'."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): "key"
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _difference(saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool) -> str | None:
+    """The first thing in which a saved tree differs from the wanted one; with `partial` it may hold more."""
+    for name, shape in wanted.items():
+        if name not in saved:
+            return f"it has no {name}, which the model needs"
+        if shape not in (saved[name], "key"):
+            return f"{name} is {saved[name]} there, but {shape} in the model"
+    for name in saved if not partial else ():
+        if name not in wanted:
+            return f"it has {name}, which the model lacks"
+    return None

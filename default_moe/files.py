@@ -1,0 +1,93 @@
+"""Files that survive a crash: whole or absent when written, and with digests that tell when they have changed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "digests.json"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Puts `content` at `path`, which is seen either as it was before or as it is afterwards. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames within `folder` outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the SHA-256 and the size of every file below `folder` to its manifest, all of them flushed to the disk."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: _digest(folder / name, sync=True), names)
+        files = {
+            name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
+            for name, digest in zip(names, digests, strict=True)
+        }
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+
+
+def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with the files that the manifest of `folder` lists (all of them or just `names`), or None.
+
+    Files that it does not list are not looked at, since nothing reads them.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        listed = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST}, written last, is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable as a list of digests"
+    names = listed if names is None else names
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda name: _file_damage(folder, name, listed), names)
+        return next((problem for problem in problems if problem), None)
+
+
+def _file_damage(folder: Path, name: str, listed: dict[str, tuple[str, int]]) -> str | None:
+    if name not in listed:
+        return f"{MANIFEST} does not list {name}"
+    wanted_digest, wanted_size = listed[name]
+    try:
+        size = (folder / name).stat().st_size
+        if size != wanted_size:
+            return f"{name} has {size} bytes, not the {wanted_size} written"
+        if _digest(folder / name) != wanted_digest:
+            return f"{name} does not hold what was written: its SHA-256 differs"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _digest(path: Path, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
