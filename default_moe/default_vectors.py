@@ -67,10 +67,7 @@ def _combine_bwd(substitute: str, residuals: tuple, g_TD: Array) -> tuple:
     dot_S = (g_SD * out_SD.astype(jnp.float32)).sum(axis=-1)
     d_active_TK = dot_S.at[layout.slot_TK].get(mode="fill", fill_value=0)
     token_T1 = jnp.arange(num_tokens)[:, None]
-    if ema_MD is None:
-        d_probs_TM = jnp.zeros_like(probs_TM)
-    else:
-        d_probs_TM = _matmul(g_TD, ema_MD.T, out_SD.dtype)
+    d_probs_TM = jnp.zeros_like(probs_TM) if ema_MD is None else _matmul(g_TD, ema_MD.T, out_SD.dtype)
     d_probs_TM = d_probs_TM.at[token_T1, layout.expert_TK].set(d_active_TK, mode="drop")
     return d_probs_TM, (weight_S[:, None] * g_SD).astype(out_SD.dtype), None, None
 

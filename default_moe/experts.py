@@ -42,10 +42,10 @@ class DefaultVectors(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """probs: float32 [B, L, N].  index: int32 [B, L, K].  mask: [B, L] or None, 0 for tokens outside all statistics."""
+    """probs: float32 [B, L, N].  expert_index: int32 [B, L, K].  mask: [B, L] or None, 0 where a token is no sample."""
 
     probs: Array
-    index: Array
+    expert_index: Array
     mask: Array | None
 
 
@@ -108,10 +108,13 @@ def _device_share(
     shape_BLD = x_BLD.shape
     num_experts = weights.gate.shape[0]
     gathered = bool(expert_axes) and set(expert_axes) <= set(token_axes)
-    x_TD, probs_TN, index_TK, mask_T = (
-        None if a is None else _gather(a.reshape((-1, *a.shape[2:])), expert_axes if gathered else ())
-        for a in (x_BLD, *routing)
-    )
+
+    def tokens(a: Array) -> Array:
+        a = a.reshape((-1, *a.shape[2:]))
+        return jax.lax.all_gather(a, expert_axes, tiled=True) if gathered else a
+
+    x_TD, probs_TN, index_TK = (tokens(a) for a in (x_BLD, routing.probs, routing.expert_index))
+    mask_T = None if routing.mask is None else tokens(routing.mask)
     other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
     if other_axes:  # said here, so that the weights' gradients are added up over these axes
         weights = jax.tree.map(lambda w: jax.lax.pcast(w, other_axes, to="varying"), weights)
@@ -132,17 +135,13 @@ def _device_share(
         sum_MD, weight_M = defaults.sum + sum_MD, defaults.weight + weight_M
         ema_MD = update_ema(defaults.ema, sum_MD, weight_M, config.ema_decay)
         defaults = DefaultVectors(ema_MD, sum_MD, weight_M)
-    ema_MD = None if defaults is None else jax.lax.stop_gradient(defaults.ema)
-    y_TD = combine(probs_TM, out_SD, ema_MD, layout, config.substitute)
+    held_MD = None if defaults is None else jax.lax.stop_gradient(defaults.ema)
+    y_TD = combine(probs_TM, out_SD, held_MD, layout, config.substitute)
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, expert_axes, tiled=True)
     elif expert_axes:
         y_TD = jax.lax.psum(y_TD, expert_axes)
     return y_TD.reshape(shape_BLD), defaults
-
-
-def _gather(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
 
 
 def _batch_sums(

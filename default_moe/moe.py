@@ -122,15 +122,13 @@ class MoELayer(nn.Module):
         if not self.is_initializing() and not self.has_variable(DEFAULT_VECTORS, "ema"):
             # Flax would start again from the initial value in every step, without a word.
             raise ValueError(
-                f"the collection {DEFAULT_VECTORS!r} is missing from the variables: pass what init or the last training "
-                "step returned"
+                f"the collection {DEFAULT_VECTORS!r} is missing from the variables: pass what init or the last step "
+                "returned"
             )
         ema = self.variable(DEFAULT_VECTORS, "ema", with_axes(self._init_ema, "expert", None), shape)
-        if self.has_variable(DEFAULT_VECTOR_SUMS, "sum"):
-            sums = (self.get_variable(DEFAULT_VECTOR_SUMS, name) for name in ("sum", "weight"))
-        else:
-            sums = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
-        return DefaultVectors(ema.value, *sums)
+        total = self.get_variable(DEFAULT_VECTOR_SUMS, "sum", jnp.zeros(shape, jnp.float32))
+        weight = self.get_variable(DEFAULT_VECTOR_SUMS, "weight", jnp.zeros(shape[:1], jnp.float32))
+        return DefaultVectors(ema.value, total, weight)
 
     def _init_ema(self, shape: tuple[int, int]) -> Array:
         if self.config.ema_init == "zeros":

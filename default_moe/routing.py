@@ -5,7 +5,7 @@ Dimension key, for the whole package:
   (N on one device), K active experts per token, S slots of the grouped layout, H heads, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
     return Layout(assignment_S, slot_A.reshape(shape_TK), expert_TK, sizes_M)
 
 
-def _round_up(size: Array | int, multiple: int) -> Array | int:
+def _round_up(size: Any, multiple: int) -> Any:
     return -(-size // multiple) * multiple
 
 
@@ -120,8 +120,9 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 def sum_choices(values_SD: Array, layout: Layout, weights_TK: Array | None) -> Array:
     """For each token the (weighted) sum over its K slots, in float32: [T, D]. An expert held elsewhere counts 0."""
-    total = 0.0
-    for k in range(layout.slot_TK.shape[1]):  # K gathers of [T, D]; a [T, K, D] array never exists
+    num_tokens, num_choices = layout.slot_TK.shape
+    total = jnp.zeros((num_tokens, values_SD.shape[1]), jnp.float32)
+    for k in range(num_choices):  # K gathers of [T, D]; a [T, K, D] array never exists
         rows_TD = values_SD.at[layout.slot_TK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
         total += rows_TD if weights_TK is None else weights_TK[:, k, None] * rows_TD
     return total

@@ -1,0 +1,259 @@
+"""The decoder-only language model: pre-norm attention and feed-forward blocks, most of them Mixture-of-Experts.
+
+Dimension key: see `routing.py`; also H heads, C size of a head, V vocabulary, and in decoding S slots of the cache.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.config import ModelConfig, MoEConfig
+from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, MoELayer, small_init_std
+from default_moe.sharding import constrain, with_axes
+
+CACHE = "cache"
+
+
+@flax.struct.dataclass
+class LayerStats:
+    """What the MoE layers report, each with a leading axis of MoE layers; see `MoELayer` for the fields."""
+
+    load_balance_loss: Array
+    router_z_loss: Array
+    router_entropy: Array
+    tokens_per_expert: Array
+    default_vector_norm: Array | None
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What a block knows of its tokens beside their vectors. All [B, L]; None: absent.
+
+    positions: int32, for the rotary embedding.  segment_ids: int32, attention stays within a segment.
+    mask: 0 where a token counts in no routing statistic (padding).
+    """
+
+    positions: Array
+    segment_ids: Array | None = None
+    mask: Array | None = None
+
+
+def residual_init_std(config: ModelConfig) -> float:
+    """2 / (L sqrt(D)) for projections that merge into the residual stream (Wang et al.)."""
+    return 2 / (config.num_layers * config.d_model**0.5)
+
+
+def rotary_embedding(x_BLHC: Array, positions_BL: Array, theta: float) -> Array:
+    """Rotate pairs (c, c + C/2) of each head by position * theta**(-2c/C) (Su et al. 2021)."""
+    half = x_BLHC.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BL[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions, without biases.
+
+    With `cache_length` set it decodes: keys and values are kept in the collection "cache", and each call continues
+    where the last one ended, up to that many tokens in all.
+    """
+
+    config: ModelConfig
+    cache_length: int | None
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, tokens: Tokens) -> Array:
+        config = self.config
+        heads, size = config.num_heads, config.d_model // config.num_heads
+        init = nn.initializers.normal(small_init_std(config.d_model))
+        dtype = jnp.dtype(config.dtype)
+        q, k, v = (
+            nn.DenseGeneral(
+                (heads, size),
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=with_axes(init, "embed", "heads", None),
+                name=name,
+            )(x_BLD)
+            for name in ("query", "key", "value")
+        )
+        q = rotary_embedding(q, tokens.positions, config.rope_theta)
+        k = rotary_embedding(k, tokens.positions, config.rope_theta)
+        if self.cache_length is None:
+            mask = None
+            if tokens.segment_ids is not None:
+                mask = (tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None, :])[:, None]
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        else:
+            k, v, mask = self._extend_cache(k, v, self.cache_length)
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        merge = nn.initializers.normal(residual_init_std(config))
+        return nn.DenseGeneral(
+            config.d_model,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=with_axes(merge, "heads", None, "embed"),
+            name="out",
+        )(out)
+
+    def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
+        """All keys and values so far [B, S, H, C], and the mask [1, 1, L, S] of those that each new token may see."""
+        shape = (k.shape[0], cache_length, *k.shape[2:])
+        keys = self.variable(CACHE, "key", jnp.zeros, shape, k.dtype)
+        values = self.variable(CACHE, "value", jnp.zeros, shape, v.dtype)
+        filled = self.variable(CACHE, "filled", jnp.zeros, (), jnp.int32)
+        start = filled.value
+        if not self.is_initializing():
+            keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, k, start, axis=1)
+            values.value = jax.lax.dynamic_update_slice_in_dim(values.value, v, start, axis=1)
+            filled.value = start + k.shape[1]
+        visible = jnp.arange(cache_length)[None, :] <= (start + jnp.arange(k.shape[1]))[:, None]
+        return keys.value, values.value, visible[None, None]
+
+
+class FeedForward(nn.Module):
+    """A dense SwiGLU feed-forward network."""
+
+    config: ModelConfig
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        config = self.config
+        init = with_axes(nn.initializers.normal(small_init_std(config.d_model)), "embed", "mlp")
+        merge = with_axes(nn.initializers.normal(residual_init_std(config)), "mlp", "embed")
+        dtype = jnp.dtype(config.dtype)
+        x_TD = x_BLD.reshape(-1, config.d_model)  # plain matrix products: XLA for CPU is twice as fast on them
+        gate = nn.Dense(self.hidden_dim, use_bias=False, dtype=dtype, kernel_init=init, name="gate")(x_TD)
+        up = nn.Dense(self.hidden_dim, use_bias=False, dtype=dtype, kernel_init=init, name="up")(x_TD)
+        down = nn.Dense(config.d_model, use_bias=False, dtype=dtype, kernel_init=merge, name="down")
+        return down(jax.nn.silu(gate) * up).reshape(x_BLD.shape)
+
+
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm in float32, its result in the compute dtype."""
+    return nn.LayerNorm(
+        epsilon=config.norm_epsilon,
+        dtype=jnp.dtype(config.dtype),
+        scale_init=with_axes(nn.initializers.ones, None),
+        bias_init=with_axes(nn.initializers.zeros, None),
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """Attention, then a dense (moe=None) or Mixture-of-Experts feed-forward network, each on a normed residual."""
+
+    config: ModelConfig
+    moe: MoEConfig | None
+    dense_dim: int
+    train: bool
+    cache_length: int | None
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, LayerStats | None]:
+        config = self.config
+        x_BLD = constrain(x_BLD, "batch", None, None)
+        attention = Attention(config, self.cache_length, name="attention")
+        x_BLD += attention(layer_norm(config, "attention_norm")(x_BLD), tokens)
+        hidden_BLD = layer_norm(config, "ffn_norm")(x_BLD)
+        if self.moe is None:
+            return x_BLD + FeedForward(config, self.dense_dim, name="ffn")(hidden_BLD), None
+        moe_layer = MoELayer(self.moe, down_init_std=residual_init_std(config), name="moe")
+        y_BLD, aux = moe_layer(hidden_BLD, train=self.train, mask=tokens.mask)
+        stats = LayerStats(
+            load_balance_loss=aux["load_balance_loss"],
+            router_z_loss=aux["router_z_loss"],
+            router_entropy=aux["router_entropy"],
+            tokens_per_expert=aux["tokens_per_expert"],
+            default_vector_norm=aux.get("default_vector_norm"),
+        )
+        return x_BLD + y_BLD, stats
+
+
+class LanguageModel(nn.Module):
+    """A causal language model.
+
+    Parameters: embed, dense_layers (the leading dense blocks), moe_layers (the others), final_norm, head (unless tied).
+    Layers of a kind are stacked along a first axis, whatever `scan_unroll` and `remat` are.
+    """
+
+    config: ModelConfig
+    moe: MoEConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: Array,
+        *,
+        train: bool,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        mask: Array | None = None,
+        cache_length: int | None = None,
+    ) -> tuple[Array, LayerStats | None]:
+        """Predict the token after each token.
+
+        Args:
+          tokens_BL: int32 [batch, length].
+          train: update the default vectors (the collection "default_vectors" must be mutable).
+          positions: int32 [batch, length]; 0, 1, 2, ... if None.
+          segment_ids: int32 [batch, length]; if given, attention stays within equal ids.
+          mask: [batch, length], 0 for padding, which counts in no routing statistic.
+          cache_length: if set, decode with a cache of that many tokens (the collection "cache" must be mutable).
+
+        Returns:
+          logits, float32 [batch, length, vocabulary], and the statistics of the MoE layers (None without any).
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
+        tokens = Tokens(positions, segment_ids, mask)
+        dtype = jnp.dtype(config.dtype)
+        init = nn.initializers.normal(small_init_std(config.d_model))
+        embedding_VD = self.param("embed", with_axes(init, "vocab", "embed"), (self.vocab_size, config.d_model))
+        # Gathered whole before the look-up, like any weight split over fsdp; else activations would be split over D.
+        x_BLD = constrain(embedding_VD.astype(dtype), "vocab", None)[tokens_BL]
+        x_BLD = constrain(x_BLD, "batch", None, None)
+
+        stats = None
+        dense_dim = config.dense_dim or self.moe.expert_dim
+        for name, moe, length in (
+            ("dense_layers", None, config.num_dense_layers),
+            ("moe_layers", self.moe, config.num_moe_layers),
+        ):
+            if length:
+                layers = _stack_of_blocks(config, length)
+                x_BLD, stats = layers(config, moe, dense_dim, train, cache_length, name=name)(x_BLD, tokens)
+        x_BLD = layer_norm(config, "final_norm")(x_BLD)
+        if config.tie_embeddings:
+            kernel_DV = embedding_VD.T
+        else:
+            kernel_DV = self.param("head", with_axes(init, "embed", "vocab"), (config.d_model, self.vocab_size))
+        logits_BLV = jnp.matmul(x_BLD.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
+        return logits_BLV, stats
+
+
+def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
+    """A Block class that runs `length` blocks in a scan, recomputing in the backward pass what `remat` says."""
+    block: Any = Block
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, DEFAULT_VECTORS: 0, DEFAULT_VECTOR_SUMS: 0, CACHE: 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=length,
+        unroll=config.scan_unroll,
+        metadata_params={nn.PARTITION_NAME: None},
+    )

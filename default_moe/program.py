@@ -1,0 +1,141 @@
+"""A config made runnable: the mesh, the model, and the compiled steps with their shardings. The one place with jit."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from default_moe import sharding
+from default_moe.config import Config, ConfigError
+from default_moe.optimizer import make_optimizer
+from default_moe.train_state import TrainState, build_model, initial_state
+from default_moe.train_step import Batch, make_eval_step, make_train_step
+
+
+class Program:
+    """Everything about a run that follows from its config, the vocabulary and the devices, and holds no data.
+
+    Attributes:
+      config, mesh, model, optimizer.
+      train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
+      eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None):
+        """Raises ConfigError if the config does not fit the devices or the vocabulary."""
+        if config.model.vocab_size is not None and config.model.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {vocab_size} entries: "
+                "leave it unset to take the tokenizer's"
+            )
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh, devices)
+        self.model = build_model(config, vocab_size)
+        self.optimizer = make_optimizer(config.optim, config.train.num_steps)
+        with self.context():
+            self._check_divisible()
+            self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
+            batch_axes = sharding.mesh_axes("batch")
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.train_step = self._jit(
+            make_train_step(self.model, self.optimizer, config),
+            in_shardings=(self.state_shardings, self.batch_sharding),
+            out_shardings=(self.state_shardings, replicated),
+            donate_argnums=0,
+        )
+        self.eval_step = self._jit(
+            make_eval_step(self.model, config),
+            in_shardings=(self.state_shardings.params, self.state_shardings.variables, self.batch_sharding),
+            out_shardings=replicated,
+        )
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """The mesh and the logical axis rules in force."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.config.mesh.rules):
+            yield
+
+    def new_state(self) -> TrainState:
+        """The state before the first step, every array created where it belongs."""
+        return self._jit(self._initial_state, out_shardings=self.state_shardings)()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, for restoring one."""
+        with self.context():
+            shapes = jax.eval_shape(self._initial_state)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
+        )
+
+    def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:
+        """A global batch on the mesh, of which each process loads only the rows that its devices hold.
+
+        Args:
+          load_rows: (start, count) to a dict of arrays [count, ...], rows counted within the batch.
+          batch_size: rows of the global batch.
+        """
+        devices = self.batch_sharding.addressable_devices_indices_map((batch_size,))
+        spans = [_rows(index, batch_size) for index in devices.values()]
+        start, end = min(lo for lo, _ in spans), max(hi for _, hi in spans)
+        rows = load_rows(start, end - start)
+
+        def place(array: Any) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> Any:
+                lo, hi = _rows(index, batch_size)
+                return array[lo - start : hi - start]
+
+            return jax.make_array_from_callback((batch_size, *array.shape[1:]), self.batch_sharding, part)
+
+        return jax.tree.map(place, rows)
+
+    def _initial_state(self) -> TrainState:
+        return initial_state(self.model, self.optimizer, self.config.train.seed)
+
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`jax.jit`, with the mesh and rules in force while it traces."""
+        jitted = jax.jit(function, **options)
+        return _InContext(jitted, self.context)
+
+    def _check_divisible(self) -> None:
+        shards = sharding.num_shards("batch")
+        train, evaluation = self.config.train, self.config.eval
+        for name, size in (
+            ("train.batch_size / train.grad_accum_steps", train.batch_size // train.grad_accum_steps),
+            ("eval.batch_size", evaluation.batch_size or train.batch_size),
+        ):
+            if size % shards:
+                raise ConfigError(
+                    f"{name} is {size}, but must be a multiple of the {shards} devices that share a batch"
+                )
+        experts = sharding.num_shards("expert")
+        if self.config.moe.num_experts % experts:
+            raise ConfigError(
+                f"moe.num_experts is {self.config.moe.num_experts}, but must be a multiple of the {experts} devices "
+                "along mesh.expert"
+            )
+
+
+def _rows(index: tuple[slice, ...] | None, batch_size: int) -> tuple[int, int]:
+    """First row and the one after the last of a device's part of a batch."""
+    return index[0].indices(batch_size)[:2] if index else (0, batch_size)
+
+
+class _InContext:
+    """A jitted function that is called, lowered and compiled under a mesh."""
+
+    def __init__(self, jitted: Any, context: Callable[[], Any]):
+        self._jitted = jitted
+        self._context = context
+
+    def __call__(self, *args: Any) -> Any:
+        with self._context():
+            return self._jitted(*args)
+
+    def compile(self, *args: Any) -> Any:
+        """Compile ahead of time for arguments of these shapes; the result is called without the context."""
+        with self._context():
+            return self._jitted.lower(*args).compile()

@@ -1,0 +1,172 @@
+"""Pure training and evaluation steps: (state, batch) in, new state and metrics out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from default_moe.config import Config
+from default_moe.losses import TokenSums, auxiliary_loss, token_sums
+from default_moe.model import LanguageModel, LayerStats
+from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, zero_sums
+from default_moe.optimizer import learning_rate_schedule
+from default_moe.sharding import constrain
+from default_moe.train_state import TrainState
+
+Batch = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class _Pass:
+    """What one forward pass gives beside the loss: sums for the metrics, layer statistics, mutated collections."""
+
+    sums: TokenSums
+    stats: LayerStats | None
+    variables: Any
+
+
+def make_train_step(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step of a config: one optimizer update, or none if the loss or a gradient is not finite.
+
+    With train.grad_accum_steps > 1 the batch is processed in microbatches. The step's gradient is then that of the
+    mean loss over all tokens of the batch. Default vectors keep their contract: each step is one update, with decay
+    ema_decay, by the mean over all tokens of the batch. Microbatch m uses the vectors updated with the sums of
+    microbatches 1 to m; those after the last are kept. The balance loss is that of each microbatch, averaged.
+
+    A step whose loss, gradient norm or new state is not finite leaves all state as it was, except that it is counted.
+    """
+    schedule = learning_rate_schedule(config.optim, config.train.num_steps)
+    num_microbatches = config.train.grad_accum_steps
+
+    def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, _Pass]:
+        (logits, stats), variables = model.apply(
+            {"params": params, **variables},
+            train=True,
+            mutable=list(variables),
+            rngs={"router": rng},
+            **_model_inputs(batch, config),
+        )
+        sums = token_sums(logits, batch)
+        loss = sums.nll / num_tokens + auxiliary_loss(stats, config.moe) / num_microbatches
+        return loss, _Pass(sums, stats, variables)
+
+    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, _Pass]:
+        """Gradient of the loss, the loss, and the rest, over the whole batch."""
+        num_tokens = jnp.maximum((batch["loss_mask"] != 0).sum(), 1).astype(jnp.float32)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if num_microbatches == 1:
+            (loss, result), grads = grad_fn(state.params, state.variables, batch, num_tokens, rng)
+            return grads, loss, result
+
+        def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, _Pass]:
+            grads, loss, vector_sums = carry
+            index, microbatch = inputs
+            variables = {**state.variables, **vector_sums}
+            (micro_loss, result), micro_grads = grad_fn(
+                state.params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index)
+            )
+            new_variables = dict(result.variables)
+            vector_sums = {name: new_variables.pop(name) for name in vector_sums}
+            carry = (jax.tree.map(jnp.add, grads, micro_grads), loss + micro_loss, vector_sums)
+            return carry, dataclasses.replace(result, variables=new_variables)
+
+        vector_sums = {}
+        if DEFAULT_VECTORS in state.variables:
+            vector_sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
+        start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), vector_sums)
+        inputs = (jnp.arange(num_microbatches), _split_batch(batch, num_microbatches))
+        (grads, loss, _), passes = jax.lax.scan(microstep, start, inputs)
+        return grads, loss, _merge_passes(passes)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = {"params": params, "variables": result.variables, "opt_state": opt_state}
+        old = {name: getattr(state, name) for name in new}
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(result.variables)
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            bad_steps=state.bad_steps + jnp.where(good, 0, 1),
+            bad_steps_in_row=jnp.where(good, 0, state.bad_steps_in_row + 1),
+            **kept,
+        )
+        metrics = {
+            **_loss_metrics(result.sums),
+            "total_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.bad_steps),
+            "bad_steps": new_state.bad_steps,
+            "bad_steps_in_row": new_state.bad_steps_in_row,
+        }
+        return new_state, {**metrics, "layers": result.stats}
+
+    return train_step
+
+
+def make_eval_step(model: LanguageModel, config: Config) -> Callable[[Any, Any, Batch], tuple[TokenSums, Any]]:
+    """`eval_step(params, variables, batch) -> (TokenSums, LayerStats)`: changes no state; sums add up over batches."""
+
+    def eval_step(params: Any, variables: Any, batch: Batch) -> tuple[TokenSums, LayerStats | None]:
+        output: Any = model.apply({"params": params, **variables}, train=False, **_model_inputs(batch, config))
+        logits, stats = output
+        return token_sums(logits, batch), stats
+
+    return eval_step
+
+
+def _model_inputs(batch: Batch, config: Config) -> dict[str, Any]:
+    return {
+        "tokens_BL": batch["inputs"],
+        "positions": batch["positions"],
+        "segment_ids": batch["segment_ids"] if config.data.mask_documents else None,
+        "mask": batch["loss_mask"],
+    }
+
+
+def _loss_metrics(sums: TokenSums) -> Metrics:
+    """Mean loss in nats per token, perplexity, and bits per byte of text."""
+    loss = sums.nll / jnp.maximum(sums.tokens, 1)
+    bits_per_byte = sums.nll / jnp.log(2.0) / jnp.maximum(sums.target_bytes, 1)
+    return {"loss": loss, "perplexity": jnp.exp(loss), "bits_per_byte": bits_per_byte}
+
+
+def _split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, ...] to [parts, B / parts, ...], every microbatch spread evenly over the devices that hold the batch."""
+
+    def split(x: Array) -> Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, batch)
+
+
+def _merge_passes(passes: _Pass) -> _Pass:
+    """One _Pass of a scan's stacked ones: sums and counts added up, statistics averaged, the last state kept."""
+    variables = jax.tree.map(lambda x: x[-1], passes.variables)
+    stats = passes.stats
+    if stats is not None:
+        norms = stats.default_vector_norm
+        stats = LayerStats(
+            load_balance_loss=stats.load_balance_loss.mean(axis=0),
+            router_z_loss=stats.router_z_loss.mean(axis=0),
+            router_entropy=stats.router_entropy.mean(axis=0),
+            tokens_per_expert=stats.tokens_per_expert.sum(axis=0),
+            default_vector_norm=None if norms is None else norms[-1],
+        )
+    return _Pass(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)] or [True]))
