@@ -233,7 +233,7 @@ class CheckpointStore:
         return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """The meta of a step, or of the newest one whose meta is whole. Raises CheckpointError, as `restore_for_eval`."""
+        """The meta of a step, or of the newest one whose meta is whole. Raises as `restore_for_eval` does."""
         if step is not None:
             self._check_step(step, ["meta.json"])
             return self._read_json(step, "meta.json")
@@ -270,7 +270,7 @@ class CheckpointStore:
             raise self._nothing_here()
         if step not in steps:
             raise CheckpointError(
-                f"there is no checkpoint of step {step} in {self._root}; there are those of {', '.join(map(str, steps))}"
+                f"there is no checkpoint of step {step} in {self._root}; there is {', '.join(map(str, steps))}"
             )
         problem = find_damage(self._folder(step), names)
         if problem:

@@ -1,0 +1,44 @@
+"""A picture of how evenly tokens spread over the experts of each layer."""
+
+import io
+
+import numpy as np
+
+_LARGEST = 4.0  # colours go from a quarter of the mean to four times, so that pictures of different steps compare
+
+
+def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", first_layer: int = 0) -> bytes:
+    """A PNG with a row per MoE layer and a column per expert; white is the mean load, red more, blue less.
+
+    Args:
+      tokens_per_expert: counts [layers, experts].
+      first_layer: number of the first row's layer.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(tokens_per_expert, np.float64)
+    layers, experts = counts.shape
+    load = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
+    shade = np.log2(np.clip(load, 1 / _LARGEST, _LARGEST))
+
+    cell = 0.5 if experts <= 16 else 0.32 if experts <= 32 else 0.12
+    figure = Figure(figsize=(cell * experts + 2.4, cell * layers + 1.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shade, cmap="RdBu_r", vmin=-np.log2(_LARGEST), vmax=np.log2(_LARGEST))
+    for layer, expert in np.ndindex(layers, experts) if experts <= 32 else ():
+        color = "white" if abs(shade[layer, expert]) > 1.3 else "black"
+        text = f"{load[layer, expert]:.1f}"
+        axes.text(expert, layer, text, ha="center", va="center", color=color, fontsize=18 * cell)
+    every = 1 if experts <= 16 else 2 if experts <= 64 else 8
+    axes.set_xticks(range(0, experts, every), [str(expert) for expert in range(0, experts, every)])
+    axes.set_yticks(range(layers), [str(first_layer + layer) for layer in range(layers)])
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_title(title or "load of each expert (1 = mean)", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=0.9)
+    bar.ax.set_yticklabels(["\N{LESS-THAN OR EQUAL TO}1/4", "1/2", "1", "2", "\N{GREATER-THAN OR EQUAL TO}4"])
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
