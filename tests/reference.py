@@ -1,0 +1,223 @@
+"""The sparse MoE layer as naive float64 loops over tokens and experts, with its gradient derived by hand.
+
+Written from the formulas of arXiv:2504.12463 and sharing nothing with the package, so that a fault in the fast path
+cannot hide here. See `default_moe/routing.py` for the dimension key; tokens have one axis T.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Params(NamedTuple):
+    """kernel [D, N], gate and up [N, D, F], down [N, F, D]; float64."""
+
+    kernel: np.ndarray
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+
+
+class Settings(NamedTuple):
+    """What the mathematics depends on. router: "default" or "topk"; substitute: "forward" or "backward"."""
+
+    top_k: int
+    router: str = "default"
+    substitute: str = "forward"
+    ema_weighted: bool = True
+    ema_decay: float = 0.9
+
+
+class Routes(NamedTuple):
+    """logits, probs [T, N]; active: for each token its K experts, likeliest first."""
+
+    logits: np.ndarray
+    probs: np.ndarray
+    active: list[list[int]]
+
+
+class Result(NamedTuple):
+    """y [T, D]; ema [N, D] after the step; counts [N] of the tokens kept; the two losses, unweighted."""
+
+    y: np.ndarray
+    ema: np.ndarray
+    routes: Routes
+    counts: np.ndarray
+    load_balance_loss: float
+    z_loss: float
+
+
+class Gradients(NamedTuple):
+    x: np.ndarray
+    kernel: np.ndarray
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+
+
+def sigmoid(a: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-a))
+
+
+def expert(params: Params, i: int, x: np.ndarray) -> np.ndarray:
+    """E_i(x) = (silu(x gate_i) * (x up_i)) down_i of one token."""
+    a = x @ params.gate[i]
+    return (a * sigmoid(a) * (x @ params.up[i])) @ params.down[i]
+
+
+def route(x: np.ndarray, kernel: np.ndarray, top_k: int) -> Routes:
+    """Softmax over all experts, then the K largest; of equals, the expert of lower index comes first."""
+    num_tokens, num_experts = len(x), kernel.shape[1]
+    logits, probs, active = np.zeros((num_tokens, num_experts)), np.zeros((num_tokens, num_experts)), []
+    for t in range(num_tokens):
+        for i in range(num_experts):
+            logits[t, i] = sum(x[t, d] * kernel[d, i] for d in range(len(kernel)))
+        total = sum(math.exp(s - max(logits[t])) for s in logits[t])
+        for i in range(num_experts):
+            probs[t, i] = math.exp(logits[t, i] - max(logits[t])) / total
+        active.append(sorted(range(num_experts), key=lambda i, t=t: (-logits[t, i], i))[:top_k])
+    return Routes(logits, probs, active)
+
+
+def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s: Settings, mask) -> np.ndarray:
+    """Eq. 10 for each expert that a kept token activated; the others keep their vector."""
+    new = ema.copy()
+    for i in range(len(ema)):
+        total, weight = np.zeros(ema.shape[1]), 0.0
+        for t in range(len(x)):
+            if i in routes.active[t] and mask[t]:
+                w = routes.probs[t, i] if s.ema_weighted else 1.0
+                total += w * expert(params, i, x[t])
+                weight += w
+        if weight > 0:
+            new[i] = s.ema_decay * ema[i] + (1 - s.ema_decay) * total / weight
+    return new
+
+
+def balance(routes: Routes, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Counts [N], shares f [N], N sum_i f_i P_i, and the mean squared log-partition, over the tokens kept."""
+    num_tokens, num_experts = routes.probs.shape
+    counts, mean_probs, z = np.zeros(num_experts), np.zeros(num_experts), 0.0
+    kept = max(1, sum(1 for m in mask if m))
+    for t in range(num_tokens):
+        if mask[t]:
+            for i in routes.active[t]:
+                counts[i] += 1
+            mean_probs += routes.probs[t] / kept
+            z += log_partition(routes.logits[t]) ** 2 / kept
+    f = counts / max(1, counts.sum())
+    return counts, f, num_experts * float(f @ mean_probs), z
+
+
+def log_partition(logits: np.ndarray) -> float:
+    return max(logits) + math.log(sum(math.exp(s - max(logits)) for s in logits))
+
+
+def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None) -> Result:
+    """The layer on tokens [T, D]. With `update` the default vectors are updated first and then used."""
+    mask = np.ones(len(x)) if mask is None else mask
+    routes = route(x, params.kernel, s.top_k)
+    if update and s.router == "default":
+        ema = update_ema(x, params, routes, ema, s, mask)
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        for i in range(params.kernel.shape[1]):
+            if i in routes.active[t]:
+                y[t] += routes.probs[t, i] * expert(params, i, x[t])
+            elif s.router == "default" and s.substitute == "forward":
+                y[t] += routes.probs[t, i] * ema[i]
+    counts, _, load_balance_loss, z_loss = balance(routes, mask)
+    return Result(y, ema, routes, counts, load_balance_loss, z_loss)
+
+
+def loss(result: Result, g: np.ndarray, a: float, b: float) -> float:
+    """<G, y> + a load_balance_loss + b z_loss: a scalar whose gradient shows every path."""
+    return float((g * result.y).sum()) + a * result.load_balance_loss + b * result.z_loss
+
+
+def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, mask=None) -> Gradients:
+    """Gradient of `loss` by hand, with the default vectors of `result` as constants (eq. 8).
+
+    Chain: d/dp_i of <g, y> is <g, E_i(x)> or <g, E^_i>; of the load-balance loss N f_i / T, f being a constant; then
+    dp_i/ds_j = p_i ([i = j] - p_j); d lse^2/ds_j = 2 lse p_j; s = x W. Expert i receives p_i g.
+    """
+    mask = np.ones(len(x)) if mask is None else mask
+    probs, num_experts = result.routes.probs, params.kernel.shape[1]
+    _, f, _, _ = balance(result.routes, mask)
+    kept = max(1, sum(1 for m in mask if m))
+    d = Gradients(np.zeros_like(x), *(np.zeros_like(p) for p in params))
+    for t in range(len(x)):
+        d_probs = np.zeros(num_experts)
+        for i in range(num_experts):
+            if i in result.routes.active[t]:
+                d_probs[i] = g[t] @ expert(params, i, x[t])
+                _add_expert_gradient(d, params, i, x, t, probs[t, i] * g[t])
+            elif s.router == "default":
+                d_probs[i] = g[t] @ result.ema[i]
+            if mask[t]:
+                d_probs[i] += a * num_experts * f[i] / kept
+        for j in range(num_experts):
+            d_logit = 0.0
+            for i in range(num_experts):
+                d_logit += d_probs[i] * probs[t, i] * ((i == j) - probs[t, j])
+            if mask[t]:
+                d_logit += b * 2 * log_partition(result.routes.logits[t]) * probs[t, j] / kept
+            d.kernel[:, j] += d_logit * x[t]
+            d.x[t] += d_logit * params.kernel[:, j]
+    return d
+
+
+def _add_expert_gradient(d: Gradients, params: Params, i: int, x: np.ndarray, t: int, d_out: np.ndarray) -> None:
+    """With u = x gate, v = x up, h = silu(u) v, E = h down; silu'(u) = sigma(u) (1 + u (1 - sigma(u)))."""
+    u, v = x[t] @ params.gate[i], x[t] @ params.up[i]
+    silu = u * sigmoid(u)
+    d_h = params.down[i] @ d_out
+    d_u = d_h * v * sigmoid(u) * (1 + u * (1 - sigmoid(u)))
+    d_v = d_h * silu
+    d.down[i] += np.outer(silu * v, d_out)
+    d.gate[i] += np.outer(x[t], d_u)
+    d.up[i] += np.outer(x[t], d_v)
+    d.x[t] += params.gate[i] @ d_u + params.up[i] @ d_v
+
+
+def make_inputs(seed: int, num_tokens: int, num_experts: int, d_model: int = 12, expert_dim: int = 10):
+    """Random (x [T, D], params, ema [N, D], g [T, D]) in float64 that float32 holds exactly, outputs of order 1.
+
+    x[:, 0] is positive, so that row 0 of the kernel can favour an expert or starve it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> np.ndarray:
+        return rng.normal(0, std, shape).astype(np.float32).astype(np.float64)
+
+    x = normal(num_tokens, d_model)
+    x[:, 0] = 1 + np.abs(x[:, 0])
+    weights = (num_experts, d_model, expert_dim)
+    params = Params(
+        normal(d_model, num_experts, std=0.5),
+        normal(*weights, std=d_model**-0.5),
+        normal(*weights, std=d_model**-0.5),
+        normal(num_experts, expert_dim, d_model, std=expert_dim**-0.5),
+    )
+    return x.astype(np.float32).astype(np.float64), params, normal(num_experts, d_model), normal(num_tokens, d_model)
+
+
+def assert_close(got, expected, what: str = "", tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of each entry plus `tolerance` of the array's largest entry.
+
+    Float32 rounds at 6e-8; the sums here have up to some hundred terms behind them and may cancel, which leaves errors
+    of about sqrt(100) * 6e-8 = 6e-7 of the largest term. 1e-5 leaves room for that and for nothing systematic.
+    """
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    scale = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * scale, err_msg=what)
+
+
+def assert_no_near_ties(routes: Routes) -> None:
+    """Float32 and float64 must choose alike, else the comparison means nothing: change the seed if this fails."""
+    for logits, active in zip(routes.logits, routes.active, strict=True):
+        ranked = -np.sort(-logits)
+        gaps = ranked[: len(active)] - np.append(ranked[1:], -np.inf)[: len(active)]
+        assert gaps.min() > 1e-5, "the inputs hold near-ties"
