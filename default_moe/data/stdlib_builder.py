@@ -7,9 +7,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from default_moe.config import ConfigError
 from default_moe.data.corpus import Split
-from default_moe.data.tfds_text import quiet_tfds, read_text
+from default_moe.data.tfds_text import open_prepared, quiet_tfds, read_text
 
 Documents = dict[Split, list[tuple[str, str]]]
 
@@ -60,11 +59,7 @@ def write(variant: str, documents: Documents, directory: Path) -> Path:
 
 def read(directory: Path, split: Split) -> Iterator[str]:
     """The documents of a prepared split. Raises ConfigError if the files are damaged."""
-    quiet_tfds()
-    try:
-        builder = tfds.builder_from_directory(str(directory))
-        if split in builder.info.splits:
-            for text in read_text(builder, split, "text"):
-                yield text.decode()
-    except Exception as error:
-        raise ConfigError(f"the prepared data in {directory} cannot be read; delete that folder ({error!r})") from error
+    builder = open_prepared(directory)
+    if split in builder.info.splits:
+        for text in read_text(builder, split, "text"):
+            yield text.decode()

@@ -24,16 +24,13 @@ class TfdsText:
 
     def __init__(self, name: str, text_field: str, validation_fraction: float, directory: Path) -> None:
         """Raises ConfigError if the data set is unknown, not prepared, in another format, or has no such field."""
-        import tensorflow_datasets as tfds
-
-        quiet_tfds()
         self.name = name.replace("/", "-").replace(":", "-")
         self.replaced: Counter[str] = Counter()
         self._text_field = text_field
         self._validation_fraction = validation_fraction
         self._path = _find_prepared(name, directory)
         _check_info(self._path, name, text_field)
-        self._builder = tfds.builder_from_directory(str(self._path))
+        self._builder = open_prepared(self._path)
         splits = self._builder.info.splits
         if "train" not in splits:
             raise ConfigError(f"the data set {name!r} has no split 'train', but {', '.join(map(repr, splits))}")
@@ -65,13 +62,35 @@ def quiet_tfds() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def open_prepared(directory: Path) -> Any:
+    """The TFDS builder of a prepared data set. Raises ConfigError if its description is damaged."""
+    import tensorflow_datasets as tfds
+
+    quiet_tfds()
+    try:
+        return tfds.builder_from_directory(str(directory))
+    except Exception as error:  # whatever TFDS meets there
+        raise _unreadable(directory, error) from error
+
+
 def read_text(builder: Any, split: str, field: str) -> Iterator[bytes]:
-    """The field's bytes in every example, holding one shard at most (TFDS reads parquet shards whole)."""
-    for shard in range(builder.info.splits[split].num_shards):
-        source = builder.as_data_source(split=f"{split}[{shard}shard]")
-        for index in range(len(source)):
-            text = source[index][field]
-            yield text.encode() if isinstance(text, str) else bytes(text)
+    """The field's bytes in every example, holding one shard at most (TFDS reads parquet shards whole).
+
+    Raises ConfigError if the files are damaged.
+    """
+    try:
+        for shard in range(builder.info.splits[split].num_shards):
+            source = builder.as_data_source(split=f"{split}[{shard}shard]")
+            for index in range(len(source)):
+                text = source[index][field]
+                yield text.encode() if isinstance(text, str) else bytes(text)
+    except Exception as error:  # whatever TFDS and array_record meet there
+        raise _unreadable(builder.data_dir, error) from error
+
+
+def _unreadable(directory: Path | str, error: Exception) -> ConfigError:
+    reason = str(error).strip().partition("\n")[0]
+    return ConfigError(f"the data set in {directory} cannot be read; remove it and prepare it again ({reason})")
 
 
 def _find_prepared(name: str, directory: Path) -> Path:

@@ -1,0 +1,147 @@
+"""The standard library as text."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from default_moe.config import ConfigError, DataConfig
+from default_moe.data import Data, open_data, stdlib, stdlib_builder
+from default_moe.data.stdlib import StdlibCorpus, decode_source, docstrings
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A small standard library: 30 modules, and files that do not belong."""
+    root = tmp_path / "lib"
+    for name in [f"package/module_{index}.py" for index in range(30)]:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""What {name} is for."""\n\n\ndef f():\n    """Does it.\n\n    Well.\n    """\n')
+    for name in ("test/a.py", "package/tests/b.py", "site-packages/c.py", "_sysconfigdata_x.py", "notes.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("LEFT_OUT = True\n")
+    return root
+
+
+def test_real_library(stdlib_data: Data) -> None:
+    train, validation = stdlib_data.train.info, stdlib_data.validation.info
+    assert 400 < train.documents < 1500
+    assert 10 < validation.documents < 150
+    assert train.bytes > 5e6
+    assert validation.bytes > 1e5
+    assert train.replaced == validation.replaced == 0
+    assert train.tokens == train.bytes + train.documents
+
+
+def test_documents_and_their_split(library: Path, tmp_path: Path) -> None:
+    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    train, validation = (list(corpus.documents(split)) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 30
+    assert 3 < len(validation) < 17
+    assert not any("LEFT_OUT" in text for text in train + validation)
+    again = StdlibCorpus("python_stdlib", 0.3, tmp_path / "other", library)
+    assert list(again.documents("validation")) == validation
+    assert again.fingerprint() == corpus.fingerprint()
+
+
+def test_fingerprint_follows_content_and_fraction(library: Path, tmp_path: Path) -> None:
+    def key(fraction: float = 0.3) -> str:
+        return StdlibCorpus("python_stdlib", fraction, tmp_path, library).fingerprint()
+
+    before = key()
+    assert key(0.2) != before
+    for path in library.rglob("*.py"):
+        os.utime(path, (1, 1))
+    assert key() == before
+    (library / "package" / "module_0.py").write_text("x = 1\n")
+    assert key() != before
+
+
+def test_prepared_data_is_a_tfds_data_set_and_read_again(library: Path, tmp_path: Path, monkeypatch) -> None:
+    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    train = list(corpus.documents("train"))
+    monkeypatch.setattr(stdlib_builder, "write", None)  # not written twice
+    assert list(corpus.documents("train")) == train
+    (prepared,) = (tmp_path / "data").iterdir()
+    source = tfds.builder_from_directory(prepared).as_data_source("train")
+    assert [example["text"].decode() for example in source] == train
+
+
+def test_interrupted_preparation_leaves_nothing(library: Path, tmp_path: Path, monkeypatch) -> None:
+    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    write = stdlib_builder.write
+
+    def interrupted(*args) -> Path:
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stdlib_builder, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.documents("train")
+    assert list((tmp_path / "data").iterdir()) == []
+    monkeypatch.setattr(stdlib_builder, "write", write)
+    assert list(corpus.documents("train"))
+
+
+def test_two_processes_preparing_at_once(library: Path, tmp_path: Path, monkeypatch) -> None:
+    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    other = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    write = stdlib_builder.write
+
+    def overtaken(variant: str, documents: stdlib_builder.Documents, directory: Path) -> Path:
+        monkeypatch.setattr(stdlib_builder, "write", write)
+        monkeypatch.setattr(stdlib.os, "getpid", lambda: 1)
+        list(other.documents("train"))
+        return write(variant, documents, directory)
+
+    monkeypatch.setattr(stdlib_builder, "write", overtaken)
+    assert list(corpus.documents("train")) == list(other.documents("train")) != []
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_damaged_prepared_data(library: Path, tmp_path: Path) -> None:
+    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+    list(corpus.documents("train"))
+    (shard,) = (tmp_path / "data").glob("*/*train*")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="cannot be read; remove it and prepare it again"):
+        list(corpus.documents("train"))
+
+
+def test_english(library: Path, tmp_path: Path) -> None:
+    corpus = StdlibCorpus("python_english", 0.3, tmp_path / "data", library)
+    documents = [*corpus.documents("train"), *corpus.documents("validation")]
+    assert "What package/module_3.py is for.\n\nDoes it.\n\nWell.\n" in documents
+    assert len(documents) == 30 + len(stdlib.pydoc_topics())
+    assert len(stdlib.pydoc_topics()) > 50
+
+
+def test_docstrings_execute_nothing() -> None:
+    source = 'raise SystemExit\nclass A:\n    "About A."\n    async def f(self):\n        """About f."""\nx = "none"\n'
+    assert docstrings(source) == "About A.\n\nAbout f.\n"
+    assert docstrings("def f(:") == docstrings("x = 1") == ""
+
+
+def test_declared_encodings() -> None:
+    assert decode_source("# -*- coding: latin-1 -*-\n# é\r\n".encode("latin-1")) == "# -*- coding: latin-1 -*-\n# é\n"
+    assert decode_source(b"# \xff\n") == "# \ufffd\n"
+    assert decode_source(b"# coding: no-such\n") == "# coding: no-such\n"
+
+
+def test_no_sources(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no standard library sources in .*text_files"):
+        StdlibCorpus("python_stdlib", 0.3, tmp_path, tmp_path / "missing")
+
+
+def test_output_is_lines_of_ours_alone(library: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    open_data(DataConfig(dir=str(tmp_path / "data"), validation_fraction=0.3))
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "Prepared python_stdlib (train)",
+        "Prepared python_stdlib (validation)",
+    ]
+    assert err == ""

@@ -1,0 +1,195 @@
+"""The user's own files: what is read, how it is split, and every way in which files can be wrong."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from default_moe.config import ConfigError
+from default_moe.data import text_files
+from default_moe.data.text_files import TextFiles
+
+
+def documents(corpus: TextFiles) -> list[str]:
+    return [*corpus.documents("train"), *corpus.documents("validation")]
+
+
+def write_lines(path: Path, records: list) -> Path:
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "jsonl.gz", "parquet"])
+def test_every_kind_gives_its_documents(tmp_path: Path, kind: str) -> None:
+    wanted = [f"text {index} é世\r\n  end" for index in range(300)]
+    if kind in ("txt", "md"):
+        for index, text in enumerate(wanted):
+            (tmp_path / f"{index}.{kind}").write_bytes(text.encode())
+    elif kind == "parquet":
+        pq.write_table(pa.table({"id": list(range(300)), "text": wanted}), tmp_path / "a.parquet", row_group_size=70)
+    else:
+        write_lines(tmp_path / f"a.{kind}", [{"id": 1, "text": text} for text in wanted])
+    corpus = TextFiles(f"{tmp_path}/*.{kind}", "text", 0.1)
+    validation = list(corpus.documents("validation"))
+    assert sorted(documents(corpus)) == sorted(wanted)
+    assert 10 <= len(validation) <= 50  # 10 % of 300, give or take what a hash does
+    assert validation == list(corpus.documents("validation"))
+
+
+def test_globs_with_commas_folders_and_repeats(texts: Path) -> None:
+    (texts / "more").mkdir()
+    (texts / "more" / "a.md").write_text("nested")
+    corpus = TextFiles(f"{texts}/*.txt, {texts}/**/*.md,{texts}/00.txt", "text", 0.2)
+    assert len(documents(corpus)) == 41
+
+
+def test_same_files_elsewhere_are_split_in_the_same_way(texts: Path, tmp_path: Path) -> None:
+    before = TextFiles(f"{texts}/*.txt", "text", 0.3)
+    copy = tmp_path / "elsewhere"
+    texts.rename(copy)
+    texts.mkdir()
+    for path in copy.iterdir():
+        (texts / path.name).write_bytes(path.read_bytes())
+    after = TextFiles(f"{copy}/*.txt", "text", 0.3)
+    assert list(before.documents("validation")) == list(after.documents("validation")) != []
+
+
+def test_fingerprint_follows_files_field_and_fraction(texts: Path) -> None:
+    pattern = f"{texts}/*.txt"
+    key = TextFiles(pattern, "text", 0.3).fingerprint()
+    assert key == TextFiles(pattern, "text", 0.3).fingerprint()
+    assert key != TextFiles(pattern, "text", 0.2).fingerprint()
+    assert key != TextFiles(pattern, "body", 0.3).fingerprint()
+    (texts / "00.txt").write_text("changed")
+    assert key != TextFiles(pattern, "text", 0.3).fingerprint()
+
+
+def test_large_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "LARGEST_PIECE", 1000)
+    monkeypatch.setattr(text_files, "FEW_FILES", 1)
+    path = tmp_path / "a.txt"
+    text = "".join(f"line {index} ü\n" for index in range(1000)) + "世" * 1500 + "\nend"
+    path.write_text(text)
+    pieces = [piece for piece, _ in text_files._read_plain(path, 1000, lambda index: True)]
+    assert "".join(pieces) == text
+    assert max(len(piece.encode()) for piece in pieces) <= 1000
+    assert pieces[0].endswith("\n")
+    corpus = TextFiles(str(path), "text", 0.3)
+    assert sorted(documents(corpus)) == sorted(pieces)
+    assert not corpus.replaced  # no character was cut in two
+
+
+def test_one_text_file_can_be_held_out_in_part(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("A line of the only book.\n" * 40_000)
+    corpus = TextFiles(str(tmp_path / "book.txt"), "text", 0.05)
+    train, validation = (sum(map(len, corpus.documents(split))) for split in ("train", "validation"))
+    assert train + validation == 1_000_000
+    assert 10_000 < validation < 120_000
+
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
+    legitimate = "\ufffd".encode()
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgood " + legitimate + b" \xff bad \xe4\xb8 cut")
+    write_lines(tmp_path / "b.jsonl", [{"text": "surrogate \ud800!"}])
+    column = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    )  # as other writers leave it
+    pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    corpus = TextFiles(f"{tmp_path}/*", "text", 0.5)
+    assert sorted(documents(corpus)) == ["a\ufffdb", "good \ufffd \ufffd bad \ufffd cut", "surrogate \ufffd!"]
+    assert {Path(name).name: places for name, places in corpus.replaced.items()} == {
+        "a.txt": 2,
+        "b.jsonl": 1,
+        "c.parquet": 1,
+    }
+
+
+def test_empty_and_null_texts_are_no_documents(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}, {"text": "x"}])
+    pq.write_table(pa.table({"text": ["", None, "y"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("")
+    assert sorted(documents(TextFiles(f"{tmp_path}/*", "text", 0.5))) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 is not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"txt": "x", "id": 1}\n',
+            r"'text', but the fields at .*a\.jsonl:1 are 'txt', 'id'; did you.*'txt'",
+        ),
+        ("a.jsonl", b'{"text": 5}\n', r"'text', but at .*a\.jsonl:1 it holds int, not text"),
+        ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz is not a gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], r"a\.jsonl\.gz is cut short"),
+        ("a.parquet", b"not parquet at all", r"a\.parquet is not a parquet file"),
+        ("a.csv", b"a,b", r"a\.csv is no \.txt, \.md, \.jsonl, \.jsonl\.gz, \.parquet file"),
+    ],
+)
+def test_wrong_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        documents(TextFiles(f"{tmp_path}/*", "text", 0.5))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_parquet_fields(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"txt": ["x"], "number": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"are 'txt', 'number'; did you mean 'txt'"):
+        documents(TextFiles(f"{tmp_path}/*", "text", 0.5))
+    with pytest.raises(ConfigError, match=r"'number', but in .*a\.parquet it holds int64"):
+        documents(TextFiles(f"{tmp_path}/*", "number", 0.5))
+
+
+def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{index} " * 50 for index in range(5000)]}), path)
+    data = bytearray(path.read_bytes())
+    data[100:5000] = bytes(4900)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"a\.parquet is damaged"):
+        documents(TextFiles(str(path), "text", 0.5))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no-such\*' names no file \(looked from"):
+        TextFiles(f"{tmp_path}/no-such*", "text", 0.5)
+    with pytest.raises(ConfigError, match=r"names no file \(it is a folder; try '.*/\*\*/\*\.txt'\)"):
+        TextFiles(str(tmp_path), "text", 0.5)
+    with pytest.raises(ConfigError, match=r"data\.files is empty"):
+        TextFiles(" , ", "text", 0.5)
+
+
+def test_file_that_vanishes(texts: Path) -> None:
+    corpus = TextFiles(f"{texts}/*.txt", "text", 0.5)
+    (texts / "00.txt").unlink()
+    with pytest.raises(ConfigError, match=r"00\.txt cannot be read: No such file"):
+        documents(corpus)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
+    path, text, count = tmp_path / f"a.{kind}", "sixteen letters\n" * 64, 70_000  # 72 MB
+    if kind == "parquet":
+        with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:
+            for _ in range(0, count, 1000):
+                writer.write_table(pa.table({"text": [text] * 1000}))
+    else:
+        line = json.dumps({"text": text}) + "\n" if kind == "jsonl" else text
+        with path.open("w") as file:
+            for _ in range(count):
+                file.write(line)
+    corpus = TextFiles(str(path), "text", 0.05)
+    tracemalloc.start()
+    size = sum(len(text) for text in corpus.documents("train"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 60e6
+    assert peak < 16e6
