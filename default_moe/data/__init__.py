@@ -7,7 +7,7 @@ ids on the disk; packing.py cuts them into rows; pipeline.py puts these together
 from default_moe.data.packing import Batch, Rows
 from default_moe.data.pipeline import Data, data_directory, measure_reading, open_data
 from default_moe.data.prefetch import Prefetcher
-from default_moe.data.tokenizer import Tokenizer, tokenizer_from_dict
+from default_moe.data.tokenizer import Tokenizer, tokenizer_fingerprint, tokenizer_from_dict
 
 __all__ = [
     "Batch",
@@ -18,5 +18,6 @@ __all__ = [
     "data_directory",
     "measure_reading",
     "open_data",
+    "tokenizer_fingerprint",
     "tokenizer_from_dict",
 ]

@@ -22,7 +22,7 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, whole: bool) -> None:
         targets = max(len(tokens) - 1, 0)
-        self._tokens = tokens
+        self._tokens = np.asarray(tokens)  # a view; slices of a memmap itself are slow to make
         self._sequence_length = sequence_length
         self._count = targets // sequence_length if whole else -(-targets // sequence_length)
 

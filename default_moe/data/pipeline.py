@@ -123,7 +123,6 @@ def measure_reading(data: Data, sequence_length: int, batch_size: int, seconds: 
 
 
 def _open_data(config: DataConfig, directory: Path, log: Log) -> Data:
-    directory.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(config)
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
     tokenizer = open_tokenizer(config, corpus, cache, log)

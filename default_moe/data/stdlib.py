@@ -15,6 +15,7 @@ import shutil
 import sys
 import sysconfig
 import tokenize
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -140,7 +141,7 @@ class StdlibCorpus:
             if text.strip():
                 held_out = in_split(name, "validation", self._validation_fraction)
                 documents["validation" if held_out else "train"].append((name, text))
-        temporary = prepared.with_name(f"{prepared.name}.{os.getpid()}.tmp")
+        temporary = prepared.with_name(f"{prepared.name}.{uuid.uuid4().hex}.tmp")
         try:
             written = stdlib_builder.write(self.name, documents, temporary)
             written.rename(prepared)

@@ -98,7 +98,7 @@ def _find_files(patterns: str) -> list[tuple[str, Path]]:
             raise ConfigError(f"data.files: {pattern!r} names no file ({hint})")
         folder = Path(expanded).parent if literal else _fixed_folder(expanded)
         for path in files:
-            found.setdefault(path, path.relative_to(folder).as_posix())
+            found.setdefault(Path(os.path.abspath(path)), path.relative_to(folder).as_posix())
     if not found:
         raise ConfigError("data.files is empty, but needs a glob, 'texts/*.txt' for instance")
     for path in found:
@@ -168,7 +168,9 @@ def _read_lines(file: IO[bytes] | gzip.GzipFile, path: Path, field: str, wanted:
                 f"data.files: {where} is not valid JSON ({error}); each line must be one object"
             ) from error
         if not isinstance(record, dict):
-            raise ConfigError(f"data.files: {where} is not a JSON object, but must be, {{{field!r}: ...}} for instance")
+            raise ConfigError(
+                f"data.files: {where} is not a JSON object, but must be, {{{json.dumps(field)}: ...}} for instance"
+            )
         if field not in record:
             raise _no_field(field, where, list(record))
         text = record[field]
@@ -193,15 +195,12 @@ def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str,
             raise _no_field(field, str(path), schema.names)
         kind = schema.field(field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not any(
-            is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        ):
+        if kind not in (pa.string(), pa.large_string(), pa.string_view()):
             raise ConfigError(f"data.text_field is {field!r}, but in {path} it holds {kind}, not text")
         index = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                column = batch.column(0)
-                for value in column:
+                for value in batch.column(0):
                     if wanted(index):
                         yield _parquet_text(value)
                     index += 1

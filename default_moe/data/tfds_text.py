@@ -29,7 +29,7 @@ class TfdsText:
         self._text_field = text_field
         self._validation_fraction = validation_fraction
         self._path = _find_prepared(name, directory)
-        _check_info(self._path, name, text_field)
+        _check_info(self._path, name, text_field, directory)
         self._builder = open_prepared(self._path)
         splits = self._builder.info.splits
         if "train" not in splits:
@@ -139,7 +139,7 @@ def _advice(name: str, directory: Path) -> str:
     )
 
 
-def _check_info(path: Path, name: str, text_field: str) -> None:
+def _check_info(path: Path, name: str, text_field: str, directory: Path) -> None:
     """Checks format and fields in the data set's JSON files before TFDS opens them."""
     try:
         info = json.loads((path / "dataset_info.json").read_text())
@@ -150,9 +150,10 @@ def _check_info(path: Path, name: str, text_field: str) -> None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is not a data set that TFDS 4 prepared ({error!r})") from error
     if not set(formats) & set(READABLE):
+        first = "move it away and " if path.is_relative_to(directory) else ""
         raise ConfigError(
             f"the data set {name!r} in {path} is prepared as {formats[0]}, which only TensorFlow reads, but must be "
-            f"array_record or parquet; {_advice(name, path.parent)} after moving the old one away"
+            f"array_record or parquet; {first}{_advice(name, directory)}"
         )
     foreign = [cls for cls in classes if not cls.startswith("tensorflow_datasets.")]
     if foreign:  # TFDS would import the module that the file names

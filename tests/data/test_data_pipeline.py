@@ -1,6 +1,7 @@
 """From a DataConfig to rows, as the trainer sees it."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from default_moe.config import ConfigError, DataConfig
-from default_moe.data import Data, data_directory, measure_reading, open_data
+from default_moe.data import Data, data_directory, measure_reading, open_data, token_store
 
 
 def config(texts: Path, **changes: object) -> DataConfig:
@@ -120,6 +121,16 @@ def test_unusable_directory(texts: Path) -> None:
         open_data(config(texts, dir=str(texts.parent / "file" / "data")))
 
 
+def test_full_disk(texts: Path, monkeypatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_store.zlib, "crc32", full)
+    with pytest.raises(ConfigError, match=r"data\.dir: .* prepared data: No space left on device"):
+        open_data(config(texts))
+    assert not list(texts.parent.rglob("data/**/*.t*"))
+
+
 def test_directory_is_chosen_by_config_environment_and_default(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DEFAULT_MOE_DATA", raising=False)
@@ -127,6 +138,13 @@ def test_directory_is_chosen_by_config_environment_and_default(tmp_path: Path, m
     monkeypatch.setenv("DEFAULT_MOE_DATA", str(tmp_path / "environment"))
     assert data_directory(DataConfig()) == tmp_path / "environment"
     assert data_directory(DataConfig(dir="~/mine")) == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("wrong", [{"files": "no-such/*"}, {"tokenizer": "no-such.json"}])
+def test_wrong_settings_write_nothing(texts: Path, wrong: dict) -> None:
+    with pytest.raises(ConfigError, match="no-such"):
+        open_data(config(texts, **wrong))
+    assert not (texts.parent / "data").exists()
 
 
 def test_unknown_corpus(tmp_path: Path) -> None:

@@ -92,7 +92,6 @@ def test_two_processes_preparing_at_once(library: Path, tmp_path: Path, monkeypa
 
     def overtaken(variant: str, documents: stdlib_builder.Documents, directory: Path) -> Path:
         monkeypatch.setattr(stdlib_builder, "write", write)
-        monkeypatch.setattr(stdlib.os, "getpid", lambda: 1)
         list(other.documents("train"))
         return write(variant, documents, directory)
 

@@ -193,3 +193,4 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None
     tracemalloc.stop()
     assert size > 60e6
     assert peak < 16e6
+    assert pa.default_memory_pool().max_memory() < 64e6  # which tracemalloc does not see

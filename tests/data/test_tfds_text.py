@@ -77,8 +77,13 @@ def test_several_shards_of_parquet_are_all_read(tmp_path: Path, monkeypatch: pyt
 def test_prepared_as_tfrecord(tmp_path: Path) -> None:
     path = prepare(tmp_path, train=TRAIN)
     edit(path / "dataset_info.json", fileFormat="tfrecord")
-    with pytest.raises(ConfigError, match=r'as tfrecord, which.*download_and_prepare\(file_format="array_record"\)'):
+    advice = r"prepare it with tfds\.builder\('tiny_texts', .*\)\.download_and_prepare\(file_format=.array_record.\)"
+    with pytest.raises(ConfigError, match="as tfrecord, .* or parquet; move it away and " + advice):
         TfdsText("tiny_texts", "text", 0.2, tmp_path)
+    (tmp_path / "tensorflow_datasets").mkdir()
+    path.parent.rename(tmp_path / "tensorflow_datasets" / "tiny_texts")
+    with pytest.raises(ConfigError, match="as tfrecord, .* or parquet; " + advice):
+        TfdsText("tiny_texts", "text", 0.2, tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["c4/en", "wiki40b", "wikipedia/20230601.en", "imdb_reviews"])
