@@ -1,7 +1,5 @@
 """TFDS builders of the standard library's text, written as array_record and read without TensorFlow."""
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +48,8 @@ _BUILDERS: dict[str, type[_NamedTexts]] = {"python_stdlib": PythonStdlib, "pytho
 
 def write(variant: str, documents: Documents, directory: Path) -> Path:
     """Prepares the data set under `directory` and returns the folder that holds it."""
-    quiet_tfds()
-    builder = _BUILDERS[variant](documents=documents, data_dir=str(directory), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet_tfds():
+        builder = _BUILDERS[variant](documents=documents, data_dir=str(directory), file_format="array_record")
         builder.download_and_prepare()
     return Path(builder.data_dir)
 

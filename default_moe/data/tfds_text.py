@@ -1,6 +1,8 @@
 """Text data sets of TensorFlow Datasets, prepared as array_record or parquet and read without TensorFlow."""
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -54,21 +56,29 @@ class TfdsText:
                     yield text
 
 
-def quiet_tfds() -> None:
-    """Turns off TFDS's progress bars and remarks."""
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """Without TFDS's progress bars, remarks and logging."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def open_prepared(directory: Path) -> Any:
     """The TFDS builder of a prepared data set. Raises ConfigError if its description is damaged."""
     import tensorflow_datasets as tfds
 
-    quiet_tfds()
     try:
-        return tfds.builder_from_directory(str(directory))
+        with quiet_tfds():
+            return tfds.builder_from_directory(str(directory))
     except Exception as error:  # whatever TFDS meets there
         raise _unreadable(directory, error) from error
 
@@ -80,7 +90,8 @@ def read_text(builder: Any, split: str, field: str) -> Iterator[bytes]:
     """
     try:
         for shard in range(builder.info.splits[split].num_shards):
-            source = builder.as_data_source(split=f"{split}[{shard}shard]")
+            with quiet_tfds():
+                source = builder.as_data_source(split=f"{split}[{shard}shard]")
             for index in range(len(source)):
                 text = source[index][field]
                 yield text.encode() if isinstance(text, str) else bytes(text)

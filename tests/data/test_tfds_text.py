@@ -27,10 +27,10 @@ def no_network_and_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def prepare(directory: Path, file_format: str = "array_record", **splits: list[str]) -> Path:
-    quiet_tfds()
     documents = {split: [(text, text) for text in texts] for split, texts in splits.items()}
     builder = TinyTexts(documents=documents, data_dir=str(directory), file_format=file_format)
-    builder.download_and_prepare()
+    with quiet_tfds():
+        builder.download_and_prepare()
     return Path(builder.data_dir)
 
 
@@ -65,10 +65,10 @@ def test_tfds_own_directory(tmp_path: Path) -> None:
 
 
 def test_several_shards_of_parquet_are_all_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet_tfds()
     documents = {"train": [(text, text) for text in TRAIN]}
     builder = TinyTexts(documents=documents, data_dir=str(tmp_path), file_format="parquet")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    with quiet_tfds():
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
     corpus = TfdsText("tiny_texts", "text", 0.2, tmp_path)
     assert len(list(tmp_path.rglob("*.parquet*"))) == 4
     assert sorted([*corpus.documents("train"), *corpus.documents("validation")]) == sorted(TRAIN)
