@@ -379,6 +379,16 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def to_config_dict(config: Config) -> ConfigDict:
+    """The locked ConfigDict that stands for `config`."""
+    result = default_config()
+    for name, value in flat_items(config.to_dict()):
+        if value is not None:
+            section, key = name.split(".")
+            result[section][key] = value
+    return result
+
+
 def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """('model.d_model', 128), ... of a nested mapping."""
     for key, value in mapping.items():

@@ -106,8 +106,8 @@ class Attention(nn.Module):
     def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
         """All keys and values so far [B, S, H, C], and the mask [1, 1, L, S] of those that each new token may see."""
         shape = (k.shape[0], cache_length, *k.shape[2:])
-        keys = self.variable(CACHE, "key", jnp.zeros, shape, k.dtype)
-        values = self.variable(CACHE, "value", jnp.zeros, shape, v.dtype)
+        keys = self.variable(CACHE, "cached_key", jnp.zeros, shape, k.dtype)
+        values = self.variable(CACHE, "cached_value", jnp.zeros, shape, v.dtype)
         filled = self.variable(CACHE, "filled", jnp.zeros, (), jnp.int32)
         start = filled.value
         if not self.is_initializing():

@@ -19,7 +19,8 @@ class Program:
     """Everything about a run that follows from its config, the vocabulary and the devices, and holds no data.
 
     Attributes:
-      config, mesh, model, optimizer.
+      config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
+      num_batch_shards: devices that each hold a part of a batch.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
     """
@@ -34,20 +35,22 @@ class Program:
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh, devices)
         self.model = build_model(config, vocab_size)
+        self.vocab_size = self.model.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
             self._check_divisible()
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
+            self.num_batch_shards = sharding.num_shards("batch")
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.train_step = self._jit(
+        self.train_step = self.jit(
             make_train_step(self.model, self.optimizer, config),
             in_shardings=(self.state_shardings, self.batch_sharding),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
-        self.eval_step = self._jit(
+        self.eval_step = self.jit(
             make_eval_step(self.model, config),
             in_shardings=(self.state_shardings.params, self.state_shardings.variables, self.batch_sharding),
             out_shardings=replicated,
@@ -61,7 +64,7 @@ class Program:
 
     def new_state(self) -> TrainState:
         """The state before the first step, every array created where it belongs."""
-        return self._jit(self._initial_state, out_shardings=self.state_shardings)()
+        return self.jit(self._initial_state, out_shardings=self.state_shardings)()
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring one."""
@@ -95,10 +98,10 @@ class Program:
     def _initial_state(self) -> TrainState:
         return initial_state(self.model, self.optimizer, self.config.train.seed)
 
-    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def jit(self, function: Callable[..., Any], **options: Any) -> "CompiledInContext":
         """`jax.jit`, with the mesh and rules in force while it traces."""
         jitted = jax.jit(function, **options)
-        return _InContext(jitted, self.context)
+        return CompiledInContext(jitted, self.context)
 
     def _check_divisible(self) -> None:
         shards = sharding.num_shards("batch")
@@ -124,7 +127,7 @@ def _rows(index: tuple[slice, ...] | None, batch_size: int) -> tuple[int, int]:
     return index[0].indices(batch_size)[:2] if index else (0, batch_size)
 
 
-class _InContext:
+class CompiledInContext:
     """A jitted function that is called, lowered and compiled under a mesh."""
 
     def __init__(self, jitted: Any, context: Callable[[], Any]):

@@ -56,14 +56,15 @@ class Data:
         )
 
 
-def open_data(config: DataConfig, log: Log = _print) -> Data:
+def open_data(config: DataConfig, log: Log = _print, tokenizer: Tokenizer | None = None) -> Data:
     """The data of a run, prepared now where it has not been before, with a line to `log` about it.
 
+    tokenizer: to be used instead of the one that the config names, a checkpoint's for instance.
     Raises ConfigError if the corpus, the tokenizer or the data directory cannot be used.
     """
     directory = data_directory(config)
     try:
-        return _open_data(config, directory, log)
+        return _open_data(config, directory, log, tokenizer)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"data.dir: {directory} cannot be used for prepared data: {reason}") from error
@@ -122,10 +123,10 @@ def measure_reading(data: Data, sequence_length: int, batch_size: int, seconds: 
     return batches * batch_size * sequence_length / elapsed
 
 
-def _open_data(config: DataConfig, directory: Path, log: Log) -> Data:
+def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokenizer | None) -> Data:
     corpus = open_corpus(config)
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
-    tokenizer = open_tokenizer(config, corpus, cache, log)
+    tokenizer = tokenizer or open_tokenizer(config, corpus, cache, log)
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
     train = open_store(folder / "train", corpus, "train", tokenizer, log)
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)

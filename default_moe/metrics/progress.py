@@ -14,22 +14,25 @@ _SHOWN = (
 
 
 class Progress:
-    """Shows how far a run of `total_steps` has come, starting after `start_step`.
+    """Shows how far a run of `total_steps` has come, from `start` on. Before that it prints messages alone.
 
     The time left is reckoned from the steps after the first, which compiles.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total = total_steps
         self._stream = stream or sys.stdout
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
+
+    def start(self, step: int) -> None:
+        """Begins after `step`, with a bar if the stream is a terminal."""
         if self._stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
+                total=self._total,
+                initial=step,
                 file=self._stream,
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",

@@ -1,0 +1,105 @@
+"""What the command-line programs share: reading flags, and errors as one line with an exit code."""
+
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from default_moe.checkpoint import CheckpointError
+from default_moe.config import Config, ConfigError, to_config_dict
+from default_moe.trainer import TrainingFailed
+
+BAD_INPUT = 2
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """Run a program on the command line's arguments and exit with its code.
+
+    Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130.
+    """
+    try:
+        code = main(sys.argv)
+    except (ConfigError, CheckpointError, flags.Error) as error:
+        code = _report(error, BAD_INPUT)
+    except TrainingFailed as error:
+        code = _report(error, 1)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def parse_config(argv: list[str], flag: Any, default: str) -> Config:
+    """The Config of a `--config` flag made with `DEFINE_config_file`, after parsing all flags of `argv`.
+
+    `default` is the config file when none is given. (As the flag's own default it would be loaded, and checked against
+    the overrides, even when another file is asked for.) Raises ConfigError or flags.Error.
+    """
+    if not config_name(argv, ""):
+        argv = [argv[0], f"--config={default}", *argv[1:]]
+    parse_flags(argv)
+    try:
+        return Config.from_config_dict(flag.value)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Parse all of the command line. Raises ConfigError or flags.Error on anything that is not right."""
+    app.define_help_flags()
+    with _unknown_keys_reported(argv):
+        rest = values(argv)
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r} is not a flag: settings are given as --config.section.key=value")
+
+
+def parse_known_flags(argv: list[str]) -> list[str]:
+    """Parse the flags that the program defines; returns the others, with the program's name before them."""
+    app.define_help_flags()
+    return flags.FLAGS(argv, known_only=True)
+
+
+def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -> Config:
+    """`config` with the --config.section.key=value of `argv`. Raises ConfigError if a section is not in `allowed`."""
+    values = flags.FlagValues()
+    before = to_config_dict(config)
+    with _unknown_keys_reported(argv):
+        holder = config_flags.DEFINE_config_dict("config", before.copy_and_resolve_references(), flag_values=values)
+    parse_flags(argv, values)
+    for section in before:
+        if section not in allowed and holder.value[section].to_dict() != before[section].to_dict():
+            raise ConfigError(f"{section}.* is fixed by the checkpoint; only {', '.join(allowed)} can be changed here")
+    return Config.from_config_dict(holder.value)
+
+
+def config_name(argv: list[str], default: str) -> str:
+    """The stem of the config file that --config names: "paper" for configs/paper.py:8c1."""
+    names = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
+    return Path((names or [default])[-1].split(":")[0]).stem
+
+
+@contextlib.contextmanager
+def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
+    """Turns ConfigDict's complaint about a key that it does not have into one line with the flag that names it."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        words = str(error).replace("\\", "")
+        hint = re.search(r"Did you mean .([^'\" ]+)", words)
+        key = re.search(r"['\"](\w+)['\"]", words)
+        name = key.group(1) if key else words
+        flag = next((arg.split("=")[0] for arg in argv if name in arg.split("=")[0].split(".")), None)
+        raise ConfigError(
+            f"there is no setting {name!r} ({flag or 'in the config file'})"
+            + (f"; did you mean {hint.group(1)!r}?" if hint else "")
+        ) from None
+
+
+def _report(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,73 @@
+"""Evaluating a saved checkpoint: the report of eval.py."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from default_moe.checkpoint import CheckpointStore
+from default_moe.config import Config, ConfigError
+from default_moe.data import open_data, tokenizer_from_dict
+from default_moe.evaluation import Evaluation, evaluate
+from default_moe.files import write_atomically
+from default_moe.generate import sample_text
+from default_moe.program import Program
+
+
+def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[[Config], Config]) -> int:
+    """Evaluate a checkpoint on the whole held-out split, print a table, write `<workdir>/eval/step_N.json`.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint; None takes the newest that is whole.
+      prompt: text to continue; None takes eval.prompt.
+      override: changes the checkpoint's own config.
+
+    Returns:
+      the exit code, 0. Raises ConfigError or CheckpointError on bad input.
+    """
+    with CheckpointStore(workdir, read_only=True) as store:
+        meta = store.read_meta(step)
+        saved = Config.from_mapping(meta["config"])
+        whole_split = dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, num_batches=0))
+        config = override(whole_split)
+        tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        data = open_data(config.data, tokenizer=tokenizer)
+        if data.corpus_hash != meta["corpus_hash"]:
+            print("note: this is not the text that the run was trained on, or another version of it", flush=True)
+        program = Program(config, tokenizer.vocab_size)
+        state = program.abstract_state()
+        wanted = {"params": state.params, "variables": state.variables}
+        restored, _, step = store.restore_for_eval(wanted, step)
+    rows = data.validation_rows(config.train.sequence_length)
+    result = evaluate(program, restored["params"], restored["variables"], rows, config.eval.num_batches)
+    prompt = config.eval.prompt if prompt is None else prompt
+    text = sample_text(program, restored["params"], restored["variables"], tokenizer, prompt)
+    print(_table(result, step, config))
+    print(f"\nfrom the prompt {prompt!r}:\n{text}")
+    path = workdir / "eval" / f"step_{step}.json"
+    report = {"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(report, indent=1))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {path}: {error.strerror}") from error
+    print(f"\nwritten to {path}", flush=True)
+    return 0
+
+
+def _table(result: Evaluation, step: int, config: Config) -> str:
+    """Held-out figures, and a line per MoE layer."""
+    lines = [
+        f"step {step}, {config.data.name}, {result.tokens:,} held-out tokens, {result.text_bytes:,} bytes",
+        f"  loss           {result.loss:.4f} nats per token",
+        f"  perplexity     {result.perplexity:.4f}",
+        f"  bits per byte  {result.bits_per_byte:.4f}",
+    ]
+    columns = ("load_balance_loss", "router_entropy", "max_load", "min_load", "default_vector_norm")
+    if result.layers:
+        lines.append("  layer" + "".join(f"{name:>21}" for name in columns))
+    for index, row in enumerate(result.layers, config.model.num_dense_layers):
+        values = (f"{row[name]:.4f}" if name in row else "-" for name in columns)
+        lines.append(f"  {index:5}" + "".join(f"{value:>21}" for value in values))
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""The training loop: batches in, metrics and checkpoints out. All arithmetic is elsewhere."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from default_moe import sharding
+from default_moe.checkpoint import CheckpointStore
+from default_moe.config import Config
+from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
+from default_moe.evaluation import evaluate
+from default_moe.generate import sample_text
+from default_moe.metrics import MetricsWriter, Progress, peak_flops
+from default_moe.model_size import parameter_counts, train_flops_per_token
+from default_moe.program import Program
+from default_moe.stopping import StopRequest, any_process
+from default_moe.train_state import TrainState
+from default_moe.train_step import Batch
+from default_moe.workdir import open_run
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on. The message is one line; the last checkpoint is intact."""
+
+
+def train(config: Config, workdir: Path) -> int:
+    """Train as `config` says, in `workdir`; go on from the newest checkpoint there, bit for bit.
+
+    Returns:
+      the exit code: 0 when done or stopped by SIGTERM, 130 when stopped by Ctrl-C.
+
+    Raises:
+      ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
+    """
+    progress = Progress(config.train.num_steps)
+    sharding.make_mesh(config.mesh)  # fails early, before any data is prepared
+    data = open_data(config.data, progress.message)
+    train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
+    validation_rows = data.validation_rows(config.train.sequence_length)
+    program = Program(config, data.tokenizer.vocab_size)
+    tokenizer_hash = tokenizer_fingerprint(data.tokenizer)
+    with (
+        open_run(workdir, config, data.corpus_hash, program.vocab_size, tokenizer_hash) as run,
+        CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
+    ):
+        for note in run.notes:
+            progress.message(f"changed since the run began: {note}")
+        restored = store.restore_latest(program.abstract_state())
+        state, start = (restored[0], restored[2]) if restored else (program.new_state(), 0)
+        progress.message(_description(program, data, workdir, start))
+        if start >= config.train.num_steps:
+            progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
+            return 0
+        writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
+        loop = _Loop(program, data, train_rows, validation_rows, store, writer, progress)
+        try:
+            with StopRequest() as stop:
+                state, finished = loop.run(state, start, stop)
+        finally:
+            writer.close()
+            progress.close()
+    if not finished:
+        progress.message(f"stopped; the same command goes on from the last checkpoint in {workdir}")
+        return stop.exit_code
+    text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
+    progress.message(f"a sample:\n{text}\n\ndone: everything is in {workdir}")
+    return 0
+
+
+@dataclasses.dataclass
+class _Loop:
+    """One run's loop and what it talks to."""
+
+    program: Program
+    data: Data
+    train_rows: Rows
+    validation_rows: Rows
+    store: CheckpointStore
+    writer: MetricsWriter
+    progress: Progress
+
+    def run(self, state: TrainState, start: int, stop: StopRequest) -> tuple[TrainState, bool]:
+        """Train from step `start` on. Returns the state, and whether all steps are done (False: asked to stop)."""
+        config = self.program.config
+        train, batch_size = config.train, config.train.batch_size
+
+        def load(step: int) -> Batch:
+            def rows(first: int, count: int) -> Batch:
+                return self.train_rows.batch(step * batch_size + first, count)
+
+            return self.program.put_batch(rows, batch_size)
+
+        with Prefetcher(load, start, config.data.prefetch) as batches:
+            began = time.monotonic()
+            train_step = self.program.train_step.compile(state, load(start))
+            self.progress.message(f"compiled the training step in {time.monotonic() - began:.1f} s")
+            self._clock = _Clock(start)
+            self.progress.start(start)
+            last_save = time.monotonic()
+            pending: tuple[int, Any] | None = None
+            held_out: dict[str, float] | None = None
+            finished = False
+            for step in range(start + 1, train.num_steps + 1):
+                state, metrics = train_step(state, next(batches))
+                # The metrics of the step before are looked at while this one runs: the device never waits.
+                if pending:
+                    self._record(*pending)
+                pending = (step, metrics)
+                self.progress.step(step)
+
+                finished = step == train.num_steps
+                stopping = stop.received()
+                if finished or (step % config.eval.every_steps == 0 and not stopping):
+                    self._record(*pending)
+                    pending = None
+                    held_out = self._evaluate(state, step)
+                minutes_due = config.checkpoint.every_minutes and any_process(
+                    time.monotonic() - last_save > 60 * config.checkpoint.every_minutes
+                )
+                due = step % config.checkpoint.every_steps == 0 or minutes_due
+                if finished or stopping or due or (step % train.log_every_steps == 0 and self.store.needs_retry):
+                    if pending:
+                        self._record(*pending)
+                        pending = None
+                    self._save(state, step, held_out)
+                    last_save = time.monotonic()
+                held_out = None
+                if stopping:
+                    break
+        self.store.wait()
+        speed = self._clock.mean_steps_per_second() * batch_size * train.sequence_length
+        self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
+        return state, finished
+
+    def _record(self, step: int, metrics: Any) -> None:
+        """Log a step's metrics if it is one to log. Raises TrainingFailed after too many bad steps in a row."""
+        train = self.program.config.train
+        bad_in_row = int(metrics["bad_steps_in_row"])
+        if bad_in_row:
+            self.progress.message(
+                f"step {step}: the loss or a gradient is not finite; nothing was updated ({bad_in_row} in a row)"
+            )
+        if step % train.log_every_steps == 0 or bad_in_row:
+            values = self._scalars(step, jax.device_get(metrics))
+            self.writer.write(step, values)
+            self.progress.log(step, values)
+        if bad_in_row >= train.max_bad_steps:
+            saved = self.store.steps()
+            raise TrainingFailed(
+                f"{bad_in_row} steps in a row had a loss or gradient that is not finite (up to step {step}); "
+                + (f"the checkpoint of step {saved[-1]} is intact; " if saved else "there is no checkpoint yet; ")
+                + "a lower optim.peak_lr may help"
+            )
+
+    def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Flat metrics of a step: those of the step itself, its layers' statistics, and speed since the last log."""
+        layers = metrics.pop("layers")
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        seconds_per_step = self._clock.seconds_per_step(step)
+        train = self.program.config.train
+        tokens_per_second = train.batch_size * train.sequence_length / seconds_per_step
+        flops = tokens_per_second * train_flops_per_token(self.program.config, self.program.vocab_size)
+        values["train/step_seconds"] = seconds_per_step
+        values["train/tokens_per_second"] = tokens_per_second
+        values["train/model_flops_per_second"] = flops
+        peak = peak_flops(jax.devices()[0])
+        if peak:
+            values["train/mfu"] = flops / (peak * jax.device_count())
+        if layers is not None:
+            values.update(_layer_scalars(layers, self.program.config.model.num_dense_layers))
+        return values
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        config = self.program.config
+        result = evaluate(self.program, state.params, state.variables, self.validation_rows, config.eval.num_batches)
+        values = {f"eval/{name}": value for name, value in result.scalars().items()}
+        self.writer.write(step, values)
+        if result.layers:
+            counts = np.array([layer["tokens_per_expert"] for layer in result.layers])
+            self.writer.write_load(step, counts, config.model.num_dense_layers)
+        self.progress.message(
+            f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
+            f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"
+        )
+        self._clock.restart(step)
+        return values
+
+    def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        meta = {
+            "config": self.program.config.to_dict(),
+            "tokenizer": self.data.tokenizer.to_dict(),
+            "corpus_hash": self.data.corpus_hash,
+        }
+        self.store.save(step, state, meta, held_out)
+        self._clock.restart(step)
+
+
+class _Clock:
+    """Time per step, evaluation and saving left out."""
+
+    def __init__(self, step: int):
+        self._steps, self._seconds, self._last = 0, 0.0, math.nan
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Go on from here: the time since the last call of `seconds_per_step` counts for nothing."""
+        self._step, self._time = step, time.monotonic()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Since the last call or restart, whichever was later; what the last call gave if no step has passed."""
+        now = time.monotonic()
+        if step > self._step:
+            self._last = (now - self._time) / (step - self._step)
+            self._steps += step - self._step
+            self._seconds += now - self._time
+            self.restart(step)
+        return self._last
+
+    def mean_steps_per_second(self) -> float:
+        return self._steps / self._seconds if self._seconds else math.nan
+
+
+def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
+    """Means over layers, and each layer's statistics under layer_<number in the model>/."""
+    load_LN = layers.tokens_per_expert / layers.tokens_per_expert.mean(axis=1, keepdims=True)
+    values = {
+        "train/load_balance_loss": layers.load_balance_loss.mean(),
+        "train/router_z_loss": layers.router_z_loss.mean(),
+        "train/router_entropy": layers.router_entropy.mean(),
+        "train/max_load": load_LN.max(),
+    }
+    for index in range(load_LN.shape[0]):
+        name = f"layer_{first_layer + index}"
+        values[f"{name}/load_balance_loss"] = layers.load_balance_loss[index]
+        values[f"{name}/router_entropy"] = layers.router_entropy[index]
+        values[f"{name}/max_load"] = load_LN[index].max()
+        if layers.default_vector_norm is not None:
+            values[f"{name}/default_vector_norm"] = layers.default_vector_norm[index].mean()
+    return values
+
+
+def _description(program: Program, data: Data, workdir: Path, start: int) -> str:
+    """What is about to be trained, on what."""
+    config = program.config
+    counts = parameter_counts(config, program.vocab_size)
+    devices = jax.devices()
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    reading = measure_reading(data, config.train.sequence_length, config.train.batch_size, seconds=0.2)
+    return (
+        f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
+        f"router {config.moe.router!r}, {config.moe.num_experts} experts, top {config.moe.top_k}\n"
+        f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
+        f"tokens, read at {reading:,.0f} tokens/s\n"
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}\n"
+        f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run")
+    )

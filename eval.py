@@ -1,0 +1,28 @@
+"""Evaluate a saved checkpoint on held-out text and generate from it: `python eval.py --workdir=runs/quickstart`.
+
+The checkpoint knows its own config; --config.eval.*, --config.mesh.* and --config.data.* change how it is evaluated.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from default_moe import cli, evaluation_report
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Step to evaluate; the newest if not given.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; --config.eval.prompt if not given.")
+
+
+def main(argv: list[str]) -> int:
+    overrides = cli.parse_known_flags(argv)
+    return evaluation_report.run(
+        Path(_WORKDIR.value),
+        _STEP.value,
+        _PROMPT.value,
+        lambda config: cli.parse_overrides(overrides, config, allowed=("eval", "mesh", "data")),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
