@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from default_moe.config import CheckpointConfig
-from default_moe.files import find_damage, sync_folder, write_atomically, write_manifest
+from default_moe.files import find_damage, io_failure, sync_folder, write_atomically, write_manifest
 
 BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
@@ -110,9 +110,11 @@ class CheckpointStore:
         if self._read_only:
             raise ValueError("this CheckpointStore is read-only")
         self.wait()
-        if _process_zero_says(self._has_whole(step)):
+        if _process_zero_says(jax.process_index() == 0 and self._has_whole(step)):
             return False
-        files = {"meta.json": json.dumps(dict(meta), indent=1), "metrics.json": json.dumps(dict(metrics or {}))}
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        files = {"meta.json": json.dumps(dict(meta), indent=1), "metrics.json": json.dumps(finite)}
         self._saving = step
         try:
             if jax.process_index() == 0:
@@ -128,7 +130,10 @@ class CheckpointStore:
         return True
 
     def wait(self) -> None:
-        """Returns when no save is under way: the last one is whole on the disk, or has failed."""
+        """Returns when no save is under way: the last one is whole on the disk, or has failed.
+
+        With several processes, the first one may still be writing digests when the others return.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -170,7 +175,7 @@ class CheckpointStore:
             return
         if jax.process_index() == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
-        reason = _io_failure(error)
+        reason = io_failure(error)
         if reason is None:
             raise error
         self._report(f"checkpoint of step {self._saving} not saved ({reason}): training goes on, the save is retried")
@@ -185,14 +190,13 @@ class CheckpointStore:
                 self._folder(step).rename(doomed)
                 shutil.rmtree(doomed)
             except OSError as error:
-                self._report(f"old checkpoint of step {step} not deleted ({_io_failure(error)})")
+                self._report(f"old checkpoint of step {step} not deleted ({io_failure(error)})")
 
     def _held_out_loss(self, step: int) -> float | None:
         try:
-            loss = float(self._read_json(step, "metrics.json")[BEST_METRIC])
-        except (OSError, ValueError, KeyError, TypeError):
+            return float(self._read_json(step, "metrics.json")[BEST_METRIC])
+        except (OSError, ValueError, KeyError, TypeError):  # not evaluated, not finite, or damaged
             return None
-        return loss if math.isfinite(loss) else None
 
     def _has_whole(self, step: int) -> bool:
         """Whether `step` is there and whole. If it is there and damaged, it is moved out of the way."""
@@ -328,18 +332,6 @@ def _process_zero_says(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _io_failure(error: BaseException | None) -> str | None:
-    """Why the disk failed, if that is the cause of `error`: TensorStore raises ValueErrors that hold an errno."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        code = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
-        if code:
-            return os.strerror(int(code[1] or code[2]))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

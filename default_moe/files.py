@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,18 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda name: _file_damage(folder, name, listed), names)
         return next((problem for problem in problems if problem), None)
+
+
+def io_failure(error: BaseException | None) -> str | None:
+    """Why the disk failed, if that is the cause of `error`: TensorStore raises ValueErrors that hold an errno."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        code = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+        if code:
+            return os.strerror(int(code[1] or code[2]))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _file_damage(folder: Path, name: str, listed: dict[str, tuple[str, int]]) -> str | None:

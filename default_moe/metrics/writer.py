@@ -43,7 +43,7 @@ class MetricsWriter:
         self._report = report
         self._failing: set[str] = set()
         self._lines = _LineFile(Path(workdir) / "metrics.jsonl")
-        self._events = _EventFile(Path(workdir) / "tensorboard", resume_step)
+        self._events = _EventFile(Path(workdir) / "tensorboard", 0 if resume_step is None else resume_step + 1)
         if self._active:
             self._try("metrics.jsonl", lambda: self._lines.drop_after(resume_step))
 
@@ -55,7 +55,7 @@ class MetricsWriter:
         if not self._active:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        nulled = {name: value if _is_finite(value) else None for name, value in values.items()}
+        nulled = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **nulled}) + "\n"
         self._try("metrics.jsonl", lambda: self._lines.append(line.encode()))
         self._try("tensorboard", lambda: self._events.write_scalars(step, values))
@@ -139,11 +139,13 @@ class _EventFile:
 
     tensorboardX's SummaryWriter writes in another one, which dies on a full disk; the queue to it then fills and
     blocks training. After a failure a new file is begun, since the old one may end in half a record.
+
+    hide_from: TensorBoard shall not show what older files hold for this step and later ones.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None):
+    def __init__(self, folder: Path, hide_from: int):
         self._folder = folder
-        self._purge_step = purge_step
+        self._hide_from: int | None = hide_from
         self._writer: Any = None
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -180,18 +182,15 @@ class _EventFile:
 
         self._folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{time.time_ns()}")
-        if self._purge_step is not None:
+        if self._hide_from is not None:
             start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=self._purge_step + 1, session_log=start))
+            self._writer.write_event(Event(wall_time=time.time(), step=self._hide_from, session_log=start))
+            self._hide_from = None
         return self._writer
 
 
 def _plain(value: Any) -> int | float:
     return value if isinstance(value, int) else np.asarray(value).item()
-
-
-def _is_finite(value: int | float) -> bool:
-    return math.isfinite(value)
 
 
 def _step_of(line: bytes) -> float:
