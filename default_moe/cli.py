@@ -101,5 +101,7 @@ def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
 
 
 def _report(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    # A ConfigError raised in a config file reaches us inside absl's error, after the traceback of the file.
+    message = str(error).rstrip().rsplit("ConfigError: ", 1)[-1]
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return code

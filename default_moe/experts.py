@@ -49,6 +49,24 @@ class Routing(NamedTuple):
     mask: Array | None
 
 
+def choose_experts(probs_BLN: Array, top_k: int) -> Array:
+    """int32 [B, L, K], the experts of the K largest probabilities of each token, likeliest first, ties to the lower.
+
+    Under a mesh each device chooses for its own tokens: left to itself, XLA gathers all tokens for a top-k.
+    """
+    _check_divisible("sequences", probs_BLN.shape[0], "batch")
+    probs_BLN = jax.lax.stop_gradient(probs_BLN)
+
+    def choose(probs: Array) -> Array:
+        return jax.lax.top_k(probs, top_k)[1]
+
+    token_axes = sharding.mesh_axes("batch")
+    if not token_axes:
+        return choose(probs_BLN)
+    tokens = P(token_axes)
+    return jax.shard_map(choose, in_specs=tokens, out_specs=tokens)(probs_BLN)
+
+
 def sparse_experts(
     x_BLD: Array,
     routing: Routing,
@@ -76,18 +94,19 @@ def sparse_experts(
     share = functools.partial(_device_share, config=config, update=update)
     if not token_axes and not expert_axes:
         return share(x_BLD, routing, weights, defaults, token_axes=(), expert_axes=())
-    for name, size in (("batch", x_BLD.shape[0]), ("expert", config.num_experts)):
-        if size % sharding.num_shards(name):
-            raise ConfigError(
-                f"{size} {'sequences' if name == 'batch' else 'experts'} cannot be split over "
-                f"{sharding.num_shards(name)} devices: make the number a multiple of that"
-            )
+    _check_divisible("experts", config.num_experts, "expert")
     tokens, experts = P(token_axes or None), P(expert_axes or None)
     return jax.shard_map(
         functools.partial(share, token_axes=token_axes, expert_axes=expert_axes),
         in_specs=(tokens, tokens, experts, experts),
         out_specs=(tokens, experts),
     )(x_BLD, routing, weights, defaults)
+
+
+def _check_divisible(what: str, size: int, logical_axis: str) -> None:
+    shards = sharding.num_shards(logical_axis)
+    if size % shards:
+        raise ConfigError(f"{size} {what} cannot be split over {shards} devices: make the number a multiple of that")
 
 
 def _device_share(
@@ -118,6 +137,8 @@ def _device_share(
     other_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
     if other_axes:  # said here, so that the weights' gradients are added up over these axes
         weights = jax.tree.map(lambda w: jax.lax.pcast(w, other_axes, to="varying"), weights)
+    if expert_axes and not gathered:
+        x_TD = jax.lax.pcast(x_TD, expert_axes, to="varying")
     first = jax.lax.axis_index(expert_axes) * num_experts if expert_axes else 0
     probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if expert_axes else probs_TN
 
@@ -153,6 +174,8 @@ def _batch_sums(
     weight_TK = jax.lax.stop_gradient(probs_TK) if weighted else jnp.ones_like(probs_TK)
     if mask_T is not None:
         weight_TK = weight_TK * (mask_T != 0)[:, None]
+    # Rounded as in the product below: else the sum of the weights would not match the weighted sum.
+    weight_TK = weight_TK.astype(out_SD.dtype).astype(jnp.float32)
     weight_S = weight_TK.reshape(-1).at[layout.assignment_S].get(mode="fill", fill_value=0)
     weight_M = jax.ops.segment_sum(weight_TK.reshape(-1), layout.expert_TK.reshape(-1), probs_TM.shape[1])
     return grouped_sum(out_SD, weight_S, layout.group_sizes_M, align=align), weight_M

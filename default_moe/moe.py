@@ -9,7 +9,7 @@ from jax import Array
 
 from default_moe import routing
 from default_moe.config import MoEConfig
-from default_moe.experts import DefaultVectors, ExpertWeights, Routing, sparse_experts
+from default_moe.experts import DefaultVectors, ExpertWeights, Routing, choose_experts, sparse_experts
 from default_moe.sharding import with_axes
 
 # Collections. The sums exist only while a batch is processed in several microbatches (see `train_step`).
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         dtype = jnp.dtype(config.dtype or "float32")
         logits_BLN = Router(config.num_experts, name="router")(x)
         probs_BLN = jax.nn.softmax(logits_BLN, axis=-1)
-        _, index_BLK = jax.lax.top_k(probs_BLN, config.top_k)
+        index_BLK = choose_experts(probs_BLN, config.top_k)
         weights = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
         update = train and not self.is_initializing()
         defaults = self._read_defaults(x.shape[-1]) if config.router == "default" else None

@@ -1,0 +1,232 @@
+"""The language model: causality, initialisation, equivalence of its many ways to run, size."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import paper
+from default_moe.config import Config, ModelConfig, MoEConfig
+from default_moe.losses import token_sums
+from default_moe.model import LanguageModel, rotary_embedding
+from default_moe.model_size import parameter_counts, train_flops_per_token
+
+VOCAB = 31
+MODEL = ModelConfig(d_model=16, num_layers=3, num_heads=2)
+MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=24)
+
+
+def build(model_config=MODEL, moe_config=MOE, seed=0):
+    model = LanguageModel(model_config, moe_config, VOCAB)
+    variables = init(model, seed)
+    return model, {"params": variables["params"], "default_vectors": noise(variables["default_vectors"])}
+
+
+def init(model, seed=0):
+    return jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), train=False))()
+
+
+def forward(model, variables, tokens, **inputs):
+    """Logits and statistics, compiled: much faster than operation by operation."""
+    return jax.jit(lambda v, t, i: model.apply(v, t, train=False, **i))(variables, tokens, inputs)
+
+
+def noise(tree, seed=5):
+    """Default vectors that are not zero, so that their part in the output is tested."""
+    keys = iter(jax.random.split(jax.random.key(seed), 99))
+    return jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), tree)
+
+
+def some_tokens(batch=2, length=12, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (batch, length)), jnp.int32)
+
+
+def paths(tree):
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_no_logit_depends_on_a_later_token():
+    _, variables = build()
+    tokens = some_tokens()
+    embedded = variables["params"]["embed"][tokens]
+
+    def logits_at(extra, position):
+        # Each token gets an embedding of its own, so that gradients tell tokens apart.
+        params = {**variables["params"], "embed": (embedded + extra).reshape(-1, 16)}
+        ids = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+        wide = LanguageModel(MODEL, MOE, tokens.size)
+        params["head"] = jnp.ones((16, tokens.size)) * jnp.arange(tokens.size)
+        return wide.apply({**variables, "params": params}, ids, train=False)[0][:, position].sum()
+
+    gradient_at = jax.jit(jax.grad(logits_at))
+    for position in (0, 5, 11):
+        gradient = gradient_at(jnp.zeros_like(embedded), position)
+        reach = np.abs(gradient).sum(axis=(0, 2))
+        assert np.all(reach[: position + 1] > 0)
+        np.testing.assert_array_equal(reach[position + 1 :], 0)
+
+
+def test_masked_documents_do_not_see_each_other():
+    model, variables = build()
+    tokens = some_tokens(batch=1, length=10)
+    segments = jnp.asarray([[1] * 6 + [2] * 4])
+    whole, _ = forward(model, variables, tokens, segment_ids=segments)
+    alone, _ = forward(model, variables, tokens[:, 6:])
+    np.testing.assert_allclose(whole[:, 6:], alone, atol=1e-5)
+    across, _ = forward(model, variables, tokens)
+    assert np.abs(across[:, 6:] - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize("change", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
+def test_unrolling_and_rematerialisation_change_neither_results_nor_names(change):
+    tokens = some_tokens()
+
+    def run(config):
+        model = LanguageModel(config, MOE, VOCAB)
+        variables = init(model)
+        params, vectors = variables["params"], noise(variables["default_vectors"])
+
+        def loss(params):
+            (logits, stats), mutated = model.apply(
+                {"params": params, "default_vectors": vectors}, tokens, train=True, mutable=["default_vectors"]
+            )
+            return jnp.square(logits).sum() + stats.load_balance_loss.sum(), mutated
+
+        (value, mutated), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return variables, value, mutated, grads
+
+    plain, changed = run(MODEL), run(dataclasses.replace(MODEL, **change))
+    assert paths(plain[0]) == paths(changed[0])
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * (1 + float(np.abs(a).max())))
+
+
+@pytest.mark.parametrize("segments", [[12], [5, 7], [1] * 12, [4, 1, 7]])
+def test_decoding_with_a_cache_equals_the_forward_pass(segments):
+    model, variables = build()
+    tokens = some_tokens(batch=2, length=12)
+    expected, _ = forward(model, variables, tokens)
+    cache, start, parts = {}, 0, []
+    for length in segments:
+        positions = jnp.broadcast_to(start + jnp.arange(length), (2, length))
+        decode = jax.jit(partial(model.apply, train=False, cache_length=15, mutable=["cache"]))
+        (logits, _), cache = decode({**variables, **cache}, tokens[:, start : start + length], positions=positions)
+        parts.append(logits)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_embedding_makes_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        at = [rotary_embedding(x, jnp.full((1, 1), p), 10_000.0) for x, p in ((q, i), (k, j))]
+        return float((at[0] * at[1]).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+    np.testing.assert_allclose(rotary_embedding(q, jnp.zeros((1, 1), jnp.int32), 10_000.0), q, rtol=1e-6)
+
+
+def test_initial_standard_deviations_are_the_papers():
+    config = ModelConfig(d_model=64, num_layers=4, num_heads=4)
+    model = LanguageModel(config, MoEConfig(num_experts=8, expert_dim=96), 500)
+    params = init(model)["params"]
+    small = (2 / (5 * 64)) ** 0.5  # sqrt(2 / (5 D))
+    merging = 2 / (4 * 64**0.5)  # 2 / (L sqrt(D))
+    layers = params["moe_layers"]
+    for array, expected in (
+        (params["embed"], small),
+        (params["head"], small),
+        (layers["attention"]["query"]["kernel"], small),
+        (layers["moe"]["router"]["kernel"], small),
+        (layers["moe"]["experts"]["gate"], small),
+        (layers["moe"]["experts"]["up"], small),
+        (params["dense_layers"]["ffn"]["up"]["kernel"], small),
+        (layers["attention"]["out"]["kernel"], merging),
+        (layers["moe"]["experts"]["down"], merging),
+        (params["dense_layers"]["ffn"]["down"]["kernel"], merging),
+    ):
+        # The relative error of a standard deviation from n samples is 1 / sqrt(2 n); four of them.
+        assert float(array.std()) == pytest.approx(expected, rel=4 / (2 * array.size) ** 0.5)
+    assert not np.allclose(layers["moe"]["experts"]["up"][0], layers["moe"]["experts"]["up"][1])
+
+
+def test_tied_embeddings_have_no_head():
+    model, variables = build(dataclasses.replace(MODEL, tie_embeddings=True))
+    assert "head" not in variables["params"]
+    logits, _ = forward(model, variables, some_tokens())
+    assert logits.shape == (2, 12, VOCAB)
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1, 3])
+def test_leading_layers_are_dense(dense_layers):
+    config = dataclasses.replace(MODEL, num_dense_layers=dense_layers)
+    model = LanguageModel(config, MOE, VOCAB)
+    variables = init(model)
+    assert ("dense_layers" in variables["params"]) == (dense_layers > 0)
+    assert ("moe_layers" in variables["params"]) == (dense_layers < 3)
+    _, stats = forward(model, variables, some_tokens())
+    assert (stats is None) if dense_layers == 3 else stats.tokens_per_expert.shape == (3 - dense_layers, 4)
+
+
+def test_bfloat16_is_close_to_float32():
+    """With every expert active, since rounding may otherwise send a token elsewhere."""
+    everyone = dataclasses.replace(MOE, top_k=4)
+    low = build(dataclasses.replace(MODEL, dtype="bfloat16"), dataclasses.replace(everyone, dtype="bfloat16"))
+    high = build(MODEL, everyone)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low[1]))
+    tokens = some_tokens()
+    a, _ = forward(*low, tokens)
+    b, _ = forward(*high, tokens)
+    assert a.dtype == jnp.float32
+    # bfloat16 keeps 8 bits: a relative error of 2^-8 at each of some ten roundings in a row.
+    assert float(jnp.abs(a - b).max()) < 10 * 2**-8 * float(jnp.abs(b).max())
+
+
+def test_the_loss_ignores_padding_and_counts_bytes():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    logits = logits.at[1, 2].set(jnp.inf)
+    batch = {
+        "targets": jnp.asarray([[0, 1, 2], [3, 4, 0]]),
+        "loss_mask": jnp.asarray([[1.0, 1, 1], [1, 0, 0]]),
+        "target_bytes": jnp.asarray([[1, 3, 2], [1, 7, 7]]),
+    }
+    sums = token_sums(logits, batch)
+    x = np.asarray(logits, np.float64)
+    picked = [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 3)]
+    expected = sum(np.log(np.exp(x[i, j]).sum()) - x[i, j, t] for i, j, t in picked)
+    assert float(sums.nll) == pytest.approx(expected, rel=1e-6)
+    assert (float(sums.tokens), float(sums.target_bytes)) == (4, 1 + 3 + 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("8c1", 1.96e9, 565e6),
+        ("8c2", 1.96e9, 764e6),
+        ("32c1", 1.96e9, 416e6),
+        ("32c2", 1.96e9, 466e6),
+        ("32c4", 1.96e9, 565e6),
+        ("8c1,d_model=512", 557e6, None),
+        ("8c1,d_model=2048", 7.33e9, None),
+    ],
+)
+def test_parameter_counts_are_the_papers_within_1_5_percent(name, total, active):
+    config = paper.get_config(name)
+    config.data.files = "*.parquet"
+    counts = parameter_counts(Config.from_config_dict(config), vocab_size=128_256)
+    assert counts.total == pytest.approx(total, rel=0.015)
+    if active:
+        assert counts.active == pytest.approx(active, rel=0.015)
+
+
+def test_training_flops_are_six_per_active_parameter_and_attention():
+    config = Config(model=MODEL, moe=MOE)
+    d, f, n, k, v, length = 16, 24, 4, 2, VOCAB, config.train.sequence_length
+    norms = (2 * 3 + 1) * 2 * d
+    matrices = 3 * 4 * d * d + 3 * d * f + 2 * (d * n + k * 3 * d * f) + d * v
+    assert train_flops_per_token(config, VOCAB) == 6 * (matrices + norms) + 12 * 3 * d * length
