@@ -6,13 +6,36 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from default_moe import sharding
 from default_moe.config import Config, ConfigError
 from default_moe.optimizer import make_optimizer
 from default_moe.train_state import TrainState, build_model, initial_state
 from default_moe.train_step import Batch, make_eval_step, make_train_step
+
+
+def mesh_for(config: Config, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of a config, over all devices. Raises ConfigError if they do not fit each other."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with in_force(mesh, config):
+        shards, experts = sharding.num_shards("batch"), sharding.num_shards("expert")
+    microbatch_size = config.train.batch_size // config.train.grad_accum_steps
+    for name, size, parts, devices_are in (
+        ("train.batch_size / train.grad_accum_steps", microbatch_size, shards, "that share a batch"),
+        ("eval.batch_size", config.eval.batch_size or config.train.batch_size, shards, "that share a batch"),
+        ("moe.num_experts", config.moe.num_experts, experts, "along mesh.expert"),
+    ):
+        if size % parts:
+            raise ConfigError(f"{name} is {size}, but must be a multiple of the {parts} devices {devices_are}")
+    return mesh
+
+
+@contextlib.contextmanager
+def in_force(mesh: Mesh, config: Config) -> Iterator[None]:
+    """The mesh and the config's logical axis rules, for what is traced meanwhile."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(config.mesh.rules):
+        yield
 
 
 class Program:
@@ -33,12 +56,11 @@ class Program:
                 "leave it unset to take the tokenizer's"
             )
         self.config = config
-        self.mesh = sharding.make_mesh(config.mesh, devices)
+        self.mesh = mesh_for(config, devices)
         self.model = build_model(config, vocab_size)
         self.vocab_size = self.model.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
-            self._check_divisible()
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
@@ -56,11 +78,9 @@ class Program:
             out_shardings=replicated,
         )
 
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
+    def context(self) -> contextlib.AbstractContextManager[None]:
         """The mesh and the logical axis rules in force."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.config.mesh.rules):
-            yield
+        return in_force(self.mesh, self.config)
 
     def new_state(self) -> TrainState:
         """The state before the first step, every array created where it belongs."""
@@ -102,24 +122,6 @@ class Program:
         """`jax.jit`, with the mesh and rules in force while it traces."""
         jitted = jax.jit(function, **options)
         return CompiledInContext(jitted, self.context)
-
-    def _check_divisible(self) -> None:
-        shards = sharding.num_shards("batch")
-        train, evaluation = self.config.train, self.config.eval
-        for name, size in (
-            ("train.batch_size / train.grad_accum_steps", train.batch_size // train.grad_accum_steps),
-            ("eval.batch_size", evaluation.batch_size or train.batch_size),
-        ):
-            if size % shards:
-                raise ConfigError(
-                    f"{name} is {size}, but must be a multiple of the {shards} devices that share a batch"
-                )
-        experts = sharding.num_shards("expert")
-        if self.config.moe.num_experts % experts:
-            raise ConfigError(
-                f"moe.num_experts is {self.config.moe.num_experts}, but must be a multiple of the {experts} devices "
-                "along mesh.expert"
-            )
 
 
 def _rows(index: tuple[slice, ...] | None, batch_size: int) -> tuple[int, int]:

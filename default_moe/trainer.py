@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from default_moe import sharding
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
@@ -17,7 +16,7 @@ from default_moe.evaluation import evaluate
 from default_moe.generate import sample_text
 from default_moe.metrics import MetricsWriter, Progress, peak_flops
 from default_moe.model_size import parameter_counts, train_flops_per_token
-from default_moe.program import Program
+from default_moe.program import Program, mesh_for
 from default_moe.stopping import StopRequest, any_process
 from default_moe.train_state import TrainState
 from default_moe.train_step import Batch
@@ -38,7 +37,7 @@ def train(config: Config, workdir: Path) -> int:
       ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
     """
     progress = Progress(config.train.num_steps)
-    sharding.make_mesh(config.mesh)  # fails early, before any data is prepared
+    mesh_for(config)  # fails early, before any data is prepared
     data = open_data(config.data, progress.message)
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
