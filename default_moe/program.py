@@ -44,6 +44,7 @@ class Program:
     Attributes:
       config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
       num_batch_shards: devices that each hold a part of a batch.
+      new_state: `()` to the state before the first step, every array created where it belongs.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
     """
@@ -66,6 +67,7 @@ class Program:
             self.num_batch_shards = sharding.num_shards("batch")
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
         self.train_step = self.jit(
             make_train_step(self.model, self.optimizer, config),
             in_shardings=(self.state_shardings, self.batch_sharding),
@@ -81,10 +83,6 @@ class Program:
     def context(self) -> contextlib.AbstractContextManager[None]:
         """The mesh and the logical axis rules in force."""
         return in_force(self.mesh, self.config)
-
-    def new_state(self) -> TrainState:
-        """The state before the first step, every array created where it belongs."""
-        return self.jit(self._initial_state, out_shardings=self.state_shardings)()
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring one."""

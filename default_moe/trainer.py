@@ -114,7 +114,7 @@ class _Loop:
 
                 finished = step == train.num_steps
                 stopping = stop.received()
-                if finished or (step % config.eval.every_steps == 0 and not stopping):
+                if finished or step % config.eval.every_steps == 0:
                     self._record(*pending)
                     pending = None
                     held_out = self._evaluate(state, step)

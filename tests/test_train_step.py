@@ -1,6 +1,7 @@
 """The training step: its update, gradient accumulation, and steps that must change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def make_batch(seed=0, batch_size=8, length=6):
     }
 
 
+@functools.cache
 def program_for(config):
+    """One program for each config, compiled once for all tests."""
     return Program(config, VOCAB, devices=jax.devices()[:1])
 
 
