@@ -6,7 +6,6 @@ immutable. A run stores its `Config` as JSON, never as Python.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -16,26 +15,8 @@ from typing import Any, Self
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: what is wrong and what would be right."""
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    _check(value >= least, f"{name} is {value}, but must be at least {least}")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    _check(0 <= value <= 1, f"{name} is {value}, but must lie in [0, 1]")
+from default_moe.checks import check, check_at_least, check_choice, check_fraction, closest
+from default_moe.checks import ConfigError as ConfigError  # part of this module's interface
 
 
 def _dtype_name(name: str, value: Any) -> str:
@@ -44,7 +25,7 @@ def _dtype_name(name: str, value: Any) -> str:
         dtype = jnp.dtype(value).name
     except TypeError:
         dtype = str(value)
-    _check_choice(name, dtype, ("float32", "bfloat16"))
+    check_choice(name, dtype, ("float32", "bfloat16"))
     return dtype
 
 
@@ -78,20 +59,20 @@ class MoEConfig:
     matmul: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_at_least("moe.num_experts", self.num_experts, 1)
-        _check(
+        check_at_least("moe.num_experts", self.num_experts, 1)
+        check(
             1 <= self.top_k <= self.num_experts,
             f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
         )
-        _check_at_least("moe.expert_dim", self.expert_dim, 1)
-        _check_choice("moe.router", self.router, ("default", "topk"))
-        _check_fraction("moe.ema_decay", self.ema_decay)
-        _check_choice("moe.substitute", self.substitute, ("forward", "backward"))
-        _check_choice("moe.ema_init", self.ema_init, ("zeros", "gaussian"))
-        _check_at_least("moe.ema_init_std", self.ema_init_std, 0)
-        _check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
-        _check_at_least("moe.router_z_weight", self.router_z_weight, 0)
-        _check_choice("moe.matmul", self.matmul, ("auto", "ragged", "blocks"))
+        check_at_least("moe.expert_dim", self.expert_dim, 1)
+        check_choice("moe.router", self.router, ("default", "topk"))
+        check_fraction("moe.ema_decay", self.ema_decay)
+        check_choice("moe.substitute", self.substitute, ("forward", "backward"))
+        check_choice("moe.ema_init", self.ema_init, ("zeros", "gaussian"))
+        check_at_least("moe.ema_init_std", self.ema_init_std, 0)
+        check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
+        check_at_least("moe.router_z_weight", self.router_z_weight, 0)
+        check_choice("moe.matmul", self.matmul, ("auto", "ragged", "blocks"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _dtype_name("moe.dtype", self.dtype))
 
@@ -120,25 +101,25 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "scan_unroll"):
-            _check_at_least(f"model.{name}", getattr(self, name), 1)
-        _check(
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        check(
             self.d_model % self.num_heads == 0,
             f"model.num_heads is {self.num_heads}, but must divide model.d_model = {self.d_model}",
         )
-        _check(
+        check(
             (self.d_model // self.num_heads) % 2 == 0,
             f"model.d_model / model.num_heads is {self.d_model // self.num_heads}, but rotary embeddings need it even",
         )
-        _check(
+        check(
             0 <= self.num_dense_layers <= self.num_layers,
             f"model.num_dense_layers is {self.num_dense_layers}, but must lie between 0 and model.num_layers = "
             f"{self.num_layers}",
         )
         for name in ("vocab_size", "dense_dim"):
             if getattr(self, name) is not None:
-                _check_at_least(f"model.{name}", getattr(self, name), 1)
-        _check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
-        _check_choice("model.remat", self.remat, ("none", "full", "dots"))
+                check_at_least(f"model.{name}", getattr(self, name), 1)
+        check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
+        check_choice("model.remat", self.remat, ("none", "full", "dots"))
         object.__setattr__(self, "dtype", _dtype_name("model.dtype", self.dtype))
 
     @property
@@ -171,23 +152,23 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
-        _check(
+        check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
+        check(
             self.name != "text_files" or bool(self.files),
             "data.files is not set, but data.name='text_files' needs a glob there, 'texts/*.txt' for instance",
         )
-        _check(
+        check(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}, but must lie between 0 and 1",
         )
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
-            _check(
+            check(
                 size.isdigit() and int(size) >= 257,
                 f"data.tokenizer is {self.tokenizer!r}, but a BPE's size must be a number of at least 257 (256 bytes "
                 "and the document separator)",
             )
-        _check_at_least("data.prefetch", self.prefetch, 0)
+        check_at_least("data.prefetch", self.prefetch, 0)
 
 
 @dataclass(frozen=True)
@@ -215,9 +196,9 @@ class TrainConfig:
             "log_every_steps",
             "max_bad_steps",
         ):
-            _check_at_least(f"train.{name}", getattr(self, name), 1)
-        _check_at_least("train.seed", self.seed, 0)
-        _check(
+            check_at_least(f"train.{name}", getattr(self, name), 1)
+        check_at_least("train.seed", self.seed, 0)
+        check(
             self.batch_size % self.grad_accum_steps == 0,
             f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
             f"{self.grad_accum_steps}",
@@ -242,12 +223,12 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.peak_lr > 0, f"optim.peak_lr is {self.peak_lr}, but must be positive")
+        check(self.peak_lr > 0, f"optim.peak_lr is {self.peak_lr}, but must be positive")
         for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
-            _check_fraction(f"optim.{name}", getattr(self, name))
-        _check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
-        _check_at_least("optim.weight_decay", self.weight_decay, 0)
-        _check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
+            check_fraction(f"optim.{name}", getattr(self, name))
+        check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
+        check_at_least("optim.weight_decay", self.weight_decay, 0)
+        check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
 
 
 @dataclass(frozen=True)
@@ -272,7 +253,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.expert)
-        _check(
+        check(
             all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh.data, mesh.fsdp, mesh.expert are {sizes}, but each must be positive, and at most one of them -1",
         )
@@ -280,7 +261,7 @@ class MeshConfig:
         object.__setattr__(self, "rules", rules)
         for name, axes in rules:
             for axis in axes if isinstance(axes, tuple) else (axes,):
-                _check(
+                check(
                     axis in ("data", "fsdp", "expert", None),
                     f"mesh.rules maps {name!r} to {axis!r}, but the mesh axes are 'data', 'fsdp' and 'expert'",
                 )
@@ -298,9 +279,9 @@ class CheckpointConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        _check_at_least("checkpoint.every_steps", self.every_steps, 1)
-        _check_at_least("checkpoint.every_minutes", self.every_minutes, 0)
-        _check_at_least("checkpoint.keep_last", self.keep_last, 1)
+        check_at_least("checkpoint.every_steps", self.every_steps, 1)
+        check_at_least("checkpoint.every_minutes", self.every_minutes, 0)
+        check_at_least("checkpoint.keep_last", self.keep_last, 1)
 
 
 @dataclass(frozen=True)
@@ -319,12 +300,12 @@ class EvalConfig:
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
-        _check_at_least("eval.every_steps", self.every_steps, 1)
-        _check_at_least("eval.num_batches", self.num_batches, 0)
+        check_at_least("eval.every_steps", self.every_steps, 1)
+        check_at_least("eval.num_batches", self.num_batches, 0)
         if self.batch_size is not None:
-            _check_at_least("eval.batch_size", self.batch_size, 1)
-        _check_at_least("eval.sample_tokens", self.sample_tokens, 0)
-        _check_at_least("eval.temperature", self.temperature, 0)
+            check_at_least("eval.batch_size", self.batch_size, 1)
+        check_at_least("eval.sample_tokens", self.sample_tokens, 0)
+        check_at_least("eval.temperature", self.temperature, 0)
 
 
 @dataclass(frozen=True)
@@ -354,7 +335,7 @@ class Config:
         sections = {}
         for section in dataclasses.fields(cls):
             values = mapping.get(section.name, {})
-            _check(isinstance(values, Mapping), f"{section.name} is {values!r}, but must be a group of settings")
+            check(isinstance(values, Mapping), f"{section.name} is {values!r}, but must be a group of settings")
             sections[section.name] = _section_from_mapping(typing.cast(type, section.type), section.name, values)
         return cls(**sections)
 
@@ -398,15 +379,9 @@ def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
 
 
-def closest(name: str, known: list[str]) -> str:
-    """'; did you mean ...?' with the known name closest to `name`, or an empty string if none is close."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
 def _check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
     for key in mapping:
-        _check(key in known, f"there is no setting {prefix + key!r}{closest(key, known)}")
+        check(key in known, f"there is no setting {prefix + key!r}{closest(key, known)}")
 
 
 def _optional_type(annotation: Any) -> type | None:
@@ -426,7 +401,7 @@ def _section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) 
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(wanted, type) and not (optional and value is None):
-            _check(
+            check(
                 isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)),
                 f"{name}.{key} is {value!r}, but must be of type {wanted.__name__}",
             )
