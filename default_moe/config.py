@@ -15,8 +15,8 @@ from typing import Any, Self
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from default_moe.checks import check, check_at_least, check_choice, check_fraction, closest
 from default_moe.checks import ConfigError as ConfigError  # part of this module's interface
+from default_moe.checks import check, check_at_least, check_choice, check_fraction, closest
 
 
 def _dtype_name(name: str, value: Any) -> str:
