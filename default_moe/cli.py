@@ -16,6 +16,7 @@ from default_moe.config import Config, ConfigError, to_config_dict
 from default_moe.trainer import TrainingFailed
 
 BAD_INPUT = 2
+_FILE_FLAGS = ("--config=", "-config=")
 
 
 def run(main: Callable[[list[str]], int]) -> None:
@@ -23,6 +24,7 @@ def run(main: Callable[[list[str]], int]) -> None:
 
     Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130.
     """
+    sys.argv = _file_first(sys.argv)  # where config_flags looks too
     try:
         code = main(sys.argv)
     except (ConfigError, CheckpointError, flags.Error) as error:
@@ -79,8 +81,19 @@ def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -
 
 def config_name(argv: list[str], default: str) -> str:
     """The stem of the config file that --config names: "paper" for configs/paper.py:8c1."""
-    names = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
+    names = [arg.split("=", 1)[1] for arg in argv if arg.startswith(_FILE_FLAGS)]
     return Path((names or [default])[-1].split(":")[0]).stem
+
+
+def _file_first(argv: list[str]) -> list[str]:
+    """`argv` with its --config=FILE (or --config FILE) before all else: config_flags takes overrides after it only."""
+    joined: list[str] = []
+    for arg in argv:
+        if joined and joined[-1] in ("--config", "-config"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return [joined[0], *sorted(joined[1:], key=lambda arg: not arg.startswith(_FILE_FLAGS))]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""Bad input on the command line: one line that says what is wrong, exit code 2, and nothing written."""
+
+import json
+import os
+
+import jax
+import pytest
+from run_helpers import as_flags, content, run_commands, tiny_settings, write_corpus
+
+from default_moe.checkpoint import CheckpointStore
+from default_moe.config import Config
+
+# name: (flags added to a command that would train, words of the error)
+TRAIN = {
+    "a mistyped key": (["--config.model.d_modle=16"], "did you mean 'd_model'?"),
+    "a mistyped section": (["--config.modle.d_model=16"], "did you mean 'model'?"),
+    "an unknown flag": (["--wrkdir=x"], "wrkdir"),
+    "a word that is no flag": (["quickstart"], "'quickstart' is not a flag"),
+    "a value of the wrong type": (["--config.train.num_steps=many"], "--config.train.num_steps=many"),
+    "no such config file": (["--config=configs/none.py"], "configs/none.py"),
+    "no such paper config": (["--config=configs/paper.py:9c1"], "9c1 is not one of 8c1, 8c2, 32c1, 32c2, 32c4"),
+    "top_k 0": (["--config.moe.top_k=0"], "moe.top_k is 0"),
+    "top_k over num_experts": (["--config.moe.top_k=9"], "moe.num_experts = 8"),
+    "ema_decay over 1": (["--config.moe.ema_decay=1.5"], "moe.ema_decay is 1.5, but must lie in [0, 1]"),
+    "heads that do not divide the width": (["--config.model.num_heads=3"], "must divide model.d_model = 16"),
+    "a mesh that does not fit": (["--config.mesh.data=3"], "does not fit 8 devices"),
+    "a batch that does not divide": (["--config.train.batch_size=12"], "multiple of the 8 devices"),
+    "experts that do not divide": (
+        ["--config.mesh.expert=8", "--config.moe.num_experts=6"],
+        "moe.num_experts is 6, but must be a multiple of the 8 devices",
+    ),
+    "a glob that matches nothing": (["--config.data.files={here}/none/*.txt"], "{here}/none/*.txt"),
+    "an empty glob": (["--config.data.files="], "data.files is not set"),
+    "a text field that is not there": (["--config.data.files={here}/records.jsonl"], "body"),
+    "a tokenizer that is none": (["--config.data.tokenizer={here}/records.jsonl"], "records.jsonl"),
+    "a tokenizer that is not there": (["--config.data.tokenizer={here}/none.json"], "none.json"),
+    "a data set that is not known": (["--config.data.name=wikipedai"], "wikipedia"),
+    "a workdir of something else": (["--workdir={here}/foreign"], "foreign"),
+    "a workdir below a file": (["--workdir={here}/records.jsonl/run"], "cannot be"),
+}
+
+EVAL = {
+    "no workdir": ([], "--workdir"),
+    "a workdir that is not there": (["--workdir={here}/none"], "there is no work directory"),
+    "no checkpoint": (["--workdir={here}/foreign"], "no checkpoint"),
+    "a step that is not there": (["--workdir={here}/trained", "--step=7"], "no checkpoint of step 7"),
+    "a setting of the checkpoint": (["--workdir={here}/trained", "--config.moe.top_k=3"], "moe.* is fixed"),
+    "a mistyped setting": (["--workdir={here}/trained", "--config.eval.promt=x"], "did you mean 'prompt'?"),
+    "an unknown flag": (["--workdir={here}/trained", "--stp=3"], "stp"),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Exit code, output and errors of every command, and what changed on the disk but for prepared data."""
+    here = tmp_path_factory.mktemp("bad")
+    write_corpus(here / "text")
+    (here / "records.jsonl").write_text(json.dumps({"body": "some text"}) + "\n")
+    (here / "foreign").mkdir()
+    (here / "foreign" / "thesis.tex").write_text("years of work")
+    settings = tiny_settings(here)
+    with CheckpointStore(here / "trained") as store:
+        store.save(4, {"params": {}, "step": jax.numpy.zeros(())}, {"config": Config.from_mapping(settings).to_dict()})
+    base = as_flags(settings)
+    commands = []
+    for flags, _ in TRAIN.values():
+        commands.append(["train.py", *base, f"--workdir={here}/new", *flags])
+    for flags, _ in EVAL.values():
+        commands.append(["eval.py", *flags])
+    commands = [[word.replace("{here}", str(here)) for word in command] for command in commands]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "DEFAULT_MOE_DATA": str(here / "prepared")}
+    repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def state():
+        return {path: digest for path, digest in content(here).items() if "prepared" not in path}
+
+    before = state()
+    results = run_commands(commands, cwd=repository, env=env)
+    assert state() == before
+    names = [f"train: {name}" for name in TRAIN] + [f"eval: {name}" for name in EVAL]
+    return here, dict(zip(names, results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(f"train: {name}", words) for name, (_, words) in TRAIN.items()]
+    + [(f"eval: {name}", words) for name, (_, words) in EVAL.items()],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(answers, name, words):
+    here, results = answers
+    code, _, errors = results[name]
+    assert code == 2, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert words.replace("{here}", str(here)) in errors
