@@ -44,8 +44,8 @@ def parse_config(argv: list[str], flag: Any, default: str) -> Config:
     """
     if not config_name(argv, ""):
         argv = [argv[0], f"--config={default}", *argv[1:]]
-    parse_flags(argv)
     try:
+        parse_flags(argv)
         return Config.from_config_dict(flag.value)
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None

@@ -54,7 +54,7 @@ def tiny_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[st
         },
         "train": {"num_steps": 40, "batch_size": 8, "sequence_length": 32, "log_every_steps": 1, "seed": 1},
         "checkpoint": {"every_steps": 4, "keep_last": 3},
-        "eval": {"every_steps": 12, "num_batches": 4, "sample_tokens": 4},
+        "eval": {"every_steps": 12, "num_batches": 4, "sample_tokens": 0},
     }
     for section, values in sections.items():
         settings[section] = {**settings.get(section, {}), **values}

@@ -118,13 +118,14 @@ class Command:
 
 @pytest.fixture(scope="module")
 def interrupted(folder, uninterrupted):
-    """A run killed three times anywhere and three times during a save, then sent SIGTERM and SIGINT, then let be.
+    """A run killed twice anywhere and three times during a save, then sent SIGTERM, then let be.
 
-    The command, and for each signal the exit code and what the command printed after it.
+    Its work directory; and of the command that was sent SIGTERM the exit code, what it printed from then on, and the
+    steps that were saved when it had ended.
     """
     rng = random.Random(7)
     command = Command(folder, folder / "interrupted")
-    for during_save in (False, True, False, True, True, False):
+    for during_save in (False, True, False, True, True):
         with command.started(lines=rng.randint(1, 3)) as process:
             if during_save:
                 command.kill_while_saving(process, delay=rng.uniform(0, 0.02))
@@ -133,34 +134,30 @@ def interrupted(folder, uninterrupted):
             process.wait()
         assert process.returncode == -signal.SIGKILL
         assert command.saving() or not during_save
-    ends = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with command.started(lines=3) as process:
-            process.send_signal(number)
-            output, _ = process.communicate()
-        ends[number] = (process.returncode, output, steps(command.workdir))
+    with command.started(lines=3) as process:
+        process.terminate()
+        after_sigterm, _ = process.communicate()
+    ended = (process.returncode, after_sigterm, steps(command.workdir))
     with command.started(lines=1) as process:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    return command, ends
+    return command.workdir, ended
 
 
-def test_a_run_killed_six_times_equals_one_that_was_not(interrupted, uninterrupted):
-    command, _ = interrupted
-    assert steps(command.workdir) == [36, 38, 40]
-    assert_equal_runs(command.workdir, uninterrupted)
+def test_a_run_killed_five_times_equals_one_that_was_not(interrupted, uninterrupted):
+    workdir, _ = interrupted
+    assert steps(workdir) == [36, 38, 40]
+    assert_equal_runs(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_command_with_its_step_saved(interrupted, number, exit_code):
-    command, ends = interrupted
-    code, output, saved = ends[number]
-    assert code == exit_code, output
-    assert f"{number.name} received: the step under way is finished and saved" in output
-    assert f"the same command goes on from the last checkpoint in {command.workdir}" in output
+def test_sigterm_ends_the_command_with_its_step_saved(interrupted):
+    workdir, (code, output, saved) = interrupted
+    assert code == 0, output
+    assert "SIGTERM received: the step under way is finished and saved" in output
+    assert f"the same command goes on from the last checkpoint in {workdir}" in output
     last_step = re.findall(rf"^step (\d+)/{LAST} ", output, re.MULTILINE)[-1]
     assert saved[-1] == int(last_step) < LAST
-    assert "Traceback" not in output and " nan " not in output
+    assert "Traceback" not in output
 
 
 # Stopped in this process, at a step of the test's choice
@@ -175,9 +172,9 @@ def test_sigterm_finishes_and_saves_the_very_step(stopped):
     assert saved_state(workdir, STOPPED_AT)["step"] == STOPPED_AT
 
 
-@pytest.mark.parametrize("step", [35, 36])
-def test_a_run_interrupted_again_goes_on_bit_for_bit(folder, copy, uninterrupted, monkeypatch, step):
+def test_a_run_interrupted_again_goes_on_bit_for_bit(folder, copy, uninterrupted, monkeypatch):
     """At step 36 a checkpoint and an evaluation are due as well."""
+    step = 36
     at_step(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
     code, output = train(tiny_config(folder), copy)
     assert code == 130 and f"going on from step {STOPPED_AT}" in output
@@ -245,13 +242,11 @@ def test_nothing_is_lost_where_every_checkpoint_is_damaged(folder, copy):
 # Moved
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)])
-def test_a_run_goes_on_on_another_mesh(folder, copy, uninterrupted, sizes):
-    mesh = dict(zip(("data", "fsdp", "expert"), sizes, strict=True))
-    code, output = train(tiny_config(folder, mesh=mesh), copy)
+def test_a_run_goes_on_on_another_mesh(folder, copy, uninterrupted):
+    code, output = train(tiny_config(folder, mesh={"data": 2, "fsdp": 2, "expert": 2}), copy)
     assert code == 0
     assert f"going on from step {STOPPED_AT}" in output
-    assert f"mesh data {sizes[0]} x fsdp {sizes[1]} x expert {sizes[2]}" in output
+    assert "mesh data 2 x fsdp 2 x expert 2" in output
     ours, theirs = metrics(copy), metrics(uninterrupted)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("train/loss", "eval/loss"):
