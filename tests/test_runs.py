@@ -1,0 +1,198 @@
+"""Whole runs of a tiny model: what they leave, how they survive trouble, and their evaluation."""
+
+import errno
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_helpers import (
+    assert_same_state,
+    compile_cache,
+    content,
+    evaluate,
+    metrics,
+    steps,
+    tiny_config,
+    tiny_settings,
+    train,
+    write_corpus,
+)
+
+from default_moe import checkpoint
+from default_moe.config import Config
+from default_moe.data import open_data
+from default_moe.generate import generate
+from default_moe.program import Program
+
+LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_corpus(folder / "text")
+    with compile_cache(folder / "cache"):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A finished run's work directory and what it printed."""
+    code, output = train(tiny_config(folder, **LEARNING), folder / "finished")
+    assert code == 0, output
+    return folder / "finished", output
+
+
+def held_out(workdir, name="eval/loss"):
+    return [line[name] for line in metrics(workdir) if name in line]
+
+
+def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
+    workdir, output = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [12, 24, 30]
+    for name in ("perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds"):
+        assert f"train/{name}" in training[0]
+    for name in ("load_balance_loss", "router_entropy", "max_load", "default_vector_norm"):
+        assert f"layer_1/{name}" in training[0]
+    assert training[0]["train/load_balance_loss"] == pytest.approx(training[0]["layer_1/load_balance_loss"])
+    # Nothing known costs log 257 = 5.55 nats a byte; words of lower-case letters at most log 27 = 3.3.
+    assert training[0]["train/loss"] > 5.3
+    assert held_out(workdir)[-1] < 3.3
+    last = [line for line in lines if "eval/loss" in line][-1]
+    assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
+    assert last["eval/bits_per_byte"] == pytest.approx(last["eval/loss"] / np.log(2), rel=0.01)  # a byte a token
+    assert (workdir / "figures" / "expert_load_step_30.png").read_bytes().startswith(b"\x89PNG")
+    assert any((workdir / "tensorboard").iterdir())
+    assert "a sample:\ndef " in output and "compiled the training step in" in output
+
+
+def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, finished):
+    workdir, _ = finished
+    before = content(workdir)
+    code, output = train(tiny_config(folder, **LEARNING), workdir)
+    assert code == 0 and "nothing to do: the run is at step 30" in output
+    assert content(workdir) == before
+    longer = {**LEARNING, "train": {"num_steps": 32}}
+    code, output = train(tiny_config(folder, **longer), workdir)
+    assert code == 0 and "changed since the run began: train.num_steps was 30, is now 32" in output
+    assert steps(workdir)[-1] == 32
+
+
+def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished):
+    workdir, _ = finished
+    before = content(workdir)
+    changed = tiny_config(
+        folder, model={"d_model": 32}, moe={"num_experts": 16}, train={"seed": 2}, data={"validation_fraction": 0.3}
+    )
+    code, output = train(changed, workdir)
+    assert code == 2
+    error = output.splitlines()[-1]
+    for difference in (
+        "model.d_model: 16 there, 32 here",
+        "moe.num_experts: 8",
+        "train.seed",
+        "data.validation_fraction",
+    ):
+        assert difference in error
+    assert content(workdir) == before
+
+
+def test_a_full_disk_does_not_end_a_run(folder, tmp_path, monkeypatch):
+    """The save of step 4 fails; it is made up for at the next step that is logged."""
+    write, failures = checkpoint.write_manifest, []
+
+    def full_once(path):
+        if not failures:
+            failures.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full_once)
+    code, output = train(tiny_config(folder, train={"num_steps": 9}), tmp_path / "run")
+    assert code == 0
+    complaints = [line for line in output.splitlines() if "not saved" in line]
+    assert len(complaints) == 1 and "step 4" in complaints[0] and "No space left on device" in complaints[0]
+    assert steps(tmp_path / "run")[-1] == 9
+    monkeypatch.undo()
+    assert train(tiny_config(folder, train={"num_steps": 9}), tmp_path / "whole")[0] == 0
+    assert_same_state(tmp_path / "run", tmp_path / "whole", 9)
+
+
+def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
+    # Adam moves each weight by the learning rate: 1e38 a step overflows the activations at once.
+    wild = {
+        "train": {"num_steps": 40, "max_bad_steps": 3},
+        "optim": {"peak_lr": 1e38},
+        "checkpoint": {"every_steps": 1},
+    }
+    code, output = train(tiny_config(folder, **wild), tmp_path)
+    assert code == 1
+    error = output.splitlines()[-1]
+    assert error.startswith("error: 3 steps in a row had a loss or gradient that is not finite")
+    assert "is intact" in error
+    bad = [line for line in metrics(tmp_path) if line.get("train/bad_steps")]
+    assert [line["train/bad_steps_in_row"] for line in bad] == [1, 2, 3]
+    assert all(line["train/loss"] is None for line in bad)
+    code, output = evaluate(tmp_path)
+    assert code == 0 and "nan" not in output
+
+
+def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, finished):
+    workdir, _ = finished
+    before = content(workdir / "checkpoints")
+    code, output = evaluate(workdir, step=30)
+    assert code == 0, output
+    report = json.loads((workdir / "eval" / "step_30.json").read_text())
+    data = open_data(tiny_config(folder).data, lambda line: None)
+    assert report["tokens"] == data.validation.info.tokens - 1  # every token after the first, once
+    at_30 = next(line for line in metrics(workdir) if line["step"] == 30 and "eval/loss" in line)
+    assert report["loss"] == pytest.approx(at_30["eval/loss"], rel=1e-6)
+    assert f"loss           {report['loss']:.4f}" in output
+    assert report["sample"] in output
+    assert [sum(layer["tokens_per_expert"]) for layer in report["layers"]] == [2 * report["tokens"]]  # top 2
+    assert content(workdir / "checkpoints") == before
+
+
+def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
+    workdir, _ = finished
+
+    def on_mesh(config):
+        return Config.from_mapping({**config.to_dict(), "mesh": {"data": 2, "fsdp": 2, "expert": 2}})
+
+    older = steps(workdir)[0]
+    losses = []
+    for override in (lambda config: config, on_mesh):
+        assert evaluate(workdir, step=older, override=override)[0] == 0
+        losses.append(json.loads((workdir / "eval" / f"step_{older}.json").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_greedy_generation_is_the_argmax_of_the_uncached_forward_pass(folder):
+    settings = tiny_settings(folder, eval={"sample_tokens": 6, "temperature": 0.0}, mesh={"data": 1})
+    program = Program(Config.from_mapping(settings), 257, jax.devices()[:1])
+    state = program.new_state()
+    prompt = np.array([256, 97, 98])
+    text, expected = list(prompt), generate(program, state.params, state.variables, prompt)
+    forward = jax.jit(
+        lambda tokens: program.model.apply({"params": state.params, **state.variables}, tokens, train=False)
+    )
+    for _ in range(6):
+        padded = np.zeros((1, 9), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(jnp.argmax(forward(padded)[0][0, len(text) - 1])))
+    assert text[3:] == list(expected)
+
+
+def test_sampling_follows_its_seed(folder):
+    settings = tiny_settings(folder, eval={"sample_tokens": 12, "temperature": 1.0})
+    program = Program(Config.from_mapping(settings), 257)  # eight devices
+    state = program.new_state()
+    draws = [generate(program, state.params, state.variables, np.array([256]), seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert draws[0].shape == (12,)
