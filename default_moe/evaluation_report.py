@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config, ConfigError
@@ -46,7 +48,7 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
     print(_table(result, step, config))
     print(f"\nfrom the prompt {prompt!r}:\n{text}")
     path = workdir / "eval" / f"step_{step}.json"
-    report = {"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text}
+    report = _finite_or_null({"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text})
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(report, indent=1))
@@ -54,6 +56,15 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
         raise ConfigError(f"the report cannot be written to {path}: {error.strerror}") from error
     print(f"\nwritten to {path}", flush=True)
     return 0
+
+
+def _finite_or_null(value: Any) -> Any:
+    """`value` with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite_or_null(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(result: Evaluation, step: int, config: Config) -> str:
