@@ -102,9 +102,8 @@ class _Loop:
             self.progress.start(start)
             last_save = time.monotonic()
             pending: tuple[int, Any] | None = None
-            held_out: dict[str, float] | None = None
-            finished = False
             for step in range(start + 1, train.num_steps + 1):
+                held_out: dict[str, float] | None = None
                 state, metrics = train_step(state, next(batches))
                 # The metrics of the step before are looked at while this one runs: the device never waits.
                 if pending:
@@ -128,13 +127,27 @@ class _Loop:
                         pending = None
                     self._save(state, step, held_out)
                     last_save = time.monotonic()
-                held_out = None
                 if stopping:
                     break
-        self.store.wait()
-        speed = self._clock.mean_steps_per_second() * batch_size * train.sequence_length
-        self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
+        self._make_sure_of_the_last_save(state, step, held_out)
+        steps_per_second = self._clock.mean_steps_per_second()
+        if steps_per_second:
+            speed = steps_per_second * batch_size * train.sequence_length
+            self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
         return state, finished
+
+    def _make_sure_of_the_last_save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        """Wait for it, and try once more if it failed. Raises TrainingFailed if it cannot be saved."""
+        self.store.wait()
+        if self.store.needs_retry:
+            self._save(state, step, held_out)
+            self.store.wait()
+        if self.store.needs_retry:
+            saved = self.store.steps()
+            raise TrainingFailed(
+                f"the checkpoint of step {step} could not be saved; make room, and the same command goes on from "
+                + (f"step {saved[-1]}" if saved else "the start")
+            )
 
     def _record(self, step: int, metrics: Any) -> None:
         """Log a step's metrics if it is one to log. Raises TrainingFailed after too many bad steps in a row."""
@@ -221,7 +234,8 @@ class _Clock:
         return self._last
 
     def mean_steps_per_second(self) -> float:
-        return self._steps / self._seconds if self._seconds else math.nan
+        """Over all intervals measured; 0 if there was none."""
+        return self._steps / self._seconds if self._seconds else 0.0
 
 
 def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:

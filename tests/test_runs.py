@@ -123,6 +123,21 @@ def test_a_full_disk_does_not_end_a_run(folder, tmp_path, monkeypatch):
     assert_same_state(tmp_path / "run", tmp_path / "whole", 9)
 
 
+def test_a_run_whose_last_save_fails_says_so_and_fails(folder, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny_config(folder, train={"num_steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", full)
+        code, output = train(config, tmp_path)
+    assert code == 1
+    assert output.splitlines()[-1].startswith("error: the checkpoint of step 6 could not be saved; make room")
+    assert "done" not in output and steps(tmp_path) == []
+    assert train(config, tmp_path)[0] == 0
+    assert steps(tmp_path)[-1] == 6
+
+
 def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
     # Adam moves each weight by the learning rate: 1e38 a step overflows the activations at once.
     wild = {
