@@ -47,6 +47,8 @@ def parse_config(argv: list[str], flag: Any, default: str) -> Config:
     try:
         parse_flags(argv)
         return Config.from_config_dict(flag.value)
+    except SyntaxError as error:
+        raise ConfigError(f"the config file {error.filename} is not Python: {error.msg}, line {error.lineno}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None
 
@@ -103,10 +105,14 @@ def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
         yield
     except (AttributeError, KeyError) as error:
         words = str(error).replace("\\", "")
+        if "get_config" in words:
+            raise ConfigError("the config file has no get_config(), which returns the config") from None
         hint = re.search(r"Did you mean .([^'\" ]+)", words)
         key = re.search(r"['\"](\w+)['\"]", words)
         name = key.group(1) if key else words
         flag = next((arg.split("=")[0] for arg in argv if name in arg.split("=")[0].split(".")), None)
+        if flag is None and hint is None and "locked" not in words:
+            raise  # an error of the config file's own
         raise ConfigError(
             f"there is no setting {name!r} ({flag or 'in the config file'})"
             + (f"; did you mean {hint.group(1)!r}?" if hint else "")

@@ -6,6 +6,7 @@ immutable. A run stores its `Config` as JSON, never as Python.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -161,6 +162,7 @@ class DataConfig:
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}, but must lie between 0 and 1",
         )
+        check(bool(self.tokenizer), "data.tokenizer is empty, but must be 'bytes', 'bpe:SIZE' or a tokenizer.json")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             check(
@@ -197,7 +199,7 @@ class TrainConfig:
             "max_bad_steps",
         ):
             check_at_least(f"train.{name}", getattr(self, name), 1)
-        check_at_least("train.seed", self.seed, 0)
+        check(0 <= self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")
         check(
             self.batch_size % self.grad_accum_steps == 0,
             f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
@@ -223,7 +225,7 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self.peak_lr > 0, f"optim.peak_lr is {self.peak_lr}, but must be positive")
+        check(0 < self.peak_lr < math.inf, f"optim.peak_lr is {self.peak_lr}, but must be positive and finite")
         for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
             check_fraction(f"optim.{name}", getattr(self, name))
         check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")

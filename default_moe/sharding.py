@@ -95,7 +95,8 @@ def shardings_of(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args:
     Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
     """
     with _annotations(), nn.logical_axis_rules(()):  # without rules Flax does not constrain what it unboxes
-        annotated = jax.eval_shape(init, *args)
+        # A function of its own: JAX remembers traces by function, and must not mix these with ones without names.
+        annotated = jax.eval_shape(lambda *a: init(*a), *args)
         shapes = nn.unbox(annotated)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(annotated), mesh, mesh_rules)
     jax.tree_util.tree_map_with_path(_check_divisible, shapes, shardings)

@@ -93,7 +93,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         new = {"params": params, "variables": result.variables, "opt_state": opt_state}
         old = {name: getattr(state, name) for name in new}
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(result.variables)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         new_state = dataclasses.replace(
             state,
@@ -169,4 +169,4 @@ def _merge_passes(passes: _Pass) -> _Pass:
 
 
 def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)] or [True]))
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

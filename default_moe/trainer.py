@@ -87,6 +87,8 @@ class _Loop:
         """Train from step `start` on. Returns the state, and whether all steps are done (False: asked to stop)."""
         config = self.program.config
         train, batch_size = config.train, config.train.batch_size
+        self._flops_per_token = train_flops_per_token(config, self.program.vocab_size)
+        self._bad_in_row = 0
 
         def load(step: int) -> Batch:
             def rows(first: int, count: int) -> Batch:
@@ -125,8 +127,10 @@ class _Loop:
                     if pending:
                         self._record(*pending)
                         pending = None
-                    self._save(state, step, held_out)
-                    last_save = time.monotonic()
+                    # What led to a bad step may lie in the weights: it must not push good checkpoints out.
+                    if finished or stopping or not self._bad_in_row:
+                        self._save(state, step, held_out)
+                        last_save = time.monotonic()
                 if stopping:
                     break
         self._make_sure_of_the_last_save(state, step, held_out)
@@ -152,7 +156,7 @@ class _Loop:
     def _record(self, step: int, metrics: Any) -> None:
         """Log a step's metrics if it is one to log. Raises TrainingFailed after too many bad steps in a row."""
         train = self.program.config.train
-        bad_in_row = int(metrics["bad_steps_in_row"])
+        self._bad_in_row = bad_in_row = int(metrics["bad_steps_in_row"])
         if bad_in_row:
             self.progress.message(
                 f"step {step}: the loss or a gradient is not finite; nothing was updated ({bad_in_row} in a row)"
@@ -162,6 +166,7 @@ class _Loop:
             self.writer.write(step, values)
             self.progress.log(step, values)
         if bad_in_row >= train.max_bad_steps:
+            self.store.wait()
             saved = self.store.steps()
             raise TrainingFailed(
                 f"{bad_in_row} steps in a row had a loss or gradient that is not finite (up to step {step}); "
@@ -176,7 +181,7 @@ class _Loop:
         seconds_per_step = self._clock.seconds_per_step(step)
         train = self.program.config.train
         tokens_per_second = train.batch_size * train.sequence_length / seconds_per_step
-        flops = tokens_per_second * train_flops_per_token(self.program.config, self.program.vocab_size)
+        flops = tokens_per_second * self._flops_per_token
         values["train/step_seconds"] = seconds_per_step
         values["train/tokens_per_second"] = tokens_per_second
         values["train/model_flops_per_second"] = flops

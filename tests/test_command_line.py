@@ -18,6 +18,8 @@ TRAIN = {
     "a word that is no flag": (["quickstart"], "'quickstart' is not a flag"),
     "a value of the wrong type": (["--config.train.num_steps=many"], "--config.train.num_steps=many"),
     "no such config file": (["--config=configs/none.py"], "configs/none.py"),
+    "a config file without a config": (["--config={here}/records.jsonl"], "no get_config()"),
+    "a config file that is not Python": (["--config={here}/broken.py"], "broken.py is not Python"),
     "no such paper config": (["--config=configs/paper.py:9c1"], "9c1 is not one of 8c1, 8c2, 32c1, 32c2, 32c4"),
     "top_k 0": (["--config.moe.top_k=0"], "moe.top_k is 0"),
     "top_k over num_experts": (["--config.moe.top_k=9"], "moe.num_experts = 8"),
@@ -56,6 +58,7 @@ def answers(tmp_path_factory):
     here = tmp_path_factory.mktemp("bad")
     write_corpus(here / "text")
     (here / "records.jsonl").write_text(json.dumps({"body": "some text"}) + "\n")
+    (here / "broken.py").write_text("def get_config(:\n")
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")
     settings = tiny_settings(here)

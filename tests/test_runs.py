@@ -152,6 +152,7 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_p
     assert "is intact" in error
     bad = [line for line in metrics(tmp_path) if line.get("train/bad_steps")]
     assert [line["train/bad_steps_in_row"] for line in bad] == [1, 2, 3]
+    assert steps(tmp_path)[-1] < bad[0]["step"]  # nothing is saved while steps are bad
     assert all(line["train/loss"] is None for line in bad)
     code, output = evaluate(tmp_path)
     assert code == 0 and "damaged" not in output

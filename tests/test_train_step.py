@@ -139,6 +139,19 @@ def test_default_vectors_that_overflow_are_not_kept():
     assert np.isfinite(float(metrics["loss"]))
 
 
+def test_an_update_that_overflows_is_not_kept():
+    """The loss and gradient that led to it are finite; weights and optimizer state after it would not be."""
+    program = program_for(change(CONFIG, optim={"peak_lr": 3e38, "weight_decay": 100.0}))
+    state = program.new_state()
+    before = copy(state)
+    after, metrics = program.train_step(state, make_batch())
+    assert np.isfinite(float(metrics["total_loss"])) and np.isfinite(float(metrics["grad_norm"]))
+    assert int(after.bad_steps_in_row) == 1
+    assert_trees_equal(after.params, before.params)
+    assert_trees_equal(after.opt_state, before.opt_state)
+    assert_trees_equal(after.variables, before.variables)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """With a top-k router and no balance loss microbatches do not interact, so even unequal ones must add up."""
     batch = make_batch(4)
