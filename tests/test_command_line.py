@@ -33,6 +33,7 @@ TRAIN = {
     ),
     "a glob that matches nothing": (["--config.data.files={here}/none/*.txt"], "{here}/none/*.txt"),
     "an empty glob": (["--config.data.files="], "data.files is not set"),
+    "a file without text": (["--config.data.files={here}/empty.txt"], "{here}/empty.txt"),
     "a text field that is not there": (["--config.data.files={here}/records.jsonl"], "body"),
     "a tokenizer that is none": (["--config.data.tokenizer={here}/records.jsonl"], "records.jsonl"),
     "a tokenizer that is not there": (["--config.data.tokenizer={here}/none.json"], "none.json"),
@@ -46,6 +47,7 @@ EVAL = {
     "a workdir that is not there": (["--workdir={here}/none"], "there is no work directory"),
     "no checkpoint": (["--workdir={here}/foreign"], "no checkpoint"),
     "a step that is not there": (["--workdir={here}/trained", "--step=7"], "no checkpoint of step 7"),
+    "a step that is no number": (["--workdir={here}/trained", "--step=last"], "--step=last"),
     "a setting of the checkpoint": (["--workdir={here}/trained", "--config.moe.top_k=3"], "moe.* is fixed"),
     "a mistyped setting": (["--workdir={here}/trained", "--config.eval.promt=x"], "did you mean 'prompt'?"),
     "an unknown flag": (["--workdir={here}/trained", "--stp=3"], "stp"),
@@ -58,6 +60,7 @@ def answers(tmp_path_factory):
     here = tmp_path_factory.mktemp("bad")
     write_corpus(here / "text")
     (here / "records.jsonl").write_text(json.dumps({"body": "some text"}) + "\n")
+    (here / "empty.txt").touch()
     (here / "broken.py").write_text("def get_config(:\n")
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")

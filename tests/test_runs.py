@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import (
     assert_same_state,
+    at_step,
     compile_cache,
     content,
     evaluate,
@@ -26,6 +29,8 @@ from default_moe.data import open_data
 from default_moe.generate import generate
 from default_moe.program import Program
 
+# Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
+# to these.
 LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
 
 
@@ -45,8 +50,27 @@ def finished(folder):
     return folder / "finished", output
 
 
-def held_out(workdir, name="eval/loss"):
-    return [line[name] for line in metrics(workdir) if name in line]
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def held_out(workdir):
+    """Held-out losses by step."""
+    return {line["step"]: line["eval/loss"] for line in metrics(workdir) if "eval/loss" in line}
+
+
+def only_error(output):
+    """The one line that says why a run failed, with which its output ends."""
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
+    assert "Traceback" not in output
+    return lines[-1]
+
+
+def saved_report(workdir, step):
+    """The JSON report of an evaluation, which holds neither NaN nor infinity."""
+    return json.loads((workdir / "eval" / f"step_{step}.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
@@ -62,48 +86,55 @@ def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
     assert training[0]["train/load_balance_loss"] == pytest.approx(training[0]["layer_1/load_balance_loss"])
     # Nothing known costs log 257 = 5.55 nats a byte; words of lower-case letters at most log 27 = 3.3.
     assert training[0]["train/loss"] > 5.3
-    assert held_out(workdir)[-1] < 3.3
+    assert held_out(workdir)[30] < 3.3
     last = [line for line in lines if "eval/loss" in line][-1]
     assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
     assert last["eval/bits_per_byte"] == pytest.approx(last["eval/loss"] / np.log(2), rel=0.01)  # a byte a token
     assert (workdir / "figures" / "expert_load_step_30.png").read_bytes().startswith(b"\x89PNG")
-    assert any((workdir / "tensorboard").iterdir())
+    assert all(path.stat().st_size for path in (workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert steps(workdir) == [24, 28, 30]
     assert "a sample:\ndef " in output and "compiled the training step in" in output
 
 
-def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, finished):
-    workdir, _ = finished
-    before = content(workdir)
-    code, output = train(tiny_config(folder, **LEARNING), workdir)
+def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
+    before = content(copy)
+    code, output = train(tiny_config(folder, **LEARNING), copy)
     assert code == 0 and "nothing to do: the run is at step 30" in output
-    assert content(workdir) == before
+    assert content(copy) == before
     longer = {**LEARNING, "train": {"num_steps": 32}}
-    code, output = train(tiny_config(folder, **longer), workdir)
+    code, output = train(tiny_config(folder, **longer), copy)
     assert code == 0 and "changed since the run began: train.num_steps was 30, is now 32" in output
-    assert steps(workdir)[-1] == 32
+    assert "going on from step 30" in output
+    assert steps(copy)[-1] == 32
 
 
-def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished):
+def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp_path):
     workdir, _ = finished
     before = content(workdir)
     changed = tiny_config(
-        folder, model={"d_model": 32}, moe={"num_experts": 16}, train={"seed": 2}, data={"validation_fraction": 0.3}
+        folder,
+        model={"d_model": 32},
+        moe={"num_experts": 16},
+        train={"seed": 2},
+        data={"files": write_corpus(tmp_path / "text", seed=5), "validation_fraction": 0.3},
     )
     code, output = train(changed, workdir)
     assert code == 2
-    error = output.splitlines()[-1]
+    error = only_error(output)
     for difference in (
         "model.d_model: 16 there, 32 here",
-        "moe.num_experts: 8",
-        "train.seed",
-        "data.validation_fraction",
+        "moe.num_experts: 8 there, 16 here",
+        "train.seed: 1 there, 2 here",
+        "data.validation_fraction: 0.2 there, 0.3 here",
+        "corpus_hash: ",
     ):
         assert difference in error
     assert content(workdir) == before
 
 
-def test_a_full_disk_does_not_end_a_run(folder, tmp_path, monkeypatch):
-    """The save of step 4 fails; it is made up for at the next step that is logged."""
+def test_a_full_disk_does_not_end_a_run(folder, finished, tmp_path, monkeypatch):
+    """The save of step 12 fails; it is made up for at the next step that is logged."""
     write, failures = checkpoint.write_manifest, []
 
     def full_once(path):
@@ -112,30 +143,35 @@ def test_a_full_disk_does_not_end_a_run(folder, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path)
 
+    def until_it_failed():
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+
     monkeypatch.setattr(checkpoint, "write_manifest", full_once)
-    code, output = train(tiny_config(folder, train={"num_steps": 9}), tmp_path / "run")
+    at_step(monkeypatch, 13, until_it_failed)
+    code, output = train(tiny_config(folder, **LEARNING, checkpoint={"every_steps": 12}), tmp_path)
     assert code == 0
     complaints = [line for line in output.splitlines() if "not saved" in line]
-    assert len(complaints) == 1 and "step 4" in complaints[0] and "No space left on device" in complaints[0]
-    assert steps(tmp_path / "run")[-1] == 9
-    monkeypatch.undo()
-    assert train(tiny_config(folder, train={"num_steps": 9}), tmp_path / "whole")[0] == 0
-    assert_same_state(tmp_path / "run", tmp_path / "whole", 9)
+    assert len(complaints) == 1 and "step 12" in complaints[0] and "No space left on device" in complaints[0]
+    retried, *due = steps(tmp_path)
+    assert 12 < retried < 24 and due == [24, 30]
+    assert_same_state(tmp_path, finished[0], 30)
 
 
 def test_a_run_whose_last_save_fails_says_so_and_fails(folder, tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = tiny_config(folder, train={"num_steps": 6})
+    config = tiny_config(folder, **LEARNING, checkpoint={"every_steps": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", full)
         code, output = train(config, tmp_path)
     assert code == 1
-    assert output.splitlines()[-1].startswith("error: the checkpoint of step 6 could not be saved; make room")
+    assert only_error(output).startswith("error: the checkpoint of step 30 could not be saved; make room")
     assert "done" not in output and steps(tmp_path) == []
     assert train(config, tmp_path)[0] == 0
-    assert steps(tmp_path)[-1] == 6
+    assert steps(tmp_path) == [30]
 
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
@@ -147,7 +183,7 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_p
     }
     code, output = train(tiny_config(folder, **wild), tmp_path)
     assert code == 1
-    error = output.splitlines()[-1]
+    error = only_error(output)
     assert error.startswith("error: 3 steps in a row had a loss or gradient that is not finite")
     assert "is intact" in error
     bad = [line for line in metrics(tmp_path) if line.get("train/bad_steps")]
@@ -157,24 +193,39 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_p
     code, output = evaluate(tmp_path)
     assert code == 0 and "damaged" not in output
     # What the last step that counted made of the weights is finite, but the loss is not: null in JSON.
-    report = json.loads(next((tmp_path / "eval").iterdir()).read_text(), parse_constant=pytest.fail)
-    assert report["loss"] is None
+    assert saved_report(tmp_path, steps(tmp_path)[-1])["loss"] is None
 
 
 def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, finished):
     workdir, _ = finished
     before = content(workdir / "checkpoints")
-    code, output = evaluate(workdir, step=30)
-    assert code == 0, output
-    report = json.loads((workdir / "eval" / "step_30.json").read_text())
+    code, _ = evaluate(workdir)
+    assert code == 0
+    report = saved_report(workdir, 30)  # the newest step
     data = open_data(tiny_config(folder).data, lambda line: None)
     assert report["tokens"] == data.validation.info.tokens - 1  # every token after the first, once
     at_30 = next(line for line in metrics(workdir) if line["step"] == 30 and "eval/loss" in line)
-    assert report["loss"] == pytest.approx(at_30["eval/loss"], rel=1e-6)
-    assert f"loss           {report['loss']:.4f}" in output
-    assert report["sample"] in output
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert report[name] == pytest.approx(at_30[f"eval/{name}"], rel=1e-6)
     assert [sum(layer["tokens_per_expert"]) for layer in report["layers"]] == [2 * report["tokens"]]  # top 2
     assert content(workdir / "checkpoints") == before
+
+
+def test_evaluation_prints_what_it_writes(finished):
+    workdir, _ = finished
+    code, output = evaluate(workdir)
+    assert code == 0
+    report = saved_report(workdir, 30)
+    assert f"step 30, text_files, {report['tokens']:,} held-out tokens, {report['text_bytes']:,} bytes" in output
+    for label, name in (("loss", "loss"), ("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")):
+        assert f"\n  {label:<14} {report[name]:.4f}" in output
+    table = [line.split() for line in output.splitlines()]
+    header = next(number for number, line in enumerate(table) if line[:1] == ["layer"])
+    (layer,) = report["layers"]
+    assert table[header + 1] == ["1", *(f"{layer[name]:.4f}" for name in table[header][1:])]
+    assert {"load_balance_loss", "router_entropy", "max_load", "default_vector_norm"} <= {*table[header]}
+    assert report["prompt"] == "the " and report["sample"].startswith("the ")
+    assert f"from the prompt 'the ':\n{report['sample']}\n" in output
 
 
 def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
@@ -183,12 +234,14 @@ def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
     def on_mesh(config):
         return Config.from_mapping({**config.to_dict(), "mesh": {"data": 2, "fsdp": 2, "expert": 2}})
 
-    older = steps(workdir)[0]
-    losses = []
+    reports = []
     for override in (lambda config: config, on_mesh):
-        assert evaluate(workdir, step=older, override=override)[0] == 0
-        losses.append(json.loads((workdir / "eval" / f"step_{older}.json").read_text())["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert evaluate(workdir, step=24, override=override)[0] == 0
+        reports.append(saved_report(workdir, 24))
+    assert reports[0]["step"] == 24
+    assert reports[0]["loss"] == pytest.approx(held_out(workdir)[24], rel=1e-6)
+    assert reports[0]["loss"] > 1.001 * held_out(workdir)[30]
+    assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
 
 
 def test_greedy_generation_is_the_argmax_of_the_uncached_forward_pass(folder):
