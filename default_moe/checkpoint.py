@@ -126,6 +126,7 @@ class CheckpointStore:
             self._settle()
             return False
         self._thread = threading.Thread(target=self._finish, args=(files,), name="checkpoint")
+        self._failed = False
         self._thread.start()
         return True
 
