@@ -17,7 +17,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; --config.eval.p
 def main(argv: list[str]) -> int:
     overrides = cli.parse_known_flags(argv)
     return evaluation_report.run(
-        Path(_WORKDIR.value),
+        Path(_WORKDIR.value).expanduser(),
         _STEP.value,
         _PROMPT.value,
         lambda config: cli.parse_overrides(overrides, config, allowed=("eval", "mesh", "data")),

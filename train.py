@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<nam
 def main(argv: list[str]) -> int:
     config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG)
     workdir = _WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}"
-    return trainer.train(config, Path(workdir))
+    return trainer.train(config, Path(workdir).expanduser())
 
 
 if __name__ == "__main__":

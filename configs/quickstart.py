@@ -30,5 +30,6 @@ def get_config() -> ConfigDict:
 
     config.eval.every_steps = 100
     config.eval.num_batches = 8
+    config.eval.sample_tokens = 120  # with the prompt no longer than what it was trained on
     config.checkpoint.every_steps = 100
     return config

@@ -114,7 +114,7 @@ class CheckpointStore:
             return False
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        files = {"meta.json": json.dumps(dict(meta), indent=1), "metrics.json": json.dumps(finite)}
+        files = {"meta.json": json.dumps(dict(meta)), "metrics.json": json.dumps(finite)}
         self._saving = step
         try:
             if jax.process_index() == 0:

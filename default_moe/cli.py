@@ -1,6 +1,7 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -32,7 +33,9 @@ def run(main: Callable[[list[str]], int]) -> None:
     except TrainingFailed as error:
         code = _report(error, 1)
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        _report(KeyboardInterrupt("interrupted; the same command starts again or goes on"), 128 + signal.SIGINT)
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # an orderly exit crashes if a compilation was interrupted
     sys.exit(code)
 
 
@@ -44,6 +47,9 @@ def parse_config(argv: list[str], flag: Any, default: str) -> Config:
     """
     if not config_name(argv, ""):
         argv = [argv[0], f"--config={default}", *argv[1:]]
+    path = Path(next(arg for arg in argv if arg.startswith(_FILE_FLAGS)).split("=", 1)[1].split(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {str(path)!r} (looked from {Path.cwd()})")
     try:
         parse_flags(argv)
         return Config.from_config_dict(flag.value)
@@ -69,7 +75,10 @@ def parse_known_flags(argv: list[str]) -> list[str]:
 
 
 def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -> Config:
-    """`config` with the --config.section.key=value of `argv`. Raises ConfigError if a section is not in `allowed`."""
+    """`config` with the --config.section.key=value of `argv`, all of which sys.argv must hold too.
+
+    Raises ConfigError if a section is not in `allowed`.
+    """
     values = flags.FlagValues()
     before = to_config_dict(config)
     with _unknown_keys_reported(argv):
@@ -119,7 +128,7 @@ def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
         ) from None
 
 
-def _report(error: Exception, code: int) -> int:
+def _report(error: BaseException, code: int) -> int:
     # A ConfigError raised in a config file reaches us inside absl's error, after the traceback of the file.
     message = str(error).rstrip().rsplit("ConfigError: ", 1)[-1]
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -84,7 +84,7 @@ class ModelConfig:
 
     vocab_size: None takes the tokenizer's.  num_dense_layers: leading layers with a dense feed-forward network of
     width dense_dim (None: as wide as one expert).  remat: what the backward pass recomputes, "none", "full" or "dots"
-    (all but matrix products).  scan_unroll: layers unrolled per step of the scan over layers; changes speed alone.
+    (all but products with weights).  scan_unroll: layers unrolled per step of the scan over layers; speed alone.
     """
 
     vocab_size: int | None = None
@@ -162,6 +162,10 @@ class DataConfig:
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}, but must lie between 0 and 1",
         )
+        check(
+            not self.files or self.name == "text_files",
+            f"data.files is set, but data.name is {self.name!r}: files are read with data.name='text_files'",
+        )
         check(bool(self.tokenizer), "data.tokenizer is empty, but must be 'bytes', 'bpe:SIZE' or a tokenizer.json")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
@@ -228,9 +232,13 @@ class OptimConfig:
         check(0 < self.peak_lr < math.inf, f"optim.peak_lr is {self.peak_lr}, but must be positive and finite")
         for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
             check_fraction(f"optim.{name}", getattr(self, name))
+        check(max(self.b1, self.b2) < 1, f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1")
         check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
         check_at_least("optim.weight_decay", self.weight_decay, 0)
         check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
+
+
+_LOGICAL_AXES = ["batch", "expert", "embed", "heads", "mlp", "vocab"]
 
 
 @dataclass(frozen=True)
@@ -259,9 +267,15 @@ class MeshConfig:
             all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh.data, mesh.fsdp, mesh.expert are {sizes}, but each must be positive, and at most one of them -1",
         )
+        check(
+            isinstance(self.rules, list | tuple)
+            and all(isinstance(r, list | tuple) and len(r) == 2 for r in self.rules),
+            f"mesh.rules is {self.rules!r}, but must be pairs of a logical axis and its mesh axes",
+        )
         rules = tuple((name, tuple(axes) if isinstance(axes, list | tuple) else axes) for name, axes in self.rules)
         object.__setattr__(self, "rules", rules)
         for name, axes in rules:
+            check(name in _LOGICAL_AXES, f"mesh.rules has no logical axis {name!r}{closest(str(name), _LOGICAL_AXES)}")
             for axis in axes if isinstance(axes, tuple) else (axes,):
                 check(
                     axis in ("data", "fsdp", "expert", None),
@@ -273,7 +287,8 @@ class MeshConfig:
 class CheckpointConfig:
     """Save every every_steps steps and every every_minutes minutes (0: not by the clock) and at the end.
 
-    keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss.
+    keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss of those steps that were
+    both evaluated and saved.
     """
 
     every_steps: int = 100

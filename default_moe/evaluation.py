@@ -57,7 +57,7 @@ def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batc
     loss = nll / max(tokens, 1)
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(min(loss, 700)),
+        perplexity=float(np.exp(loss)),
         bits_per_byte=nll / math.log(2) / max(text_bytes, 1),
         tokens=int(tokens),
         text_bytes=int(text_bytes),

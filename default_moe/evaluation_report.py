@@ -37,7 +37,7 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
         data = open_data(config.data, tokenizer=tokenizer)
         if data.corpus_hash != meta["corpus_hash"]:
             print("note: this is not the text that the run was trained on, or another version of it", flush=True)
-        program = Program(config, tokenizer.vocab_size)
+        program = Program(config, tokenizer.vocab_size, training=False)
         state = program.abstract_state()
         wanted = {"params": state.params, "variables": state.variables}
         restored, _, step = store.restore_for_eval(wanted, step)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
@@ -19,6 +20,8 @@ from default_moe.config import ConfigError, MoEConfig
 from default_moe.default_vectors import combine, update_ema
 from default_moe.grouped_matmul import group_alignment, grouped_matmul, grouped_sum, resolve_backend
 from default_moe.routing import Layout, dispatch, group_by_expert
+
+EXPERT_PRODUCT = "expert_product"
 
 
 class ExpertWeights(NamedTuple):
@@ -147,8 +150,10 @@ def _device_share(
     layout = group_by_expert(index_TK - first, num_experts, align)
     product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M, backend=backend, align=align)
     x_SD = dispatch(x_TD, layout)
-    hidden_SF = jax.nn.silu(product(x_SD, weights.gate)) * product(x_SD, weights.up)
-    out_SD = product(hidden_SF, weights.down)
+    # Named, so that rematerialisation can keep these products as it keeps any other.
+    gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
+    up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)
+    out_SD = checkpoint_name(product(jax.nn.silu(gate_SF) * up_SF, weights.down), EXPERT_PRODUCT)
 
     if defaults is not None and update:
         sums = _batch_sums(jax.lax.stop_gradient(out_SD), probs_TM, mask_T, layout, align, config.ema_weighted)

@@ -66,6 +66,8 @@ def generate(program: Program, params: Any, variables: Any, prompt: np.ndarray, 
         return np.zeros(0, np.int32)
     # Under a mesh each device needs a row: the prompt is repeated, and one row is kept.
     rows = program.num_batch_shards
-    sampler = program.jit(make_sampler(program.model, settings.sample_tokens, settings.temperature))
+    sampler = program.jit(
+        make_sampler(program.model, settings.sample_tokens, settings.temperature), out_shardings=program.replicated
+    )
     prompts = jnp.tile(jnp.asarray(prompt, jnp.int32)[None], (rows, 1))
     return np.asarray(sampler(params, variables, prompts, jax.random.key(seed)))[0]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.config import ModelConfig, MoEConfig
+from default_moe.experts import EXPERT_PRODUCT
 from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, MoELayer, small_init_std
 from default_moe.sharding import constrain, with_axes
 
@@ -246,7 +247,11 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
     """A Block class that runs `length` blocks in a scan, recomputing in the backward pass what `remat` says."""
     block: Any = Block
     if config.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        policies = jax.checkpoint_policies
+        products = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(EXPERT_PRODUCT)
+        )
+        policy = products if config.remat == "dots" else None
         block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,

@@ -15,18 +15,21 @@ from default_moe.train_state import TrainState, build_model, initial_state
 from default_moe.train_step import Batch, make_eval_step, make_train_step
 
 
-def mesh_for(config: Config, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of a config, over all devices. Raises ConfigError if they do not fit each other."""
+def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = True) -> Mesh:
+    """The mesh of a config, over all devices. Raises ConfigError if they do not fit each other.
+
+    training: whether training batches must fit too, not those of the evaluation alone.
+    """
     mesh = sharding.make_mesh(config.mesh, devices)
     with in_force(mesh, config):
         shards, experts = sharding.num_shards("batch"), sharding.num_shards("expert")
     microbatch_size = config.train.batch_size // config.train.grad_accum_steps
-    for name, size, parts, devices_are in (
-        ("train.batch_size / train.grad_accum_steps", microbatch_size, shards, "that share a batch"),
-        ("eval.batch_size", config.eval.batch_size or config.train.batch_size, shards, "that share a batch"),
-        ("moe.num_experts", config.moe.num_experts, experts, "along mesh.expert"),
+    for checked, name, size, parts, devices_are in (
+        (training, "train.batch_size / train.grad_accum_steps", microbatch_size, shards, "that share a batch"),
+        (True, "eval.batch_size", config.eval.batch_size or config.train.batch_size, shards, "that share a batch"),
+        (True, "moe.num_experts", config.moe.num_experts, experts, "along mesh.expert"),
     ):
-        if size % parts:
+        if checked and size % parts:
             raise ConfigError(f"{name} is {size}, but must be a multiple of the {parts} devices {devices_are}")
     return mesh
 
@@ -49,15 +52,15 @@ class Program:
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
     """
 
-    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None):
-        """Raises ConfigError if the config does not fit the devices or the vocabulary."""
+    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None, training: bool = True):
+        """`training`: see `mesh_for`. Raises ConfigError if the config does not fit the devices or the vocabulary."""
         if config.model.vocab_size is not None and config.model.vocab_size < vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {vocab_size} entries: "
                 "leave it unset to take the tokenizer's"
             )
         self.config = config
-        self.mesh = mesh_for(config, devices)
+        self.mesh = mesh_for(config, devices, training)
         self.model = build_model(config, vocab_size)
         self.vocab_size = self.model.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
@@ -66,7 +69,7 @@ class Program:
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
-        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
         self.new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
         self.train_step = self.jit(
             make_train_step(self.model, self.optimizer, config),

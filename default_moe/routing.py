@@ -13,11 +13,12 @@ from jax import Array
 
 
 def masked_mean(values: Array, mask: Array | None) -> Array:
-    """Mean over all but the last axes that `mask` lacks, counting only positions where `mask` is not zero."""
+    """Mean over the first two axes [B, L], counting only positions where `mask` [B, L] is not zero."""
     if mask is None:
         return values.mean(axis=tuple(range(2)))
-    weight = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim)).astype(jnp.float32)
-    return (values * weight).sum(axis=(0, 1)) / jnp.maximum(mask.sum(), 1)
+    counts = (mask != 0).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    # where, not a product: what padding holds must not matter, be it NaN.
+    return jnp.where(counts, values, 0).sum(axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
 
 
 def tokens_per_expert(index_BLK: Array, num_experts: int, mask_BL: Array | None) -> Array:

@@ -1,5 +1,6 @@
 """Being asked to stop: SIGTERM and Ctrl-C end a run after the step under way, its state saved."""
 
+import contextlib
 import signal
 import sys
 from types import FrameType, TracebackType
@@ -11,7 +12,7 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """While entered, notes the first SIGTERM or Ctrl-C instead of dying; a second Ctrl-C interrupts at once."""
+    """While entered, notes a SIGTERM or Ctrl-C instead of dying; a Ctrl-C after that interrupts at once."""
 
     def __init__(self) -> None:
         self._signal = 0
@@ -41,7 +42,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = number
         name = signal.Signals(number).name
-        print(f"{name} received: the step under way is finished and saved", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):  # where it interrupts another print to the same stream
+            print(f"{name} received: the step under way is finished and saved", file=sys.stderr, flush=True)
 
 
 def any_process(flag: bool) -> bool:

@@ -20,7 +20,7 @@ from default_moe.program import Program, mesh_for
 from default_moe.stopping import StopRequest, any_process
 from default_moe.train_state import TrainState
 from default_moe.train_step import Batch
-from default_moe.workdir import open_run
+from default_moe.workdir import check_ours, open_run
 
 
 class TrainingFailed(RuntimeError):
@@ -37,7 +37,8 @@ def train(config: Config, workdir: Path) -> int:
       ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
     """
     progress = Progress(config.train.num_steps)
-    mesh_for(config)  # fails early, before any data is prepared
+    mesh_for(config)  # this and the next fail early, before any data is prepared
+    check_ours(workdir)
     data = open_data(config.data, progress.message)
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)

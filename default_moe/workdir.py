@@ -63,6 +63,13 @@ class Run:
         self.close()
 
 
+def check_ours(workdir: str | os.PathLike[str]) -> None:
+    """Raises ConfigError if `workdir` holds files, but no run: as `open_run` does, before any data is prepared."""
+    folder = Path(workdir).absolute()
+    if not (folder / RUN_FILE).exists():
+        _check_empty(folder)
+
+
 def open_run(
     workdir: str | os.PathLike[str],
     config: Config,

@@ -37,7 +37,7 @@ TRAIN = {
     "a text field that is not there": (["--config.data.files={here}/records.jsonl"], "body"),
     "a tokenizer that is none": (["--config.data.tokenizer={here}/records.jsonl"], "records.jsonl"),
     "a tokenizer that is not there": (["--config.data.tokenizer={here}/none.json"], "none.json"),
-    "a data set that is not known": (["--config.data.name=wikipedai"], "wikipedia"),
+    "a data set that is not known": (["--config.data.files=", "--config.data.name=wikipedai"], "wikipedia"),
     "a workdir of something else": (["--workdir={here}/foreign"], "foreign"),
     "a workdir below a file": (["--workdir={here}/records.jsonl/run"], "cannot be"),
 }

@@ -42,14 +42,14 @@ def test_a_new_run_is_written_and_goes_on(tmp_path):
 
 
 def test_settings_that_may_change_are_noted(tmp_path):
-    start(tmp_path).close()
+    start(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"})).close()
     other = changed(
         train={"num_steps": 900},
         optim={"peak_lr": 1e-3, "clip_norm": float("inf")},
         mesh={"data": 1},
         model={"remat": "full"},
         moe={"load_balance_weight": 0.02, "matmul": "ragged"},
-        data={"dir": "/elsewhere", "files": "other/*.txt"},
+        data={"dir": "/elsewhere", "name": "text_files", "files": "other/*.txt"},
     )
     with start(tmp_path, other) as run:
         assert run.resumed

@@ -38,8 +38,9 @@ class Rows:
     """Rows of a split in a fixed order, each a pure function of its number, whoever asks for it.
 
     A batch is a dict of arrays [B, L] (a row: [L]): int32 `inputs` and `targets`; float32 `loss_mask`, 0 on padding;
-    int32 `segment_ids`, the document's number within the row from 1 on, a separator belonging to the document that it
-    ends, 0 on padding; int32 `positions` within the row; int32 `target_bytes`, the UTF-8 bytes of each target.
+    int32 `segment_ids`, the document's number within the row from 1 on, a separator belonging to the document that
+    follows, whose first token it predicts, 0 on padding; int32 `positions` within the row; int32 `target_bytes`, the
+    UTF-8 bytes of each target.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ def pack(
     real = positions < lengths - 1
     inputs = np.where(real, tokens[:, :-1], 0)
     targets = np.where(real, tokens[:, 1:], 0)
-    ends = inputs == separator
+    starts = inputs == separator
     return {
         "inputs": inputs,
         "targets": targets,
         "loss_mask": real.astype(np.float32),
-        "segment_ids": np.where(real, 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends, 0).astype(np.int32),
+        "segment_ids": np.where(real, 1 + np.cumsum(starts, axis=1, dtype=np.int32) - starts[:, :1], 0).astype(
+            np.int32
+        ),
         "positions": positions,
         "target_bytes": np.where(real, token_bytes[targets], 0).astype(np.int32),
     }

@@ -1,5 +1,6 @@
 """What a person watching a run sees: a progress bar on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ class Progress:
         self._bar: Any = None
 
     def start(self, step: int) -> None:
-        """Begins after `step`, with a bar if the stream is a terminal."""
-        if self._stream.isatty():
+        """Begins after `step`, with a bar if the stream is a terminal that has a width."""
+        if self._stream.isatty() and shutil.get_terminal_size(fallback=(0, 0)).columns:
             from tqdm import tqdm
 
             self._bar = tqdm(

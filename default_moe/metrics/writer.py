@@ -67,16 +67,17 @@ class MetricsWriter:
         """
         if self._active:
             title = f"load of each expert at step {step} (1 = mean)"
-            png = load_heat_map(tokens_per_expert, title, first_layer)
-            self._try("figures", lambda: self._write_picture(step, png))
-            self._try("tensorboard", lambda: self._events.write_png(step, "expert_load", png))
+            self._try(
+                "figures", lambda: self._write_pictures(step, load_heat_map(tokens_per_expert, title, first_layer))
+            )
 
     def close(self) -> None:
         if self._active:
             self._try("metrics.jsonl", self._lines.close)
             self._try("tensorboard", self._events.close)
 
-    def _write_picture(self, step: int, png: bytes) -> None:
+    def _write_pictures(self, step: int, png: bytes) -> None:
+        self._try("tensorboard", lambda: self._events.write_png(step, "expert_load", png))
         self._figures.mkdir(parents=True, exist_ok=True)
         write_atomically(self._figures / f"expert_load_step_{step}.png", png)
         pictures = sorted(self._figures.glob("expert_load_step_*.png"), key=lambda path: path.stat().st_mtime_ns)

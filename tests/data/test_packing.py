@@ -32,7 +32,7 @@ def test_one_row_by_hand() -> None:
     assert row["inputs"].tolist() == [3, 4, 9, 9, 5, 6, 0, 0]
     assert row["targets"].tolist() == [4, 9, 9, 5, 6, 9, 0, 0]
     assert row["loss_mask"].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
-    assert row["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3, 0, 0]
+    assert row["segment_ids"].tolist() == [1, 1, 2, 3, 3, 3, 0, 0]
     assert row["positions"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert row["target_bytes"].tolist() == [5, 0, 0, 6, 7, 0, 0, 0]
 
