@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.routing import Layout, sum_choices
-
 
 def update_ema(ema_MD: Array, sum_MD: Array, weight_M: Array, decay: float) -> Array:
     """One step of the moving average (eq. 10): E^ <- decay E^ + (1 - decay) sum / weight.
@@ -29,64 +27,43 @@ def update_ema(ema_MD: Array, sum_MD: Array, weight_M: Array, decay: float) -> A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def combine(probs_TM: Array, out_SD: Array, ema_MD: Array | None, layout: Layout, substitute: str) -> Array:
-    """Weigh and sum expert outputs per token, with a dense gradient for the router.
+def combine(active_TD: Array, probs_TM: Array, ema_MD: Array, active_TM: Array, substitute: str) -> Array:
+    """Add what inactive experts contribute, and give the router a gradient for them.
 
-    With A_t the active experts of token t:
+    With A_t the active experts of token t, whose weighted outputs are already in active_t:
       y_t = sum_{i in A_t} p_ti E_i(x_t)  [+ sum_{i not in A_t} p_ti E^_i]      (eq. 2 [eq. 11])
       dy_t/dp_ti = E_i(x_t) for i in A_t, E^_i otherwise                        (eq. 8)
-    No gradient flows into E^. Beyond plain top-k it costs one [T, M] x [M, D] product in each direction.
+    The first case of eq. 8 reaches the router through active_t; the second is this function's. No gradient flows into
+    E^. It costs one [T, M] x [M, D] product in each direction: beside the factors it reads and writes y once, and
+    backward reads g once.
 
     Args:
+      active_TD: float32, sum of the active experts' outputs, weighted.
       probs_TM: float32, router probabilities of the experts held here, not renormalised.
-      out_SD: expert outputs in the slots of `layout`.
-      ema_MD: float32, default vectors; None for a plain top-k layer, whose router learns from active experts alone.
-      layout: of the tokens, from `group_by_expert`.
+      ema_MD: float32, default vectors.
+      active_TM: bool, whether the expert runs for the token.
       substitute: "forward" includes the bracketed term in y, "backward" only its gradient.
 
     Returns:
       float32 [T, D], summed over the experts held here.
     """
-    y_TD = sum_choices(out_SD, layout, _active_weights(probs_TM, layout))
-    if ema_MD is not None and substitute == "forward":
-        y_TD += _matmul(_inactive(probs_TM, layout), ema_MD, out_SD.dtype)
-    return y_TD
+    if substitute == "backward":
+        return active_TD
+    return active_TD + jnp.matmul(_inactive(probs_TM, active_TM), ema_MD)
 
 
-def _combine_fwd(probs_TM: Array, out_SD: Array, ema_MD: Array | None, layout: Layout, substitute: str) -> tuple:
-    return combine(probs_TM, out_SD, ema_MD, layout, substitute), (probs_TM, out_SD, ema_MD, layout)
+def _combine_fwd(active_TD: Array, probs_TM: Array, ema_MD: Array, active_TM: Array, substitute: str) -> tuple:
+    return combine(active_TD, probs_TM, ema_MD, active_TM, substitute), (ema_MD, active_TM)
 
 
 def _combine_bwd(substitute: str, residuals: tuple, g_TD: Array) -> tuple:
     del substitute  # both variants share the gradient
-    probs_TM, out_SD, ema_MD, layout = residuals
-    num_tokens, num_choices = layout.slot_TK.shape
-    weight_S = _active_weights(probs_TM, layout).reshape(-1).at[layout.assignment_S].get(mode="fill", fill_value=0)
-    g_SD = g_TD.at[layout.assignment_S // num_choices].get(mode="fill", fill_value=0)
-    # <g_t, E_i(x_t)> for the active experts, computed where the outputs lie and carried to [T, M] as scalars.
-    dot_S = (g_SD * out_SD.astype(jnp.float32)).sum(axis=-1)
-    d_active_TK = dot_S.at[layout.slot_TK].get(mode="fill", fill_value=0)
-    token_T1 = jnp.arange(num_tokens)[:, None]
-    d_probs_TM = jnp.zeros_like(probs_TM) if ema_MD is None else _matmul(g_TD, ema_MD.T, out_SD.dtype)
-    d_probs_TM = d_probs_TM.at[token_T1, layout.expert_TK].set(d_active_TK, mode="drop")
-    return d_probs_TM, (weight_S[:, None] * g_SD).astype(out_SD.dtype), None, None
+    ema_MD, active_TM = residuals
+    return g_TD, _inactive(jnp.matmul(g_TD, ema_MD.T), active_TM), None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-def _active_weights(probs_TM: Array, layout: Layout) -> Array:
-    """[T, K] router probability of each assignment, 0 where its expert is held elsewhere."""
-    token_T1 = jnp.arange(probs_TM.shape[0])[:, None]
-    return probs_TM.at[token_T1, layout.expert_TK].get(mode="fill", fill_value=0)
-
-
-def _inactive(probs_TM: Array, layout: Layout) -> Array:
-    """probs_TM with the active experts' entries at 0."""
-    token_T1 = jnp.arange(probs_TM.shape[0])[:, None]
-    return probs_TM.at[token_T1, layout.expert_TK].set(0, mode="drop")
-
-
-def _matmul(a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """a @ b on operands of the compute type, accumulated in float32."""
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+def _inactive(values_TM: Array, active_TM: Array) -> Array:
+    return jnp.where(active_TM, 0, values_TM)

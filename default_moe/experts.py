@@ -16,20 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
+from default_moe.block_experts import block_experts, block_rows
 from default_moe.config import ConfigError, MoEConfig
 from default_moe.default_vectors import combine, update_ema
-from default_moe.grouped_matmul import group_alignment, grouped_matmul, grouped_sum, resolve_backend
-from default_moe.routing import Layout, dispatch, group_by_expert
-
-EXPERT_PRODUCT = "expert_product"
-
-
-class ExpertWeights(NamedTuple):
-    """SwiGLU experts: gate and up [M, D, F], down [M, F, D], in the compute dtype."""
-
-    gate: Array
-    up: Array
-    down: Array
+from default_moe.grouped_matmul import group_alignment, largest_block, resolve_backend
+from default_moe.routing import active_experts, choice_weights, group_by_expert
+from default_moe.sorted_experts import sorted_experts
+from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights
 
 
 class DefaultVectors(NamedTuple):
@@ -146,23 +139,29 @@ def _device_share(
     probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if expert_axes else probs_TN
 
     backend = resolve_backend(config.matmul)
-    align = group_alignment(backend, index_TK.size, config.num_experts)
+    align = group_alignment(backend)
     layout = group_by_expert(index_TK - first, num_experts, align)
-    product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M, backend=backend, align=align)
-    x_SD = dispatch(x_TD, layout)
-    # Named, so that rematerialisation can keep these products as it keeps any other.
-    gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
-    up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)
-    out_SD = checkpoint_name(product(jax.nn.silu(gate_SF) * up_SF, weights.down), EXPERT_PRODUCT)
-
+    weight_TK = choice_weights(probs_TM, layout.expert_TK)
+    active_TM = active_experts(layout.expert_TK, num_experts)
+    counted_TM = counted_TK = None
     if defaults is not None and update:
-        sums = _batch_sums(jax.lax.stop_gradient(out_SD), probs_TM, mask_T, layout, align, config.ema_weighted)
+        counted_TM = _counted_weights(probs_TM, active_TM, mask_T, config.ema_weighted, x_TD.dtype)
+        counted_TK = choice_weights(counted_TM, layout.expert_TK)
+    if backend == "blocks":
+        rows = block_rows(index_TK.size, config.num_experts, largest_block())
+        y_TD, sum_MD = block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
+    else:
+        y_TD, sum_MD = sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, align, backend)
+
+    if defaults is not None and sum_MD is not None and counted_TM is not None:
+        sums = (sum_MD, counted_TM.sum(axis=0))
         sum_MD, weight_M = (jax.lax.psum(s, other_axes) if other_axes else s for s in sums)
         sum_MD, weight_M = defaults.sum + sum_MD, defaults.weight + weight_M
-        ema_MD = update_ema(defaults.ema, sum_MD, weight_M, config.ema_decay)
+        # Named: recomputing it would take the products over again.
+        ema_MD = checkpoint_name(update_ema(defaults.ema, sum_MD, weight_M, config.ema_decay), EXPERT_PRODUCT)
         defaults = DefaultVectors(ema_MD, sum_MD, weight_M)
-    held_MD = None if defaults is None else jax.lax.stop_gradient(defaults.ema)
-    y_TD = combine(probs_TM, out_SD, held_MD, layout, config.substitute)
+    if defaults is not None:
+        y_TD = combine(y_TD, probs_TM, jax.lax.stop_gradient(defaults.ema), active_TM, config.substitute)
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, expert_axes, tiled=True)
     elif expert_axes:
@@ -170,17 +169,11 @@ def _device_share(
     return y_TD.reshape(shape_BLD), defaults
 
 
-def _batch_sums(
-    out_SD: Array, probs_TM: Array, mask_T: Array | None, layout: Layout, align: int, weighted: bool
-) -> tuple[Array, Array]:
-    """Per expert, this device's sum of (weighted) outputs [M, D] and of the weights [M], both float32."""
-    token_T1 = jnp.arange(probs_TM.shape[0])[:, None]
-    probs_TK = probs_TM.at[token_T1, layout.expert_TK].get(mode="fill", fill_value=0)
-    weight_TK = jax.lax.stop_gradient(probs_TK) if weighted else jnp.ones_like(probs_TK)
-    if mask_T is not None:
-        weight_TK = weight_TK * (mask_T != 0)[:, None]
-    # Rounded as in the product below: else the sum of the weights would not match the weighted sum.
-    weight_TK = weight_TK.astype(out_SD.dtype).astype(jnp.float32)
-    weight_S = weight_TK.reshape(-1).at[layout.assignment_S].get(mode="fill", fill_value=0)
-    weight_M = jax.ops.segment_sum(weight_TK.reshape(-1), layout.expert_TK.reshape(-1), probs_TM.shape[1])
-    return grouped_sum(out_SD, weight_S, layout.group_sizes_M, align=align), weight_M
+def _counted_weights(
+    probs_TM: Array, active_TM: Array, mask_T: Array | None, weighted: bool, dtype: jnp.dtype
+) -> Array:
+    """float32 [T, M], how much each token's output of each expert counts in the moving average: 0 where inactive."""
+    counted_TM = active_TM if mask_T is None else active_TM & (mask_T != 0)[:, None]
+    weight_TM = jax.lax.stop_gradient(probs_TM) if weighted else jnp.ones_like(probs_TM)
+    # Rounded as in the sum of outputs: else the sum of the weights would not match the weighted sum.
+    return jnp.where(counted_TM, weight_TM.astype(dtype).astype(jnp.float32), 0)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.config import ModelConfig, MoEConfig
-from default_moe.experts import EXPERT_PRODUCT
 from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, MoELayer, small_init_std
 from default_moe.sharding import constrain, with_axes
+from default_moe.swiglu import EXPERT_PRODUCT
 
 CACHE = "cache"
 

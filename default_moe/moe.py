@@ -9,8 +9,9 @@ from jax import Array
 
 from default_moe import routing
 from default_moe.config import MoEConfig
-from default_moe.experts import DefaultVectors, ExpertWeights, Routing, choose_experts, sparse_experts
+from default_moe.experts import DefaultVectors, Routing, choose_experts, sparse_experts
 from default_moe.sharding import with_axes
+from default_moe.swiglu import ExpertWeights
 
 # Collections. The sums exist only while a batch is processed in several microbatches (see `train_step`).
 DEFAULT_VECTORS = "default_vectors"

@@ -98,14 +98,48 @@ def _round_up(size: Any, multiple: int) -> Any:
     return -(-size // multiple) * multiple
 
 
+def active_experts(expert_TK: Array, num_experts: int) -> Array:
+    """bool [T, M]: whether the expert is among the token's choices."""
+    active_TM = jnp.zeros((expert_TK.shape[0], num_experts), bool)
+    for k in range(expert_TK.shape[1]):
+        active_TM |= expert_TK[:, k, None] == jnp.arange(num_experts)
+    return active_TM
+
+
+@jax.custom_vjp
+def choice_weights(values_TM: Array, expert_TK: Array) -> Array:
+    """[T, K]: the value of each chosen expert, 0 where it is held elsewhere (an index of M)."""
+    token_T1 = jnp.arange(values_TM.shape[0])[:, None]
+    return values_TM.at[token_T1, expert_TK].get(mode="fill", fill_value=0)
+
+
+def _choice_weights_fwd(values_TM: Array, expert_TK: Array) -> tuple:
+    return choice_weights(values_TM, expert_TK), (expert_TK, jnp.arange(values_TM.shape[1]))
+
+
+def _choice_weights_bwd(residuals: tuple, g_TK: Array) -> tuple:
+    expert_TK, index_M = residuals
+    d_values_TM = jnp.zeros((g_TK.shape[0], index_M.shape[0]), g_TK.dtype)
+    for k in range(g_TK.shape[1]):  # comparisons, which fuse into one pass, where a scatter would not
+        d_values_TM += jnp.where(expert_TK[:, k, None] == index_M, g_TK[:, k, None], 0)
+    return d_values_TM, None
+
+
+choice_weights.defvjp(_choice_weights_fwd, _choice_weights_bwd)
+
+
+def take_or_zeros(values: Array, index: Array) -> Array:
+    """values[index] along the first axis, zeros where the index lies past the end."""
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def dispatch(x_TD: Array, layout: Layout) -> Array:
     """Copy each token to the slots of its experts: [S, D], zero in empty slots.
 
     The backward pass gathers too (each token sums its K slots), where transposing the gather would scatter.
     """
-    num_choices = layout.slot_TK.shape[1]
-    return x_TD.at[layout.assignment_S // num_choices].get(mode="fill", fill_value=0)
+    return take_or_zeros(x_TD, layout.assignment_S // layout.slot_TK.shape[1])
 
 
 def _dispatch_fwd(x_TD: Array, layout: Layout) -> tuple[Array, Layout]:
@@ -124,6 +158,6 @@ def sum_choices(values_SD: Array, layout: Layout, weights_TK: Array | None) -> A
     num_tokens, num_choices = layout.slot_TK.shape
     total = jnp.zeros((num_tokens, values_SD.shape[1]), jnp.float32)
     for k in range(num_choices):  # K gathers of [T, D]; a [T, K, D] array never exists
-        rows_TD = values_SD.at[layout.slot_TK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        rows_TD = take_or_zeros(values_SD, layout.slot_TK[:, k]).astype(jnp.float32)
         total += rows_TD if weights_TK is None else weights_TK[:, k, None] * rows_TD
     return total

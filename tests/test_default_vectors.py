@@ -14,7 +14,6 @@ from reference import assert_close
 from default_moe.config import MoEConfig
 from default_moe.default_vectors import combine, update_ema
 from default_moe.moe import MoELayer
-from default_moe.routing import group_by_expert
 
 
 def test_moving_average_by_hand():
@@ -36,68 +35,24 @@ def test_extreme_decays(decay):
 
 
 def test_combine_by_hand():
-    """One token, p = (0.5, 0.3, 0.2), expert 1 active with output (10, 20), defaults (1, 0), (9, 9), (0, 1).
+    """One token, p = (0.5, 0.3, 0.2), expert 1 active, its output weighted (3, 6), defaults (1, 0), (9, 9), (0, 1).
 
-    Forward: 0.3 (10, 20) + 0.5 (1, 0) + 0.2 (0, 1) = (3.5, 6.2); backward-only: (3, 6).
-    With g = (1, 2): dy/dp is 1 * 1 = 1, 10 + 40 = 50 and 2; the output's gradient is 0.3 (1, 2).
+    Forward: (3, 6) + 0.5 (1, 0) + 0.2 (0, 1) = (3.5, 6.2); backward-only: (3, 6).
+    With g = (1, 2): dy/dp is 1 and 2 for the inactive; that of expert 1 is not the combine's.
     """
-    layout = group_by_expert(jnp.array([[1]]), 3, 1)
-    probs, out = jnp.array([[0.5, 0.3, 0.2]]), jnp.array([[10.0, 20.0]])
+    active, probs = jnp.array([[3.0, 6.0]]), jnp.array([[0.5, 0.3, 0.2]])
     ema, g = jnp.array([[1.0, 0.0], [9.0, 9.0], [0.0, 1.0]]), jnp.array([[1.0, 2.0]])
     for substitute, expected in (("forward", [[3.5, 6.2]]), ("backward", [[3.0, 6.0]])):
-        y, pull = jax.vjp(functools.partial(_combine, layout=layout, substitute=substitute), probs, out, ema)
+
+        def combined(active, probs, ema, substitute=substitute):
+            return combine(active, probs, ema, jnp.array([[False, True, False]]), substitute)
+
+        y, pull = jax.vjp(combined, active, probs, ema)
         assert_close(y, expected)
-        d_probs, d_out, d_ema = pull(g)
-        assert_close(d_probs, [[1, 50, 2]])
-        assert_close(d_out, [[0.3, 0.6]])
+        d_active, d_probs, d_ema = pull(g)
+        np.testing.assert_array_equal(d_active, g)
+        assert_close(d_probs, [[1, 0, 2]])
         np.testing.assert_array_equal(d_ema, 0)
-    y, pull = jax.vjp(lambda p, o: combine(p, o, None, layout, "forward"), probs, out)
-    assert_close(y, [[3, 6]])
-    assert_close(pull(g)[0], [[0, 50, 0]])  # plain top-k: nothing for the inactive
-
-
-def _combine(probs, out, ema, *, layout, substitute):
-    return combine(probs, out, ema, layout, substitute)
-
-
-@pytest.mark.parametrize("align", [1, 8])
-@pytest.mark.parametrize("method", ["forward", "backward", "topk"])
-@pytest.mark.parametrize("num_held", [6, 4], ids=["all held here", "some held elsewhere"])
-def test_combine_equals_loops(num_held, method, align):
-    """Experts num_held and up are held elsewhere: they add nothing here, in either direction."""
-    num_tokens, top_k, dim, num_experts = 11, 3, 5, 6
-    rng = np.random.default_rng(0)
-    run = jax.jit(functools.partial(_value_and_grads, substitute="forward" if method == "topk" else method))
-    for _ in range(5):
-        chosen = np.array([rng.choice(num_experts, top_k, replace=False) for _ in range(num_tokens)])
-        layout = group_by_expert(jnp.asarray(chosen), num_held, align)
-        probs = rng.dirichlet(np.ones(num_experts), num_tokens)[:, :num_held].astype(np.float32)
-        ema = rng.normal(size=(num_held, dim)).astype(np.float32)
-        g = rng.normal(size=(num_tokens, dim)).astype(np.float32)
-        assignment = np.asarray(layout.assignment_S)
-        out = rng.normal(size=(len(assignment), dim)).astype(np.float32)
-
-        y, d_probs, d_out = np.zeros((num_tokens, dim)), np.zeros(probs.shape), np.zeros(out.shape)
-        for t in range(num_tokens):
-            for i in range(num_held):
-                p = np.float64(probs[t, i])
-                if i in chosen[t]:
-                    slot = int(np.flatnonzero(assignment == t * top_k + list(chosen[t]).index(i))[0])
-                    y[t] += p * out[slot]
-                    d_probs[t, i] = np.float64(g[t]) @ out[slot]
-                    d_out[slot] = p * g[t]
-                elif method != "topk":
-                    y[t] += p * ema[i] if method == "forward" else 0
-                    d_probs[t, i] = np.float64(g[t]) @ ema[i]
-
-        got = run(probs, out, None if method == "topk" else ema, layout, g)
-        for name, a, b in zip(("y", "d_probs", "d_out"), got, (y, d_probs, d_out), strict=True):
-            assert_close(a, b, name)
-
-
-def _value_and_grads(probs, out, ema, layout, g, *, substitute):
-    y, pull = jax.vjp(lambda p, o: combine(p, o, ema, layout, substitute), probs, out)
-    return y, *pull(g)
 
 
 def jaxpr_equations(jaxpr):
@@ -149,11 +104,11 @@ def test_cost_beyond_top_k(substitute, extra, matmul):
     """One [T, N] x [N, D] product (T N D multiplications) more in each direction that substitutes.
 
     What else there is more is the sum of the active outputs for the moving average: at most S D multiplications, with
-    S = T K slots and the padding of 7 experts and of the whole to blocks of 8.
+    S = T K slots and the padding of each of 7 experts, and of the whole, to blocks of 16.
     """
     n = PRIMES
     small = n["B"] * n["L"] * n["N"] * n["D"]
-    of_statistics = (n["B"] * n["L"] * n["K"] + 8 * n["N"] + 7) * n["D"]
+    of_statistics = (n["B"] * n["L"] * n["K"] + 16 * n["N"] + 15) * n["D"]
     for direction, expected in zip(("forward", "backward"), extra, strict=True):
         works = []
         for router in ("default", "topk"):

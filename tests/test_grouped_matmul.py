@@ -1,4 +1,4 @@
-"""Grouped matrix products, both backends, against one product per row."""
+"""Grouped matrix products against one product per row, and experts by every backend against loops over tokens."""
 
 import functools
 
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from reference import assert_close
 
-from default_moe.grouped_matmul import group_alignment, grouped_matmul, grouped_sum, resolve_backend
+from default_moe.block_experts import block_experts, block_rows
+from default_moe.grouped_matmul import group_alignment, grouped_matmul, resolve_backend
+from default_moe.routing import group_by_expert
+from default_moe.sorted_experts import sorted_experts
+from default_moe.swiglu import ExpertWeights
 
-BACKENDS = ["ragged", "blocks"]
 GROUPS, ROWS, D, F = 4, 40, 5, 3
-# Slots per group in units of 8, so that both backends can hold them; 5 units of rows exist.
+# Rows per group in units of 8; 5 units of rows exist.
 UNITS = {
     "empty first": [0, 2, 1, 2],
     "empty middle": [2, 0, 0, 3],
@@ -25,13 +28,11 @@ UNITS = {
 }
 
 
-@functools.cache
-def compiled(backend: str, align: int):
-    def objective(lhs, rhs, sizes, g):
-        out = grouped_matmul(lhs, rhs, sizes, backend=backend, align=align)
-        return (out * g).sum(), out
-
-    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def product_and_gradients(lhs, rhs, sizes, g):
+    out = grouped_matmul(lhs, rhs, sizes, backend="ragged")
+    return (out * g).sum(), out
 
 
 def loop(lhs, rhs, sizes, g):
@@ -48,11 +49,11 @@ def loop(lhs, rhs, sizes, g):
     return out, d_lhs, d_rhs
 
 
-def check(lhs, rhs, sizes, g, backend, align):
+def check(lhs, rhs, sizes, g):
     used = sum(sizes)
     lhs[used:] = 0  # as the layout leaves them
     sizes_M = jnp.asarray(sizes, jnp.int32)
-    (_, out), (d_lhs, d_rhs) = compiled(backend, align)(jnp.asarray(lhs), jnp.asarray(rhs), sizes_M, jnp.asarray(g))
+    (_, out), (d_lhs, d_rhs) = product_and_gradients(jnp.asarray(lhs), jnp.asarray(rhs), sizes_M, jnp.asarray(g))
     expected, expected_d_lhs, expected_d_rhs = loop(lhs, rhs, sizes, g)
     assert_close(out, expected, "out")
     np.testing.assert_array_equal(out[used:], 0)
@@ -70,29 +71,25 @@ def random_arrays(rng):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS.keys())
-def test_products_and_gradients_equal_a_loop(units, backend):
+def test_products_and_gradients_equal_a_loop(units):
     lhs, rhs, g = random_arrays(np.random.default_rng(0))
-    check(lhs, rhs, [8 * u for u in units], g, backend, 1 if backend == "ragged" else 8)
+    check(lhs, rhs, [8 * u for u in units], g)
 
 
-@pytest.mark.parametrize("backend,align", [("ragged", 1), ("blocks", 8), ("blocks", 4), ("blocks", 1)])
-def test_random_group_sizes_equal_a_loop(backend, align):
+def test_random_group_sizes_equal_a_loop():
     rng = np.random.default_rng(1)
     for _ in range(25):
-        cuts = np.sort(rng.integers(0, ROWS // align + 1, GROUPS))  # the last cut leaves rows over
-        sizes = (np.diff(cuts, prepend=0) * align).tolist()
+        cuts = np.sort(rng.integers(0, ROWS + 1, GROUPS))  # the last cut leaves rows over
         lhs, rhs, g = random_arrays(rng)
-        check(lhs, rhs, sizes, g, backend, align)
+        check(lhs, rhs, np.diff(cuts, prepend=0).tolist(), g)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_output_has_the_dtype_of_the_rows(backend):
+def test_the_output_has_the_dtype_of_the_rows():
     lhs, rhs, _ = random_arrays(np.random.default_rng(2))
     sizes = [8, 16, 8, 8]
     out = grouped_matmul(
-        jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16), jnp.asarray(sizes), backend=backend, align=8
+        jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16), jnp.asarray(sizes), backend="ragged"
     )
     assert out.dtype == jnp.bfloat16
     expected, _, _ = loop(lhs, rhs, sizes, np.zeros((ROWS, F)))
@@ -101,33 +98,91 @@ def test_the_output_has_the_dtype_of_the_rows(backend):
     assert (np.abs(np.asarray(out, np.float64) - expected) <= bound).all()
 
 
-def test_sums_of_groups():
-    """Groups of 8, 0, 8 and 16 slots of 40; rows past the sum have weight 0, as empty slots have."""
-    rng = np.random.default_rng(3)
-    sizes, align = [8, 0, 8, 16], 8
-    values, weights = rng.normal(size=(ROWS, D)), rng.random(ROWS)
-    weights[32:] = 0
-    values, weights = values.astype(np.float32), weights.astype(np.float32)
-    sums = grouped_sum(jnp.asarray(values), jnp.asarray(weights), jnp.asarray(sizes), align=align)
-    expected = np.zeros((GROUPS, D))
-    for e, (start, stop) in enumerate([(0, 8), (8, 8), (8, 16), (16, 32)]):
-        for row in range(start, stop):
-            expected[e] += np.float64(weights[row]) * values[row]
-    assert sums.dtype == jnp.float32
-    assert_close(sums, expected, "sums")
-    np.testing.assert_array_equal(sums[1], 0)
+# Experts held here, those of them that get rows, and how many others there are.
+ROUTES = {
+    "even": (4, (0, 1, 2, 3), 0),
+    "all on one": (4, (2,), 0),
+    "the last idle": (4, (0, 1, 2), 0),
+    "the first idle": (4, (2, 3), 0),
+    "some held elsewhere": (3, (0, 1, 2), 2),
+    "all held elsewhere": (3, (), 3),
+}
 
 
-def test_blocks_are_the_choice_on_a_cpu():
+@functools.cache
+def compiled_experts(backend: str, rows: int, num_held: int):
+    def experts(x, weight, weights, chosen, counted):
+        if backend == "blocks":
+            return block_experts(x, weight, counted, weights, group_by_expert(chosen, num_held, 1), rows)
+        layout = group_by_expert(chosen, num_held, rows)
+        return sorted_experts(x, weight, counted, weights, layout, rows, backend)
+
+    def objective(x, weight, weights, chosen, counted, g):
+        y, sums = experts(x, weight, weights, chosen, counted)
+        # The sums are statistics: that they carry no gradient is part of what is tested.
+        return (y * g).sum() + sums.sum(), (y, sums)
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("backend,rows", [("ragged", 1), ("ragged", 8), ("blocks", 1), ("blocks", 4), ("blocks", 64)])
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+def test_experts_and_gradients_equal_loops(route, backend, rows):
+    """One output and its gradients per token and choice, in float64, with silu's derivative written out."""
+    num_held, used, elsewhere = route
+    num_tokens, dim, width, top_k = 13, 5, 3, min(2, len(used) + elsewhere)
+    rng = np.random.default_rng(rows)
+    available = [*used, *range(num_held, num_held + elsewhere)]
+    chosen = np.array([rng.choice(available, top_k, replace=False) for _ in range(num_tokens)])
+    x, g = (rng.normal(size=(num_tokens, dim)).astype(np.float32) for _ in range(2))
+    weight, counted = (rng.random((num_tokens, top_k)).astype(np.float32) for _ in range(2))
+    sizes = (num_held, dim, width), (num_held, dim, width), (num_held, width, dim)
+    weights = ExpertWeights(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+
+    y, d_x, d_weight = np.zeros((num_tokens, dim)), np.zeros((num_tokens, dim)), np.zeros((num_tokens, top_k))
+    sums, d_weights = np.zeros((num_held, dim)), [np.zeros(size) for size in sizes]
+    for t in range(num_tokens):
+        for k in range(top_k):
+            if (e := chosen[t, k]) >= num_held:
+                continue
+            gate, up, down = (np.asarray(w[e], np.float64) for w in weights)
+            a, u = x[t] @ gate, x[t] @ up
+            sigmoid = 1 / (1 + np.exp(-a))
+            out, d_hidden = (a * sigmoid * u) @ down, weight[t, k] * down @ g[t]
+            d_a, d_u = d_hidden * u * sigmoid * (1 + a * (1 - sigmoid)), d_hidden * a * sigmoid
+            y[t] += weight[t, k] * out
+            sums[e] += counted[t, k] * out
+            d_x[t] += gate @ d_a + up @ d_u
+            d_weight[t, k] = g[t] @ out
+            d_weights[0][e] += np.outer(x[t], d_a)
+            d_weights[1][e] += np.outer(x[t], d_u)
+            d_weights[2][e] += np.outer(a * sigmoid * u, weight[t, k] * g[t])
+
+    (_, got), gradients = compiled_experts(backend, rows, num_held)(x, weight, weights, chosen, counted, g)
+    expected = (y, sums, d_x, d_weight, *d_weights)
+    names = ("y", "sums", "gradient of x", "of the weights", "of gate", "of up", "of down")
+    for name, a, b in zip(names, jax.tree.leaves((got, gradients)), expected, strict=True):
+        assert a.dtype == jnp.float32
+        assert_close(a, b, name)
+
+
+def test_no_sums_where_none_are_asked_for():
+    chosen, weights = (
+        jnp.array([[0], [1]]),
+        ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3))),
+    )
+    layout = group_by_expert(chosen, 2, 1)
+    assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
+    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
+
+
+def test_the_choice_on_a_cpu():
     assert resolve_backend("auto") == "blocks"
-    assert [resolve_backend(b) for b in BACKENDS] == BACKENDS
+    assert [resolve_backend(b) for b in ("ragged", "blocks")] == ["ragged", "blocks"]
+    assert group_alignment("blocks") == 1
 
 
-def test_alignment_suits_the_backend():
-    for rows in (1, 7, 64, 1000, 100_000):
-        for groups in (1, 8, 64):
-            assert group_alignment("ragged", rows, groups) == 1
-            align = group_alignment("blocks", rows, groups)
-            # Padding wastes at most a block per group: no more than the rows themselves, but for tiny groups.
-            assert align >= 1
-            assert align <= max(8, rows / groups)
+@pytest.mark.parametrize("assignments,experts,rows", [(1, 8, 8), (4096, 8, 192), (1600, 8, 112), (32_768, 8, 192)])
+def test_rows_of_a_block(assignments, experts, rows):
+    """1600 over 8 are 200 each; 0.55 of that is 110, and the next multiple of 8 is 112. From 8 to 192 at most."""
+    assert block_rows(assignments, experts, 192) == rows

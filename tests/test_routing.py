@@ -179,3 +179,12 @@ def test_sum_of_choices():
     weights = jnp.array([[2.0, 3.0], [5.0, 7.0]])
     np.testing.assert_array_equal(routing.sum_choices(values, layout, weights), [[2 * 100 + 3 * 10], [5 * 1000]])
     np.testing.assert_array_equal(routing.sum_choices(values, layout, None), [[110], [1000]])
+
+
+def test_weights_of_choices_and_their_gradient():
+    """Token 0 chose experts 2 and 0, token 1 chose 1 and one held elsewhere (of 3): that one weighs 0."""
+    probs, expert = jnp.array([[0.5, 0.2, 0.3], [0.1, 0.7, 0.2]]), jnp.array([[2, 0], [1, 3]])
+    weights, pull = jax.vjp(lambda p: routing.choice_weights(p, expert), probs)
+    assert_close(weights, [[0.3, 0.5], [0.7, 0]])
+    np.testing.assert_array_equal(pull(jnp.array([[1.0, 2.0], [3.0, 4.0]]))[0], [[2, 0, 1], [0, 3, 0]])
+    np.testing.assert_array_equal(routing.active_experts(expert, 3), [[True, False, True], [False, True, False]])

@@ -1,0 +1,65 @@
+"""Timing things against each other, on machines that are shared and noisy."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+# What takes longer than this is timed less often.
+_SLOW_SECONDS = 1.0
+_SLOW_ROUNDS = 3
+# A sample is at least this long: functions that are quicker are called several times in it.
+_SAMPLE_SECONDS = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of each of several calls, in the order of the rounds."""
+
+    samples: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+    def ratio_to(self, other: "Timing") -> tuple[float, float, float]:
+        """Median, lower and upper quartile of this time over the other's, round by round."""
+        ratios = [a / b for a, b in zip(self.samples, other.samples, strict=False)]
+        if len(ratios) == 1:
+            return ratios[0], ratios[0], ratios[0]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return middle, low, high
+
+
+def time_alternately(functions: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, Timing]:
+    """Time each function once a round, so that what slows the machine slows all of them alike.
+
+    Every other round goes through the functions backwards: none always follows the same one. Each is called twice
+    first, which compiles it. What takes over a second is timed in 3 rounds only.
+    """
+    calls, limit = {}, {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())
+        seconds = _seconds(function, 1)
+        calls[name] = max(1, int(_SAMPLE_SECONDS / seconds))
+        limit[name] = rounds if seconds < _SLOW_SECONDS else min(rounds, _SLOW_ROUNDS)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(rounds):
+        names = list(functions)[:: 1 if index % 2 == 0 else -1]
+        for name in names:
+            if index < limit[name]:
+                samples[name].append(_seconds(functions[name], calls[name]))
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def _seconds(function: Callable[[], Any], calls: int) -> float:
+    """Of one call, the mean over `calls` that are waited for together."""
+    began = time.perf_counter()
+    result = None
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / calls

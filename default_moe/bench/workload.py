@@ -1,0 +1,136 @@
+"""The MoE layer and its rivals on the same work: what the `layer` and `accelerator` suites time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from default_moe.config import ConfigError, MoEConfig
+from default_moe.moe import MoELayer
+from default_moe.swiglu import ExpertWeights, swiglu_hidden
+
+ROUTINGS = ("balanced", "skewed")
+
+
+class LayerShape(NamedTuple):
+    """T tokens, model width D, N experts of hidden width F, of which each token runs K."""
+
+    tokens: int
+    d_model: int
+    num_experts: int
+    top_k: int
+    expert_dim: int
+
+    def __str__(self) -> str:
+        return f"T{self.tokens} D{self.d_model} N{self.num_experts} K{self.top_k} F{self.expert_dim}"
+
+    @classmethod
+    def parse(cls, text: str) -> "LayerShape":
+        """From "T,D,N,K,F". Raises ConfigError."""
+        try:
+            shape = cls(*(int(part) for part in text.split(",")))
+        except (ValueError, TypeError):
+            raise ConfigError(f"--shape is {text!r}, but must be five numbers T,D,N,K,F: 4096,256,8,1,704") from None
+        if min(shape) < 1 or shape.top_k > shape.num_experts or shape.num_experts > shape.d_model:
+            raise ConfigError(f"--shape is {text!r}, but must have 1 <= K <= N <= D and all numbers positive")
+        return shape
+
+    def active_flops(self) -> int:
+        """Multiplications and additions of the forward pass's matrix products."""
+        return 2 * 3 * self.tokens * self.top_k * self.d_model * self.expert_dim
+
+
+CPU_SHAPES = tuple(LayerShape(4096, 256, n, k, 5632 // n) for n, k in ((8, 1), (8, 2), (32, 4)))
+ACCELERATOR_SHAPES = tuple(
+    LayerShape(16_384, 1024, n, k, 22_528 // n) for n, k in ((8, 1), (8, 2), (32, 1), (32, 2), (32, 4))
+)
+
+
+class Work(NamedTuple):
+    """x [1, T, D] and output gradient g of its shape, in the compute dtype; the layer's parameters, in float32.
+
+    dense: a feed-forward network of the same active FLOPs, one expert of width K F, in float32.
+    """
+
+    x: Array
+    g: Array
+    params: dict[str, Any]
+    dense: ExpertWeights
+
+
+def make_work(shape: LayerShape, routing: str, dtype: str, seed: int = 0) -> Work:
+    """Random tokens and weights, with a router that sends the tokens where `routing` says.
+
+    "balanced": each token's K experts are drawn uniformly.  "skewed": half of the tokens have expert 0 among theirs,
+    the others do not; the rest are drawn uniformly.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, d_model, num_experts, top_k, width = shape
+    score = rng.random((tokens, num_experts))
+    if routing == "skewed":
+        score[:, 0] = np.where(np.arange(tokens) % 2 == 0, 2.0, -1.0)
+    # The router's columns are orthonormal, so a token's logits are its coordinates along them: set at will.
+    kernel = np.linalg.qr(rng.normal(size=(d_model, num_experts)))[0]
+    x = rng.normal(size=(tokens, d_model))
+    x += (4 * score - x @ kernel) @ kernel.T
+
+    def weights(*size: int) -> Array:
+        return jnp.asarray(rng.normal(size=size, scale=size[-2] ** -0.5), jnp.float32)
+
+    experts = {name: weights(num_experts, d_model, width) for name in ("gate", "up")}
+    experts["down"] = weights(num_experts, width, d_model)
+    dense = ExpertWeights(
+        weights(d_model, width * top_k), weights(d_model, width * top_k), weights(width * top_k, d_model)
+    )
+    params = {"router": {"kernel": jnp.asarray(kernel, jnp.float32)}, "experts": experts}
+    g = rng.normal(size=(1, tokens, d_model))
+    return Work(jnp.asarray(x[None], dtype), jnp.asarray(g, dtype), params, dense)
+
+
+def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tuple[Callable, Callable]:
+    """The forward and the forward and backward pass of the layer, to be called without arguments."""
+    config = MoEConfig(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        expert_dim=shape.expert_dim,
+        router=router,
+        dtype=work.x.dtype.name,
+        matmul=matmul,
+    )
+    layer = MoELayer(config)
+    state = {}
+    if router == "default":
+        state = {"default_vectors": {"ema": jnp.ones((shape.num_experts, shape.d_model), jnp.float32)}}
+
+    def forward(params: Any, x: Array, state: Any) -> Any:
+        (y, aux), state = layer.apply({"params": params, **state}, x, train=True, mutable=list(state))
+        return y, aux["load_balance_loss"], state
+
+    def objective(params: Any, x: Array, g: Array, state: Any) -> Any:
+        y, balance, state = forward(params, x, state)
+        return (y * g).sum() + config.load_balance_weight * balance, state
+
+    both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    return _bind(forward, work.params, work.x, state), _bind(both, work.params, work.x, work.g, state)
+
+
+def dense_candidate(work: Work) -> tuple[Callable, Callable]:
+    """The same of a dense feed-forward network of equal active FLOPs."""
+
+    def forward(params: ExpertWeights, x: Array) -> Array:
+        gate, up, down = (w.astype(x.dtype) for w in params)
+        return (swiglu_hidden(x[0] @ gate, x[0] @ up).astype(x.dtype) @ down)[None]
+
+    def objective(params: ExpertWeights, x: Array, g: Array) -> Array:
+        return (forward(params, x) * g).sum()
+
+    both = jax.value_and_grad(objective, argnums=(0, 1))
+    return _bind(forward, work.dense, work.x), _bind(both, work.dense, work.x, work.g)
+
+
+def _bind(function: Callable, *args: Any) -> Callable:
+    return functools.partial(jax.jit(function), *args)

@@ -1,0 +1,84 @@
+"""SwiGLU experts as grouped matrix products over rows sorted by expert. See `routing.py` for the dimension key.
+
+Beside the three products the forward pass copies T K rows of x into S slots, and reads as many rows of the outputs in
+one pass that undoes the permutation, weighs and sums. The backward pass does the same the other way round, and gets
+the gradient of the weights where the outputs lie. The sums for the default vectors read the outputs once more.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from default_moe.grouped_matmul import grouped_matmul
+from default_moe.routing import Layout, dispatch, sum_choices, take_or_zeros
+from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights, swiglu_hidden
+
+
+def sorted_experts(
+    x_TD: Array,
+    weight_TK: Array,
+    counted_TK: Array | None,
+    weights: ExpertWeights,
+    layout: Layout,
+    align: int,
+    backend: str,
+) -> tuple[Array, Array | None]:
+    """Weighted sum of each token's experts, and per expert the sum of its outputs weighted by `counted_TK`.
+
+    Args:
+      x_TD: tokens in the compute dtype.
+      weight_TK: float32, weight of each assignment in the output. It gets a gradient: <g_t, E_i(x_t)>.
+      counted_TK: float32, weight of each assignment in the sums. None: no sums.
+      weights: of the M experts held here, in the compute dtype.
+      layout: of the assignments.
+      align: that of the layout.
+      backend: of `grouped_matmul`.
+
+    Returns:
+      y, float32 [T, D], and the sums, float32 [M, D] or None, which carry no gradient.
+    """
+    product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M, backend=backend)
+    x_SD = dispatch(x_TD, layout)
+    gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
+    up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)
+    out_SD = checkpoint_name(product(swiglu_hidden(gate_SF, up_SF).astype(x_TD.dtype), weights.down), EXPERT_PRODUCT)
+    sums_MD = None
+    if counted_TK is not None:
+        counted_S = take_or_zeros(counted_TK.reshape(-1), layout.assignment_S)
+        sums_MD = _group_sums(jax.lax.stop_gradient(out_SD), counted_S, layout.group_sizes_M, align)
+    return weigh(out_SD, weight_TK, layout), sums_MD
+
+
+@jax.custom_vjp
+def weigh(out_SD: Array, weight_TK: Array, layout: Layout) -> Array:
+    """Each token's weighted sum of its experts' outputs, float32 [T, D]; an expert held elsewhere counts 0."""
+    return sum_choices(out_SD, layout, weight_TK)
+
+
+def _weigh_fwd(out_SD: Array, weight_TK: Array, layout: Layout) -> tuple:
+    return weigh(out_SD, weight_TK, layout), (out_SD, weight_TK, layout)
+
+
+def _weigh_bwd(residuals: tuple, g_TD: Array) -> tuple:
+    out_SD, weight_TK, layout = residuals
+    g_SD = take_or_zeros(g_TD, layout.assignment_S // weight_TK.shape[1])
+    # <g_t, E_i(x_t)>, computed where the outputs lie and carried to [T, K] as scalars.
+    d_weight_S = (g_SD * out_SD.astype(jnp.float32)).sum(axis=-1)
+    weight_S1 = take_or_zeros(weight_TK.reshape(-1), layout.assignment_S)[:, None]
+    return (weight_S1 * g_SD).astype(out_SD.dtype), take_or_zeros(d_weight_S, layout.slot_TK), None
+
+
+weigh.defvjp(_weigh_fwd, _weigh_bwd)
+
+
+def _group_sums(values_SD: Array, weights_S: Array, group_sizes_M: Array, align: int) -> Array:
+    """Weighted sum of each group's rows, float32 [M, D]: first of each `align` rows, then of these."""
+    num_slots, dim = values_SD.shape
+    values_BCD = values_SD.reshape(num_slots // align, align, dim)
+    weights_BC = weights_S.reshape(num_slots // align, align).astype(values_SD.dtype)
+    sums_BD = jnp.einsum("bc,bcd->bd", weights_BC, values_BCD, preferred_element_type=jnp.float32)
+    expert_B = jnp.searchsorted(jnp.cumsum(group_sizes_M), jnp.arange(0, num_slots, align), side="right")
+    return jax.ops.segment_sum(sums_BD, expert_B, group_sizes_M.shape[0], indices_are_sorted=True)
