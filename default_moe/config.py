@@ -30,6 +30,9 @@ def _dtype_name(name: str, value: Any) -> str:
     return dtype
 
 
+MATMUL_BACKENDS = ("ragged", "blocks")
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """One sparse Mixture-of-Experts layer.
@@ -42,7 +45,7 @@ class MoEConfig:
     load_balance_weight, router_z_weight: factors of the auxiliary losses in the training loss.
     dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
       router and the default vectors are float32 always.
-    matmul: how expert matrix products are computed, see `grouped_matmul`.
+    matmul: how experts are computed, "blocks" or "ragged", see `grouped_matmul.py`; "auto" picks by platform.
     """
 
     num_experts: int = 8
@@ -73,7 +76,7 @@ class MoEConfig:
         check_at_least("moe.ema_init_std", self.ema_init_std, 0)
         check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
         check_at_least("moe.router_z_weight", self.router_z_weight, 0)
-        check_choice("moe.matmul", self.matmul, ("auto", "ragged", "blocks"))
+        check_choice("moe.matmul", self.matmul, ("auto", *MATMUL_BACKENDS))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _dtype_name("moe.dtype", self.dtype))
 

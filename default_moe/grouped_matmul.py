@@ -1,7 +1,7 @@
-"""Matrix products of rows grouped by expert, each group with its own expert's matrix.
+"""Matrix products of rows grouped by expert, and the choice of how experts are computed.
 
-One function, two backends. "ragged" is `jax.lax.ragged_dot`; XLA for CPU expands it to a product with every expert,
-so there "blocks" is the default: groups aligned to a block of rows, each block one dense product.
+"blocks" (`block_experts.py`) follows the real load with plain products, and is the choice on a CPU, where XLA expands
+`jax.lax.ragged_dot` to a product with every expert. "ragged" (`sorted_experts.py`) is that function.
 """
 
 import jax

@@ -50,6 +50,11 @@ ACCELERATOR_SHAPES = tuple(
 )
 
 
+def standard_shapes() -> tuple[LayerShape, ...]:
+    """What the `layer` suite times here unless told otherwise."""
+    return CPU_SHAPES if jax.default_backend() == "cpu" else ACCELERATOR_SHAPES
+
+
 class Work(NamedTuple):
     """x [1, T, D] and output gradient g of its shape, in the compute dtype; the layer's parameters, in float32.
 

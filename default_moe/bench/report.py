@@ -1,0 +1,64 @@
+"""Results on the terminal and as JSON, with the machine and the versions they are from."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from default_moe.config import ConfigError
+
+Row = dict[str, Any]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokamax", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs, and with what."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "num_devices": jax.device_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def heading() -> str:
+    """One line that says where this runs."""
+    m = machine()
+    return f"{m['num_devices']} x {m['device']}, {m['cpu_cores']} CPU cores, jax {m['versions']['jax']}"
+
+
+def table(rows: list[Row], columns: tuple[str, ...]) -> str:
+    """The rows' values under the columns' names, aligned."""
+    lines = [list(columns), *([_shown(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    # The first column's texts to the left, numbers to the right.
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in aligned)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, suite: str, rows: list[Row]) -> None:
+    """Raises ConfigError if it cannot be written."""
+    try:
+        path.write_text(json.dumps({"suite": suite, "machine": machine(), "results": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
