@@ -185,7 +185,8 @@ class TrainConfig:
     """The loop. batch_size counts sequences over all devices and microbatches; sequence_length counts tokens.
 
     grad_accum_steps splits each batch into that many microbatches.  max_bad_steps: how many steps with a non-finite
-    loss or gradient may follow each other before the run stops.
+    loss or gradient may follow each other before the run stops.  logits_per_chunk: logits that a device holds at a
+    time in the loss; more tokens than that are taken in chunks, to the same result.
     """
 
     num_steps: int = 400
@@ -195,6 +196,7 @@ class TrainConfig:
     seed: int = 0
     log_every_steps: int = 10
     max_bad_steps: int = 10
+    logits_per_chunk: int = 2**28
 
     def __post_init__(self) -> None:
         for name in (
@@ -204,6 +206,7 @@ class TrainConfig:
             "grad_accum_steps",
             "log_every_steps",
             "max_bad_steps",
+            "logits_per_chunk",
         ):
             check_at_least(f"train.{name}", getattr(self, name), 1)
         check(0 <= self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")

@@ -3,7 +3,7 @@
 Dimension key: see `routing.py`; also H heads, C size of a head, V vocabulary, and in decoding S slots of the cache.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -28,6 +28,13 @@ class LayerStats:
     router_entropy: Array
     tokens_per_expert: Array
     default_vector_norm: Array | None
+
+
+class Unembedding(NamedTuple):
+    """The two factors of the logits, in the compute dtype: the last hidden state and the output matrix."""
+
+    x_BLD: Array
+    head_DV: Array
 
 
 @flax.struct.dataclass
@@ -200,7 +207,8 @@ class LanguageModel(nn.Module):
         segment_ids: Array | None = None,
         mask: Array | None = None,
         cache_length: int | None = None,
-    ) -> tuple[Array, LayerStats | None]:
+        project: bool = True,
+    ) -> tuple[Array | Unembedding, LayerStats | None]:
         """Predict the token after each token.
 
         Args:
@@ -210,9 +218,11 @@ class LanguageModel(nn.Module):
           segment_ids: int32 [batch, length]; if given, attention stays within equal ids.
           mask: [batch, length], 0 for padding, which counts in no routing statistic.
           cache_length: if set, decode with a cache of that many tokens (the collection "cache" must be mutable).
+          project: False returns the factors of the logits, for a loss that never holds them all.
 
         Returns:
-          logits, float32 [batch, length, vocabulary], and the statistics of the MoE layers (None without any).
+          logits, float32 [batch, length, vocabulary], or their factors, and the statistics of the MoE layers (None
+          without any).
         """
         config = self.config
         if positions is None:
@@ -239,8 +249,10 @@ class LanguageModel(nn.Module):
             kernel_DV = embedding_VD.T
         else:
             kernel_DV = self.param("head", with_axes(init, "embed", "vocab"), (config.d_model, self.vocab_size))
-        logits_BLV = jnp.matmul(x_BLD.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
-        return logits_BLV, stats
+        unembedding = Unembedding(x_BLD.astype(dtype), kernel_DV.astype(dtype))
+        if not project:
+            return unembedding, stats
+        return jnp.matmul(*unembedding, preferred_element_type=jnp.float32), stats
 
 
 def _stack_of_blocks(config: ModelConfig, length: int) -> Any:

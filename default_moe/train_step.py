@@ -47,14 +47,14 @@ def make_train_step(
     num_microbatches = config.train.grad_accum_steps
 
     def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, _Pass]:
-        (logits, stats), variables = model.apply(
+        (unembedding, stats), variables = model.apply(
             {"params": params, **variables},
             train=True,
             mutable=list(variables),
             rngs={"router": rng},
             **_model_inputs(batch, config),
         )
-        sums = token_sums(logits, batch)
+        sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
         loss = sums.nll / num_tokens + auxiliary_loss(stats, config.moe) / num_microbatches
         return loss, _Pass(sums, stats, variables)
 
@@ -120,8 +120,8 @@ def make_eval_step(model: LanguageModel, config: Config) -> Callable[[Any, Any, 
 
     def eval_step(params: Any, variables: Any, batch: Batch) -> tuple[TokenSums, LayerStats | None]:
         output: Any = model.apply({"params": params, **variables}, train=False, **_model_inputs(batch, config))
-        logits, stats = output
-        return token_sums(logits, batch), stats
+        unembedding, stats = output
+        return token_sums(unembedding, batch, config.train.logits_per_chunk), stats
 
     return eval_step
 
@@ -132,6 +132,7 @@ def _model_inputs(batch: Batch, config: Config) -> dict[str, Any]:
         "positions": batch["positions"],
         "segment_ids": batch["segment_ids"] if config.data.mask_documents else None,
         "mask": batch["loss_mask"],
+        "project": False,
     }
 
 

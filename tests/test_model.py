@@ -10,7 +10,6 @@ import pytest
 
 from configs import paper
 from default_moe.config import Config, ModelConfig, MoEConfig
-from default_moe.losses import token_sums
 from default_moe.model import LanguageModel, rotary_embedding
 from default_moe.model_size import parameter_counts, train_flops_per_token
 
@@ -185,22 +184,6 @@ def test_bfloat16_is_close_to_float32():
     assert a.dtype == jnp.float32
     # bfloat16 keeps 8 bits: a relative error of 2^-8 at each of some ten roundings in a row.
     assert float(jnp.abs(a - b).max()) < 10 * 2**-8 * float(jnp.abs(b).max())
-
-
-def test_the_loss_ignores_padding_and_counts_bytes():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
-    logits = logits.at[1, 2].set(jnp.inf)
-    batch = {
-        "targets": jnp.asarray([[0, 1, 2], [3, 4, 0]]),
-        "loss_mask": jnp.asarray([[1.0, 1, 1], [1, 0, 0]]),
-        "target_bytes": jnp.asarray([[1, 3, 2], [1, 7, 7]]),
-    }
-    sums = token_sums(logits, batch)
-    x = np.asarray(logits, np.float64)
-    picked = [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 3)]
-    expected = sum(np.log(np.exp(x[i, j]).sum()) - x[i, j, t] for i, j, t in picked)
-    assert float(sums.nll) == pytest.approx(expected, rel=1e-6)
-    assert (float(sums.tokens), float(sums.target_bytes)) == (4, 1 + 3 + 2 + 1)
 
 
 @pytest.mark.parametrize(
