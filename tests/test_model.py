@@ -213,3 +213,23 @@ def test_training_flops_are_six_per_active_parameter_and_attention():
     norms = (2 * 3 + 1) * 2 * d
     matrices = 3 * 4 * d * d + 3 * d * f + 2 * (d * n + k * 3 * d * f) + d * v
     assert train_flops_per_token(config, VOCAB) == 6 * (matrices + norms) + 12 * 3 * d * length
+
+
+def test_rematerialising_all_but_products_runs_no_expert_again():
+    """Experts run in loops, one over the experts and one over their rows, in each direction; "full" runs two again."""
+    loops = {}
+    for remat in ("none", "dots", "full"):
+        model = LanguageModel(dataclasses.replace(MODEL, remat=remat), MOE, VOCAB)
+        tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+        variables = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), tokens)
+
+        def loss(params, variables, tokens, model=model):
+            (logits, _), state = model.apply(
+                {"params": params, **variables}, tokens, train=True, mutable=["default_vectors"]
+            )
+            return logits.sum(), state
+
+        vectors = {"default_vectors": variables["default_vectors"]}
+        jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"], vectors, tokens)
+        loops[remat] = str(jaxpr).count("while[")
+    assert loops == {"none": 4, "dots": 4, "full": 6}
