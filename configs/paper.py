@@ -6,7 +6,7 @@
 NcK has N experts of which each token runs K. `8c1,d_model=512` and `8c1,d_model=2048` are the other two widths.
 
 Hardware: many accelerators. The loss is taken in chunks (train.logits_per_chunk), so activations decide what
-fits: on fewer than 64 devices of 80 GB set train.grad_accum_steps so that each holds about 16 sequences at a time.
+fits: on fewer than 64 devices of 80 GB set train.grad_accum_steps so that each holds few enough sequences at a time.
 The paper trains on 160 B tokens (10 B in its ablations: set train.num_steps=4768);
 it reports a 13-task average of 47.9 for 8c1 with Default MoE, 46.9 with top-k.
 FineWeb-Edu and Llama 3's tokenizer are not part of this repository.

@@ -25,7 +25,7 @@ def resolve_backend(backend: str) -> str:
 
 def group_alignment(backend: str) -> int:
     """Rows that every group is padded to a multiple of, so that its sums can be taken in blocks of as many."""
-    return 1 if backend == "blocks" else 16
+    return 1 if backend == "blocks" else 8
 
 
 def largest_block() -> int:
@@ -33,14 +33,13 @@ def largest_block() -> int:
     return 192 if _platform() == "cpu" else 2048
 
 
-def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, *, backend: str) -> Array:
+def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array) -> Array:
     """out[s] = lhs[s] @ rhs[e] for the slots s of group e: [S, F], in the dtype of `lhs_SD`.
 
     Args:
       lhs_SD: rows; group e holds group_sizes_M[e] of them, after those of groups before it.
       rhs_MDF: one matrix per group, of the same dtype.
       group_sizes_M: int32. Rows past their sum must be zero; they give zeros.
-      backend: "ragged".
     """
     out_SF = jax.lax.ragged_dot(lhs_SD, rhs_MDF, group_sizes_M)
     # Kernels may leave the rows that belong to no group unwritten.

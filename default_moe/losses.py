@@ -102,11 +102,8 @@ def _nll(x_CD: Array, head_DV: Array, target_C: Array) -> tuple[Array, Array, Ar
     """Negative log-likelihoods, logits [C, V] and log-partition functions, all float32."""
     logits_CV = jnp.matmul(x_CD, head_DV, preferred_element_type=jnp.float32)
     log_partition_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    return (
-        log_partition_C - jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0],
-        logits_CV,
-        log_partition_C,
-    )
+    target_logit_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
+    return log_partition_C - target_logit_C, logits_CV, log_partition_C
 
 
 def _over_chunks(chunk: Callable, carry: Any, arrays: tuple[Array, ...], num_chunks: int) -> tuple:

@@ -24,23 +24,9 @@ def sorted_experts(
     weights: ExpertWeights,
     layout: Layout,
     align: int,
-    backend: str,
 ) -> tuple[Array, Array | None]:
-    """Weighted sum of each token's experts, and per expert the sum of its outputs weighted by `counted_TK`.
-
-    Args:
-      x_TD: tokens in the compute dtype.
-      weight_TK: float32, weight of each assignment in the output. It gets a gradient: <g_t, E_i(x_t)>.
-      counted_TK: float32, weight of each assignment in the sums. None: no sums.
-      weights: of the M experts held here, in the compute dtype.
-      layout: of the assignments.
-      align: that of the layout.
-      backend: of `grouped_matmul`.
-
-    Returns:
-      y, float32 [T, D], and the sums, float32 [M, D] or None, which carry no gradient.
-    """
-    product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M, backend=backend)
+    """What `block_experts` gives, which says what arguments and results are; the layout has any `align`, given too."""
+    product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M)
     x_SD = dispatch(x_TD, layout)
     gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
     up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)

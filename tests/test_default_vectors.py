@@ -104,11 +104,11 @@ def test_cost_beyond_top_k(substitute, extra, matmul):
     """One [T, N] x [N, D] product (T N D multiplications) more in each direction that substitutes.
 
     What else there is more is the sum of the active outputs for the moving average: at most S D multiplications, with
-    S = T K slots and the padding of each of 7 experts, and of the whole, to blocks of 16.
+    S = T K slots and the padding of 7 experts and of the whole to blocks of 8.
     """
     n = PRIMES
     small = n["B"] * n["L"] * n["N"] * n["D"]
-    of_statistics = (n["B"] * n["L"] * n["K"] + 16 * n["N"] + 15) * n["D"]
+    of_statistics = (n["B"] * n["L"] * n["K"] + 8 * n["N"] + 7) * n["D"]
     for direction, expected in zip(("forward", "backward"), extra, strict=True):
         works = []
         for router in ("default", "topk"):

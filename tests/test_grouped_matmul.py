@@ -31,7 +31,7 @@ UNITS = {
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
 def product_and_gradients(lhs, rhs, sizes, g):
-    out = grouped_matmul(lhs, rhs, sizes, backend="ragged")
+    out = grouped_matmul(lhs, rhs, sizes)
     return (out * g).sum(), out
 
 
@@ -88,9 +88,7 @@ def test_random_group_sizes_equal_a_loop():
 def test_the_output_has_the_dtype_of_the_rows():
     lhs, rhs, _ = random_arrays(np.random.default_rng(2))
     sizes = [8, 16, 8, 8]
-    out = grouped_matmul(
-        jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16), jnp.asarray(sizes), backend="ragged"
-    )
+    out = grouped_matmul(jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16), jnp.asarray(sizes))
     assert out.dtype == jnp.bfloat16
     expected, _, _ = loop(lhs, rhs, sizes, np.zeros((ROWS, F)))
     # bfloat16 rounds at 2^-8 at worst: both operands and the result make 3 * 2^-8 = 1.2 % of the terms' size.
@@ -115,7 +113,7 @@ def compiled_experts(backend: str, rows: int, num_held: int):
         if backend == "blocks":
             return block_experts(x, weight, counted, weights, group_by_expert(chosen, num_held, 1), rows)
         layout = group_by_expert(chosen, num_held, rows)
-        return sorted_experts(x, weight, counted, weights, layout, rows, backend)
+        return sorted_experts(x, weight, counted, weights, layout, rows)
 
     def objective(x, weight, weights, chosen, counted, g):
         y, sums = experts(x, weight, weights, chosen, counted)
@@ -167,13 +165,10 @@ def test_experts_and_gradients_equal_loops(route, backend, rows):
 
 
 def test_no_sums_where_none_are_asked_for():
-    chosen, weights = (
-        jnp.array([[0], [1]]),
-        ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3))),
-    )
-    layout = group_by_expert(chosen, 2, 1)
+    weights = ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
+    layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)
     assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
-    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
+    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1)[1] is None
 
 
 def test_the_choice_on_a_cpu():

@@ -27,11 +27,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config for --suite=s
 
 
 def main(argv: list[str]) -> int:
-    if cli.config_name(argv, "") or "--suite=step" in argv:
+    if _suite(argv) == "step":
         config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG)
-    else:
-        cli.parse_flags(argv)
-    if _SUITE.value == "step":
         for name, value in (("shape", _SHAPES.value), ("vs_torch", _VS_TORCH.value), ("plot", _PLOT.value)):
             if value:
                 raise ConfigError(f"--{name} goes with --suite=layer, but --suite is step")
@@ -39,6 +36,7 @@ def main(argv: list[str]) -> int:
     else:
         if cli.config_name(argv, ""):
             raise ConfigError("--config goes with --suite=step, but --suite is layer")
+        cli.parse_flags(argv)
         shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()] or standard_shapes()
         results = layer.run(shapes, _BACKENDS.value, _DTYPE.value, _ROUNDS.value, _VS_TORCH.value)
     if _JSON.value:
@@ -46,6 +44,14 @@ def main(argv: list[str]) -> int:
     if _PLOT.value:
         layer.plot(results, Path(_PLOT.value))
     return 0
+
+
+def _suite(argv: list[str]) -> str:
+    """The value of --suite, which decides whether there is a config file to read before the flags that change it."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(_SUITE.name, _SUITE.default, "", flag_values=values)
+    values(argv, known_only=True)
+    return str(values[_SUITE.name].value)
 
 
 if __name__ == "__main__":

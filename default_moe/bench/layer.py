@@ -12,17 +12,19 @@ from default_moe.bench.workload import ROUTINGS, LayerShape, Work, dense_candida
 from default_moe.checks import check_choice
 from default_moe.config import MATMUL_BACKENDS, ConfigError
 
+_Key = tuple[str, str]  # the candidate's name and its routing
 _PASSES = ("forward", "forward+backward")
-_COLUMNS = ("candidate", "ms", "/ dense", "quartiles", "/ top-k", "/ our default", "GFLOP/s")
+_COLUMNS = ("candidate", "routing", "ms", "/ dense", "quartiles", "/ top-k", "/ balanced", "/ our default", "GFLOP/s")
 
 
 def run(
     shapes: Sequence[LayerShape], backends: list[str] | None, dtype: str | None, rounds: int, vs_torch: bool
 ) -> list[Row]:
-    """Time every shape, routing and pass, print a table of each, and return all rows.
+    """Time every shape and pass, print a table of each, and return all rows.
 
-    "/ dense" and "/ top-k" are medians over the rounds of the ratio to the dense network and to plain top-k of the same
-    backend; torch's block is compared with a dense network on torch. Raises ConfigError.
+    Columns that begin with "/" are medians over the rounds of a ratio: to the dense network (torch's block to one on
+    torch), to plain top-k of the same backend and routing, to balanced routing, and of torch's block to the fastest
+    Default MoE of the same routing. Raises ConfigError.
     """
     for backend in backends or ():
         check_choice("--matmul", backend, MATMUL_BACKENDS)
@@ -35,18 +37,21 @@ def run(
     print(report.heading())
     rows: list[Row] = []
     for shape in shapes:
+        candidates: dict[_Key, tuple[Callable, Callable]] = {}
         for routing in ROUTINGS:
             work = make_work(shape, routing, dtype)
-            candidates = _candidates(shape, work, names)
+            found = _candidates(shape, work, names)
             if vs_torch:
-                candidates |= torch_block.candidates(shape, work)
-            for index, name in enumerate(_PASSES):
-                timings = time_alternately({key: pair[index] for key, pair in candidates.items()}, rounds)
-                group = _rows(shape, timings, index)
-                print(f"\n{shape} {dtype}, {routing} routing, {name}\n{report.table(group, _COLUMNS)}", flush=True)
-                rows += [
-                    {"shape": str(shape), "dtype": dtype, "routing": routing, "pass": name, **row} for row in group
-                ]
+                found |= torch_block.candidates(shape, work)
+            # Routing is nothing to a dense network: it is timed once.
+            candidates |= {
+                (name, routing): f for name, f in found.items() if routing == ROUTINGS[0] or "dense" not in name
+            }
+        for index, name in enumerate(_PASSES):
+            timings = time_alternately({key: pair[index] for key, pair in candidates.items()}, rounds)
+            group = _rows(shape, timings, index)
+            print(f"\n{shape} {dtype}, {name}\n{report.table(group, _COLUMNS)}", flush=True)
+            rows += [{"shape": str(shape), "dtype": dtype, "pass": name, **row} for row in group]
     return rows
 
 
@@ -58,27 +63,28 @@ def _candidates(shape: LayerShape, work: Work, backends: list[str]) -> dict[str,
     return candidates
 
 
-def _rows(shape: LayerShape, timings: dict[str, Timing], index: int) -> list[Row]:
+def _rows(shape: LayerShape, timings: dict[_Key, Timing], index: int) -> list[Row]:
     rows: list[Row] = []
-    for name, timing in timings.items():
-        dense = timings["torch dense" if name.startswith("torch") else "dense"]
-        middle, low, high = timing.ratio_to(dense)
-        topk = timings.get(name.replace("default ", "topk "))
-        rows.append(
-            {
-                "candidate": name,
-                "ms": timing.seconds * 1e3,
-                "/ dense": middle,
-                "quartiles": f"{low:.3f}-{high:.3f}",
-                "/ top-k": timing.ratio_to(topk)[0] if topk and name.startswith("default ") else None,
-                "GFLOP/s": shape.active_flops() * (3 if index else 1) / timing.seconds / 1e9,
-                "rounds": len(timing.samples),
-            }
-        )
-        if name.startswith("torch mixtral"):
-            ours = [t for key, t in timings.items() if key.startswith("default ")]
-            best = min(ours, key=lambda t: t.seconds)
-            rows[-1]["/ our default"] = timing.ratio_to(best)[0]
+    balanced = ROUTINGS[0]
+    for (name, routing), timing in timings.items():
+        middle, low, high = timing.ratio_to(timings["torch dense" if name.startswith("torch") else "dense", balanced])
+        row = {
+            "candidate": name,
+            "routing": routing,
+            "ms": timing.seconds * 1e3,
+            "/ dense": middle,
+            "quartiles": f"{low:.3f}-{high:.3f}",
+            "GFLOP/s": shape.active_flops() * (3 if index else 1) / timing.seconds / 1e9,
+            "rounds": len(timing.samples),
+        }
+        if routing != balanced:
+            row["/ balanced"] = timing.ratio_to(timings[name, balanced])[0]
+        if name.startswith("default "):
+            row["/ top-k"] = timing.ratio_to(timings[name.replace("default", "topk"), routing])[0]
+        if name == "torch mixtral":
+            ours = [t for (other, where), t in timings.items() if other.startswith("default ") and where == routing]
+            row["/ our default"] = timing.ratio_to(min(ours, key=lambda t: t.seconds))[0]
+        rows.append(row)
     return rows
 
 
@@ -102,9 +108,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     if max(row["/ dense"] for row in rows) > 5:
         axes.set_yscale("log")
-    axes.set_xticks(
-        range(len(groups)), [f"{shape.replace(' N', chr(10) + 'N')}\n{routing}" for shape, routing in groups]
-    )
+    axes.set_xticks(range(len(groups)), [shape.replace(" N", "\nN") + "\n" + routing for shape, routing in groups])
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel("time / dense of equal active FLOPs")
     axes.set_title("MoE layer, forward and backward")

@@ -1,6 +1,7 @@
 """The whole training step of a config: its parts, its memory, and Default MoE against plain top-k in one run."""
 
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
-from default_moe.bench.timing import Timing, time_alternately
+from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
 from default_moe.data import open_data
 from default_moe.metrics import peak_flops
@@ -62,7 +63,8 @@ def run(config: Config, rounds: int) -> list[Row]:
         )
         for router in ("topk", "default")
     }
-    read = Timing([_seconds(lambda i=i: rows_of_data.batch(i * train.batch_size, train.batch_size)) for i in range(9)])
+    position = itertools.count(step=train.batch_size)
+    read = time_alternately({"data": lambda: rows_of_data.batch(next(position), train.batch_size)}, rounds)["data"]
     steps = time_alternately({name: c.step for name, c in candidates.items()}, rounds)
     optimizers = time_alternately({name: c.optimizer for name, c in candidates.items()}, rounds)
     tokens = train.batch_size * train.sequence_length
@@ -106,9 +108,3 @@ def _memory(candidate: _Candidate, topk: _Candidate, config: Config) -> Row:
         "top-k + bytes": total(mine) - total(other),
         "allowed bytes": 4 * layers * experts * (config.model.d_model + local_tokens),
     }
-
-
-def _seconds(function: Any) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began

@@ -3,10 +3,12 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 # What takes longer than this is timed less often.
 _SLOW_SECONDS = 1.0
@@ -34,7 +36,7 @@ class Timing:
         return middle, low, high
 
 
-def time_alternately(functions: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, Timing]:
+def time_alternately(functions: Mapping[_Key, Callable[[], Any]], rounds: int) -> dict[_Key, Timing]:
     """Time each function once a round, so that what slows the machine slows all of them alike.
 
     Every other round goes through the functions backwards: none always follows the same one. Each is called twice
@@ -46,7 +48,7 @@ def time_alternately(functions: Mapping[str, Callable[[], Any]], rounds: int = 1
         seconds = _seconds(function, 1)
         calls[name] = max(1, int(_SAMPLE_SECONDS / seconds))
         limit[name] = rounds if seconds < _SLOW_SECONDS else min(rounds, _SLOW_ROUNDS)
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samples: dict[_Key, list[float]] = {name: [] for name in functions}
     for index in range(rounds):
         names = list(functions)[:: 1 if index % 2 == 0 else -1]
         for name in names:
