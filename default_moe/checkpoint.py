@@ -32,15 +32,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from default_moe.config import CheckpointConfig
+from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
 from default_moe.files import find_damage, io_failure, sync_folder, write_atomically, write_manifest
 
 BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
 Tree = TypeVar("Tree")
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint can be restored. The message is one line: what is wrong and what would be right."""
 
 
 def _to_stderr(line: str) -> None:

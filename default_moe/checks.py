@@ -1,10 +1,13 @@
 """What is wrong with a setting, said in one line."""
 
+import dataclasses
 import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: what is wrong and what would be right."""
+from default_moe.errors import ConfigError
 
 
 def check(condition: bool, message: str) -> None:
@@ -28,3 +31,34 @@ def closest(name: str, known: list[str]) -> str:
     """'; did you mean ...?' with the known name closest to `name`, or an empty string if none is close."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    for key in mapping:
+        check(key in known, f"there is no setting {prefix + key!r}{closest(key, known)}")
+
+
+def optional_type(annotation: Any) -> type | None:
+    """int for `int | None`; None for any other annotation."""
+    if isinstance(annotation, types.UnionType):
+        return next(t for t in typing.get_args(annotation) if t is not type(None))
+    return None
+
+
+def section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) -> Any:
+    """The dataclass `section`, called `name` in messages, of a mapping of its fields. Raises ConfigError."""
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    check_keys(mapping, list(fields), prefix=f"{name}.")
+    values = {}
+    for key, value in mapping.items():
+        optional = optional_type(fields[key].type)
+        wanted = optional or fields[key].type
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(wanted, type) and not (optional and value is None):
+            check(
+                isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)),
+                f"{name}.{key} is {value!r}, but must be of type {wanted.__name__}",
+            )
+        values[key] = value
+    return section(**values)

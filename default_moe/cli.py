@@ -12,9 +12,10 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from default_moe.checkpoint import CheckpointError
-from default_moe.config import Config, ConfigError, to_config_dict
-from default_moe.trainer import TrainingFailed
+from default_moe.config import Config
+from default_moe.config_dict import to_config_dict
+from default_moe.errors import CheckpointError, ConfigError, TrainingFailed
+from default_moe.huge_pages import restart_with_huge_pages
 
 BAD_INPUT = 2
 _FILE_FLAGS = ("--config=", "-config=")
@@ -25,6 +26,8 @@ def run(main: Callable[[list[str]], int]) -> None:
 
     Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130.
     """
+    if main.__module__ == "__main__":
+        restart_with_huge_pages()
     sys.argv = _file_first(sys.argv)  # where config_flags looks too
     try:
         code = main(sys.argv)

@@ -1,23 +1,35 @@
-"""Every setting of a run: frozen dataclasses, their checks, and the way to and from ml_collections.
+"""Every setting of a run: frozen dataclasses and their checks.
 
-A config file starts from `default_config()` (a locked `ConfigDict`), changes fields and returns it. The program turns
-the result into a `Config` once, with `Config.from_config_dict`, which checks every value; from there on settings are
-immutable. A run stores its `Config` as JSON, never as Python.
+A config file starts from `config_dict.default_config()` (a locked `ConfigDict`), changes fields and returns it. The
+program turns the result into a `Config` once, with `Config.from_config_dict`, which checks every value; from there on
+settings are immutable. A run stores its `Config` as JSON, never as Python.
 """
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_dict
 
-from default_moe.checks import ConfigError as ConfigError  # part of this module's interface
-from default_moe.checks import check, check_at_least, check_choice, check_fraction, closest
+from default_moe.checks import (
+    check,
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_keys,
+    closest,
+    section_from_mapping,
+)
+from default_moe.errors import ConfigError as ConfigError  # part of this module's interface
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+MATMUL_BACKENDS = ("blocks", "ragged", "tokamax")
 
 
 def _dtype_name(name: str, value: Any) -> str:
@@ -28,9 +40,6 @@ def _dtype_name(name: str, value: Any) -> str:
         dtype = str(value)
     check_choice(name, dtype, ("float32", "bfloat16"))
     return dtype
-
-
-MATMUL_BACKENDS = ("ragged", "blocks")
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class MoEConfig:
     load_balance_weight, router_z_weight: factors of the auxiliary losses in the training loss.
     dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
       router and the default vectors are float32 always.
-    matmul: how experts are computed, "blocks" or "ragged", see `grouped_matmul.py`; "auto" picks by platform.
+    matmul: how experts are computed, "blocks", "ragged" or "tokamax", see `grouped_matmul.py`; "auto" picks by
+      platform.
     """
 
     num_experts: int = 8
@@ -86,8 +96,9 @@ class ModelConfig:
     """The decoder-only language model around the MoE layers.
 
     vocab_size: None takes the tokenizer's.  num_dense_layers: leading layers with a dense feed-forward network of
-    width dense_dim (None: as wide as one expert).  remat: what the backward pass recomputes, "none", "full" or "dots"
-    (all but products with weights).  scan_unroll: layers unrolled per step of the scan over layers; speed alone.
+    width dense_dim (None: as wide as one expert).  attention: "xla", "cudnn" (an NVIDIA GPU and bfloat16), or "auto",
+    which takes cuDNN's where it runs.  remat: what the backward pass recomputes, "none", "full" or "dots" (all but
+    products with weights).  scan_unroll: layers unrolled per step of the scan over layers; speed alone.
     """
 
     vocab_size: int | None = None
@@ -100,6 +111,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
     dtype: str = "float32"
+    attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 1
 
@@ -123,6 +135,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 check_at_least(f"model.{name}", getattr(self, name), 1)
         check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
+        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         check_choice("model.remat", self.remat, ("none", "full", "dots"))
         object.__setattr__(self, "dtype", _dtype_name("model.dtype", self.dtype))
 
@@ -354,43 +367,22 @@ class Config:
 
         Raises ConfigError on an unknown key, a value of the wrong type, or one that cannot work.
         """
-        _check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
+        check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
         sections = {}
         for section in dataclasses.fields(cls):
             values = mapping.get(section.name, {})
             check(isinstance(values, Mapping), f"{section.name} is {values!r}, but must be a group of settings")
-            sections[section.name] = _section_from_mapping(typing.cast(type, section.type), section.name, values)
+            sections[section.name] = section_from_mapping(typing.cast(type, section.type), section.name, values)
         return cls(**sections)
 
     @classmethod
-    def from_config_dict(cls, config: ConfigDict) -> Self:
+    def from_config_dict(cls, config: "ConfigDict") -> Self:
         """`from_mapping` of what a config file's `get_config` returned."""
         return cls.from_mapping(config.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON can hold them."""
         return dataclasses.asdict(self)
-
-
-def default_config() -> ConfigDict:
-    """A locked ConfigDict with every setting at its default. Fields that may stay unset are typed placeholders."""
-    config = ConfigDict()
-    for section in dataclasses.fields(Config):
-        config[section.name] = ConfigDict()
-        for f in dataclasses.fields(typing.cast(Any, section.type)):
-            optional = _optional_type(f.type)
-            config[section.name][f.name] = config_dict.placeholder(optional) if optional else f.default
-    return config.lock()
-
-
-def to_config_dict(config: Config) -> ConfigDict:
-    """The locked ConfigDict that stands for `config`."""
-    result = default_config()
-    for name, value in flat_items(config.to_dict()):
-        if value is not None:
-            section, key = name.split(".")
-            result[section][key] = value
-    return result
 
 
 def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -400,33 +392,3 @@ def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
-    for key in mapping:
-        check(key in known, f"there is no setting {prefix + key!r}{closest(key, known)}")
-
-
-def _optional_type(annotation: Any) -> type | None:
-    """int for `int | None`; None for any other annotation."""
-    if isinstance(annotation, types.UnionType):
-        return next(t for t in typing.get_args(annotation) if t is not type(None))
-    return None
-
-
-def _section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(section)}
-    _check_keys(mapping, list(fields), prefix=f"{name}.")
-    values = {}
-    for key, value in mapping.items():
-        optional = _optional_type(fields[key].type)
-        wanted = optional or fields[key].type
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(wanted, type) and not (optional and value is None):
-            check(
-                isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)),
-                f"{name}.{key} is {value!r}, but must be of type {wanted.__name__}",
-            )
-        values[key] = value
-    return section(**values)

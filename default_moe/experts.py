@@ -151,7 +151,7 @@ def _device_share(
         rows = block_rows(index_TK.size, config.num_experts, largest_block())
         y_TD, sum_MD = block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
     else:
-        y_TD, sum_MD = sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, align)
+        y_TD, sum_MD = sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, align, backend)
 
     if defaults is not None and sum_MD is not None and counted_TM is not None:
         sums = (sum_MD, counted_TM.sum(axis=0))

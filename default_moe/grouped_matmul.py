@@ -1,26 +1,77 @@
 """Matrix products of rows grouped by expert, and the choice of how experts are computed.
 
-"blocks" (`block_experts.py`) follows the real load with plain products, and is the choice on a CPU, where XLA expands
-`jax.lax.ragged_dot` to a product with every expert. "ragged" (`sorted_experts.py`) is that function.
+`moe.matmul` is one of
+  "blocks"   `block_experts.py`: plain products over blocks of one expert's rows, whose cost follows the load. The
+             choice on a CPU, where XLA expands `jax.lax.ragged_dot` to a product with every expert.
+  "ragged"   `sorted_experts.py` with `jax.lax.ragged_dot`: a kernel of its own on TPU; on GPU a product with every
+             expert, like on a CPU.
+  "tokamax"  `sorted_experts.py` with the kernels of the package tokamax: the choice on NVIDIA GPUs.
 """
+
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import RaggedDotDimensionNumbers
 
+from default_moe.config import MATMUL_BACKENDS
+from default_moe.errors import ConfigError
+from default_moe.hardware import is_nvidia, platform
 
-def _platform() -> str:
-    """Of the mesh in use, or of the default device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return (device and device.platform) or jax.default_backend()
+_INSTALL_TOKAMAX = "pip install '.[tokamax]'"
+
+# out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
+_PRODUCT, _ROWS_GRADIENT, _MATRICES_GRADIENT = (
+    RaggedDotDimensionNumbers(
+        dot_dimension_numbers=((contracted, ([], []))), lhs_ragged_dimensions=[0], rhs_group_dimensions=groups
+    )
+    for contracted, groups in ((([1], [1]), [0]), (([1], [2]), [0]), (([0], [0]), []))
+)
 
 
 def resolve_backend(backend: str) -> str:
-    """ "ragged" or "blocks"; "auto" picks by the platform of the mesh in use, or of the default device."""
-    if backend != "auto":
-        return backend
-    return "blocks" if _platform() == "cpu" else "ragged"
+    """One of MATMUL_BACKENDS; "auto" picks by the platform of the mesh in use, or of the default device.
+
+    Raises ConfigError if a backend that was asked for by name is not installed or does not run on that platform.
+    """
+    if backend == "auto":
+        if platform() == "cpu":
+            return "blocks"
+        if not is_nvidia():
+            return "ragged"
+        if _tokamax_installed():
+            return "tokamax"
+        _warn(
+            "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token on a GPU, because "
+            f"tokamax is not installed: {_INSTALL_TOKAMAX}"
+        )
+        return "ragged"
+    if backend == "tokamax":
+        if not is_nvidia() and platform() != "tpu":
+            raise ConfigError(
+                f"moe.matmul is 'tokamax', whose kernels run on NVIDIA GPUs and TPUs, but this is {platform()!r}: "
+                "use 'auto', 'blocks' or 'ragged'"
+            )
+        if not _tokamax_installed():
+            raise ConfigError(f"moe.matmul is 'tokamax', but tokamax is not installed: {_INSTALL_TOKAMAX}")
+    return backend
+
+
+def available_backends() -> list[str]:
+    """Those that `resolve_backend` takes here."""
+    found = []
+    for backend in MATMUL_BACKENDS:
+        try:
+            found.append(resolve_backend(backend))
+        except ConfigError:
+            continue
+    return found
 
 
 def group_alignment(backend: str) -> int:
@@ -30,18 +81,101 @@ def group_alignment(backend: str) -> int:
 
 def largest_block() -> int:
     """Rows of a block for "blocks": what stays in a CPU's cache, elsewhere what keeps an accelerator busy."""
-    return 192 if _platform() == "cpu" else 2048
+    return 192 if platform() == "cpu" else 2048
 
 
-def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend: str = "ragged") -> Array:
     """out[s] = lhs[s] @ rhs[e] for the slots s of group e: [S, F], in the dtype of `lhs_SD`.
 
+    Kernels may leave rows that belong to no group unwritten, read them where they should not, or give an empty group
+    the gradient of another's rows. None of that leaves this function: such rows and gradients are zeros, which costs
+    no pass of its own where XLA computes what comes before or after.
+
     Args:
-      lhs_SD: rows; group e holds group_sizes_M[e] of them, after those of groups before it.
+      lhs_SD: rows; group e holds group_sizes_M[e] of them, after those of groups before it. Rows past the last group
+        must be finite.
       rhs_MDF: one matrix per group, of the same dtype.
-      group_sizes_M: int32. Rows past their sum must be zero; they give zeros.
+      group_sizes_M: int32.
+      backend: "ragged" or "tokamax".
     """
-    out_SF = jax.lax.ragged_dot(lhs_SD, rhs_MDF, group_sizes_M)
-    # Kernels may leave the rows that belong to no group unwritten.
-    in_group_S1 = (jnp.arange(lhs_SD.shape[0]) < group_sizes_M.sum())[:, None]
-    return jnp.where(in_group_S1, out_SF, 0)
+    out_SF = _kernel(backend)(lhs_SD, rhs_MDF, group_sizes_M, _PRODUCT)
+    return _rows_of_groups(out_SF, group_sizes_M)
+
+
+def _forward(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend: str) -> tuple:
+    return grouped_matmul(lhs_SD, rhs_MDF, group_sizes_M, backend), (lhs_SD, rhs_MDF, group_sizes_M)
+
+
+def _backward(backend: str, residuals: tuple, d_out_SF: Array) -> tuple:
+    lhs_SD, rhs_MDF, group_sizes_M = residuals
+    kernel = _kernel(backend)
+    d_out_SF = _rows_of_groups(d_out_SF, group_sizes_M)
+    d_lhs_SD = kernel(d_out_SF, rhs_MDF, group_sizes_M, _ROWS_GRADIENT)
+    d_rhs_MDF = kernel(lhs_SD, d_out_SF, group_sizes_M, _MATRICES_GRADIENT)
+    d_rhs_MDF = jnp.where((group_sizes_M > 0)[:, None, None], d_rhs_MDF, 0)
+    return _rows_of_groups(d_lhs_SD, group_sizes_M), d_rhs_MDF, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _rows_of_groups(rows_SF: Array, group_sizes_M: Array) -> Array:
+    """The rows with those past the last group replaced by zeros."""
+    in_group_S1 = (jnp.arange(rows_SF.shape[0]) < group_sizes_M.sum())[:, None]
+    return jnp.where(in_group_S1, rows_SF, 0)
+
+
+Kernel = Callable[[Array, Array, Array, RaggedDotDimensionNumbers], Array]
+
+
+def _kernel(backend: str) -> Kernel:
+    return {"ragged": _ragged, "tokamax": _tokamax}[backend]
+
+
+def _ragged(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
+    return jax.lax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions)
+
+
+def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
+    """tokamax's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
+    import tokamax
+
+    _quiet_tokamax()
+    # Its Mosaic kernel for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128.
+    names = ("mosaic", "triton") if all(size % 128 == 0 for size in (*lhs.shape[1:], *rhs.shape[1:])) else ("triton",)
+    try:
+        return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=names)
+    except (NotImplementedError, ValueError, ExceptionGroup) as error:
+        errors: Any = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+        reason = "; ".join(dict.fromkeys(" ".join(str(e).split()) for e in errors))
+        _warn_of_fallback(reason, f"{lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)}")
+        return _ragged(lhs, rhs, group_sizes_M, dimensions)
+
+
+_warned_of: set[str] = set()
+
+
+def _warn_of_fallback(reason: str, product: str) -> None:
+    if reason not in _warned_of:
+        _warned_of.add(reason)
+        _warn(
+            f"tokamax has no kernel for {product} here ({reason}): jax.lax.ragged_dot computes this product, and any "
+            "other of which that is true"
+        )
+
+
+@functools.cache
+def _quiet_tokamax() -> None:
+    """It logs each shape for which it has no measured choice of tiles."""
+    logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in record.getMessage())
+
+
+def _tokamax_installed() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once, however often the same is traced."""
+    warnings.warn(text, stacklevel=2)

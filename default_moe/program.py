@@ -9,7 +9,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from default_moe import sharding
+from default_moe.attention import attention_implementation
 from default_moe.config import Config, ConfigError
+from default_moe.grouped_matmul import resolve_backend
+from default_moe.memory import check_fits, out_of_memory_in_one_line, step_memory
 from default_moe.optimizer import make_optimizer
 from default_moe.train_state import TrainState, build_model, initial_state
 from default_moe.train_step import Batch, make_eval_step, make_train_step
@@ -46,6 +49,7 @@ class Program:
 
     Attributes:
       config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
+      matmul, attention: how experts and attention are computed here, "auto" resolved.
       num_batch_shards: devices that each hold a part of a batch.
       new_state: `()` to the state before the first step, every array created where it belongs.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
@@ -53,7 +57,7 @@ class Program:
     """
 
     def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None, training: bool = True):
-        """`training`: see `mesh_for`. Raises ConfigError if the config does not fit the devices or the vocabulary."""
+        """`training`: see `mesh_for`. Raises ConfigError if the config does not fit the devices or vocabulary."""
         if config.model.vocab_size is not None and config.model.vocab_size < vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {vocab_size} entries: "
@@ -65,6 +69,8 @@ class Program:
         self.vocab_size = self.model.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
+            self.matmul = resolve_backend(config.moe.matmul)
+            self.attention = attention_implementation(config.model)
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
@@ -94,6 +100,22 @@ class Program:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
         )
+
+    def compile_train_step(self, row: Batch) -> Any:
+        """The training step, compiled ahead of time for batches of rows like `row`, arrays [1, ...].
+
+        Nothing but the code is allocated. Raises ConfigError if it would not fit the memory of a device.
+        """
+        batch = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                (self.config.train.batch_size, *a.shape[1:]), a.dtype, sharding=self.batch_sharding
+            ),
+            row,
+        )
+        with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config):
+            compiled = self.train_step.compile(self.abstract_state(), batch)
+        check_fits(step_memory(compiled), self.mesh.devices.flat[0], self.config)
+        return compiled
 
     def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:
         """A global batch on the mesh, of which each process loads only the rows that its devices hold.

@@ -5,8 +5,6 @@ one pass that undoes the permutation, weighs and sums. The backward pass does th
 the gradient of the weights where the outputs lie. The sums for the default vectors read the outputs once more.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,9 +22,16 @@ def sorted_experts(
     weights: ExpertWeights,
     layout: Layout,
     align: int,
+    backend: str,
 ) -> tuple[Array, Array | None]:
-    """What `block_experts` gives, which says what arguments and results are; the layout has any `align`, given too."""
-    product = functools.partial(grouped_matmul, group_sizes_M=layout.group_sizes_M)
+    """What `block_experts` gives, which says what arguments and results are.
+
+    The layout has any `align`, given too; `backend` is one of `grouped_matmul`.
+    """
+
+    def product(lhs_SD: Array, rhs_MDF: Array) -> Array:
+        return grouped_matmul(lhs_SD, rhs_MDF, layout.group_sizes_M, backend)
+
     x_SD = dispatch(x_TD, layout)
     gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
     up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)

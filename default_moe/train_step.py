@@ -23,30 +23,27 @@ Metrics = dict[str, Any]
 
 
 @flax.struct.dataclass
-class _Pass:
-    """What one forward pass gives beside the loss: sums for the metrics, layer statistics, mutated collections."""
+class StepResult:
+    """What forward passes give beside the loss: sums for the metrics, layer statistics, mutated collections."""
 
     sums: TokenSums
     stats: LayerStats | None
     variables: Any
 
 
-def make_train_step(
-    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a config: one optimizer update, or none if the loss or a gradient is not finite.
+def make_gradient(
+    model: LanguageModel, config: Config
+) -> Callable[[TrainState, Batch, Array], tuple[Any, Array, StepResult]]:
+    """`gradient(state, batch, rng)`: the gradient of the loss over the whole batch, the loss, and the rest.
 
     With train.grad_accum_steps > 1 the batch is processed in microbatches. The step's gradient is then that of the
     mean loss over all tokens of the batch. Default vectors keep their contract: each step is one update, with decay
     ema_decay, by the mean over all tokens of the batch. Microbatch m uses the vectors updated with the sums of
     microbatches 1 to m; those after the last are kept. The balance loss is that of each microbatch, averaged.
-
-    A step whose loss, gradient norm or new state is not finite leaves all state as it was, except that it is counted.
     """
-    schedule = learning_rate_schedule(config.optim, config.train.num_steps)
     num_microbatches = config.train.grad_accum_steps
 
-    def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, _Pass]:
+    def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, StepResult]:
         (unembedding, stats), variables = model.apply(
             {"params": params, **variables},
             train=True,
@@ -56,17 +53,16 @@ def make_train_step(
         )
         sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
         loss = sums.nll / num_tokens + auxiliary_loss(stats, config.moe) / num_microbatches
-        return loss, _Pass(sums, stats, variables)
+        return loss, StepResult(sums, stats, variables)
 
-    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, _Pass]:
-        """Gradient of the loss, the loss, and the rest, over the whole batch."""
+    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
         num_tokens = jnp.maximum((batch["loss_mask"] != 0).sum(), 1).astype(jnp.float32)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if num_microbatches == 1:
             (loss, result), grads = grad_fn(state.params, state.variables, batch, num_tokens, rng)
             return grads, loss, result
 
-        def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, _Pass]:
+        def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, StepResult]:
             grads, loss, vector_sums = carry
             index, microbatch = inputs
             variables = {**state.variables, **vector_sums}
@@ -85,6 +81,19 @@ def make_train_step(
         inputs = (jnp.arange(num_microbatches), _split_batch(batch, num_microbatches))
         (grads, loss, _), passes = jax.lax.scan(microstep, start, inputs)
         return grads, loss, _merge_passes(passes)
+
+    return gradient
+
+
+def make_train_step(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step of a config: one optimizer update, or none if the loss or a gradient is not finite.
+
+    A step whose loss, gradient norm or new state is not finite leaves all state as it was, except that it is counted.
+    """
+    schedule = learning_rate_schedule(config.optim, config.train.num_steps)
+    gradient = make_gradient(model, config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
@@ -153,8 +162,8 @@ def _split_batch(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _merge_passes(passes: _Pass) -> _Pass:
-    """One _Pass of a scan's stacked ones: sums and counts added up, statistics averaged, the last state kept."""
+def _merge_passes(passes: StepResult) -> StepResult:
+    """One StepResult of a scan's stacked ones: sums and counts added up, statistics averaged, the last state kept."""
     variables = jax.tree.map(lambda x: x[-1], passes.variables)
     stats = passes.stats
     if stats is not None:
@@ -166,7 +175,7 @@ def _merge_passes(passes: _Pass) -> _Pass:
             tokens_per_expert=stats.tokens_per_expert.sum(axis=0),
             default_vector_norm=None if norms is None else norms[-1],
         )
-    return _Pass(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
+    return StepResult(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
 
 
 def _all_finite(tree: Any) -> Array:

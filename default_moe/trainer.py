@@ -12,19 +12,18 @@ import numpy as np
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
+from default_moe.errors import TrainingFailed
 from default_moe.evaluation import evaluate
 from default_moe.generate import sample_text
-from default_moe.metrics import MetricsWriter, Progress, peak_flops
+from default_moe.hardware import peak_flops
+from default_moe.memory import out_of_memory_in_one_line, step_memory
+from default_moe.metrics import MetricsWriter, Progress
 from default_moe.model_size import parameter_counts, train_flops_per_token
 from default_moe.program import Program, mesh_for
 from default_moe.stopping import StopRequest, any_process
 from default_moe.train_state import TrainState
 from default_moe.train_step import Batch
-from default_moe.workdir import check_ours, open_run
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on. The message is one line; the last checkpoint is intact."""
+from default_moe.workdir import check_continues, check_ours, open_run
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -43,23 +42,30 @@ def train(config: Config, workdir: Path) -> int:
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
     program = Program(config, data.tokenizer.vocab_size)
-    tokenizer_hash = tokenizer_fingerprint(data.tokenizer)
+    identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
+    check_continues(workdir, config, *identity)
+    progress.message(_description(program, data))
+    began = time.monotonic()
+    train_step = program.compile_train_step(train_rows.batch(0, 1))
+    progress.message(
+        f"compiled the training step in {time.monotonic() - began:.1f} s; it takes {step_memory(train_step)}"
+    )
     with (
-        open_run(workdir, config, data.corpus_hash, program.vocab_size, tokenizer_hash) as run,
+        open_run(workdir, config, *identity) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
     ):
         for note in run.notes:
             progress.message(f"changed since the run began: {note}")
         restored = store.restore_latest(program.abstract_state())
         state, start = (restored[0], restored[2]) if restored else (program.new_state(), 0)
-        progress.message(_description(program, data, workdir, start))
+        progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
         if start >= config.train.num_steps:
             progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
             return 0
         writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
-        loop = _Loop(program, data, train_rows, validation_rows, store, writer, progress)
+        loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress)
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, out_of_memory_in_one_line(TrainingFailed, "training", config):
                 state, finished = loop.run(state, start, stop)
         finally:
             writer.close()
@@ -77,6 +83,7 @@ class _Loop:
     """One run's loop and what it talks to."""
 
     program: Program
+    train_step: Any
     data: Data
     train_rows: Rows
     validation_rows: Rows
@@ -98,16 +105,13 @@ class _Loop:
             return self.program.put_batch(rows, batch_size)
 
         with Prefetcher(load, start, config.data.prefetch) as batches:
-            began = time.monotonic()
-            train_step = self.program.train_step.compile(state, load(start))
-            self.progress.message(f"compiled the training step in {time.monotonic() - began:.1f} s")
             self._clock = _Clock(start)
             self.progress.start(start)
             last_save = time.monotonic()
             pending: tuple[int, Any] | None = None
             for step in range(start + 1, train.num_steps + 1):
                 held_out: dict[str, float] | None = None
-                state, metrics = train_step(state, next(batches))
+                state, metrics = self.train_step(state, next(batches))
                 # The metrics of the step before are looked at while this one runs: the device never waits.
                 if pending:
                     self._record(*pending)
@@ -263,7 +267,7 @@ def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
     return values
 
 
-def _description(program: Program, data: Data, workdir: Path, start: int) -> str:
+def _description(program: Program, data: Data) -> str:
     """What is about to be trained, on what."""
     config = program.config
     counts = parameter_counts(config, program.vocab_size)
@@ -275,6 +279,6 @@ def _description(program: Program, data: Data, workdir: Path, start: int) -> str
         f"router {config.moe.router!r}, {config.moe.num_experts} experts, top {config.moe.top_k}\n"
         f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
         f"tokens, read at {reading:,.0f} tokens/s\n"
-        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}\n"
-        f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run")
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}, attention by "
+        f"{program.attention!r}"
     )

@@ -23,6 +23,7 @@ from default_moe.files import write_atomically
 RUN_FILE = "run.json"
 _FORMAT = 1
 _MAY_CHANGE = (
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "moe.load_balance_weight",
@@ -70,6 +71,21 @@ def check_ours(workdir: str | os.PathLike[str]) -> None:
         _check_empty(folder)
 
 
+def check_continues(
+    workdir: str | os.PathLike[str],
+    config: Config,
+    corpus_hash: str,
+    vocab_size: int,
+    tokenizer_hash: str | None = None,
+) -> None:
+    """Raises ConfigError if `workdir` holds a run that `open_run` would refuse, before anything is compiled."""
+    _compare(Path(workdir).absolute(), config, _identity(corpus_hash, vocab_size, tokenizer_hash))
+
+
+def _identity(corpus_hash: str, vocab_size: int, tokenizer_hash: str | None) -> dict[str, Any]:
+    return {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
+
+
 def open_run(
     workdir: str | os.PathLike[str],
     config: Config,
@@ -84,7 +100,7 @@ def open_run(
     trains in it, or if it cannot be written. With several processes only the first one locks and writes.
     """
     folder = Path(workdir).absolute()
-    identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
+    identity = _identity(corpus_hash, vocab_size, tokenizer_hash)
     resumed, notes = _compare(folder, config, identity)
     if jax.process_index() > 0:
         return Run(folder, resumed, notes)

@@ -6,6 +6,9 @@ import os
 # time. Child processes inherit it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+# Programs that tests start would start themselves again for it.
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")

@@ -6,13 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import paper, quickstart
-from default_moe.config import (
-    Config,
-    ConfigError,
-    MoEConfig,
-    default_config,
-    to_config_dict,
-)
+from default_moe.config import Config, ConfigError, MoEConfig
+from default_moe.config_dict import default_config, to_config_dict
 
 
 @pytest.mark.parametrize(
@@ -29,7 +24,7 @@ from default_moe.config import (
         ("moe.ema_init", "ones", "'zeros', 'gaussian'"),
         ("moe.load_balance_weight", -1.0, "at least 0"),
         ("moe.dtype", "float16", "'float32', 'bfloat16'"),
-        ("moe.matmul", "dense", "'auto', 'ragged', 'blocks'"),
+        ("moe.matmul", "dense", "'auto', 'blocks', 'ragged', 'tokamax'"),
         ("model.num_heads", 3, "must divide model.d_model = 128"),
         ("model.num_heads", 128, "rotary"),
         ("model.num_dense_layers", 5, "between 0 and model.num_layers = 4"),

@@ -113,7 +113,7 @@ def compiled_experts(backend: str, rows: int, num_held: int):
         if backend == "blocks":
             return block_experts(x, weight, counted, weights, group_by_expert(chosen, num_held, 1), rows)
         layout = group_by_expert(chosen, num_held, rows)
-        return sorted_experts(x, weight, counted, weights, layout, rows)
+        return sorted_experts(x, weight, counted, weights, layout, rows, backend)
 
     def objective(x, weight, weights, chosen, counted, g):
         y, sums = experts(x, weight, weights, chosen, counted)
@@ -168,7 +168,7 @@ def test_no_sums_where_none_are_asked_for():
     weights = ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
     layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)
     assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
-    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1)[1] is None
+    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
 
 
 def test_the_choice_on_a_cpu():

@@ -12,7 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from default_moe.metrics import MetricsWriter, Progress, load_heat_map, peak_flops
+from default_moe.hardware import peak_flops
+from default_moe.metrics import MetricsWriter, Progress, load_heat_map
 
 
 def lines(workdir) -> list[dict]:

@@ -14,7 +14,7 @@ from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
 from default_moe.data import open_data
-from default_moe.metrics import peak_flops
+from default_moe.hardware import peak_flops
 from default_moe.model_size import train_flops_per_token
 from default_moe.program import Program
 
