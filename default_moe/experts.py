@@ -20,7 +20,7 @@ from default_moe.block_experts import block_experts, block_rows
 from default_moe.config import ConfigError, MoEConfig
 from default_moe.default_vectors import combine, update_ema
 from default_moe.grouped_matmul import group_alignment, largest_block, resolve_backend
-from default_moe.routing import active_experts, choice_weights, group_by_expert
+from default_moe.routing import Layout, active_experts, choice_weights, group_by_expert
 from default_moe.sorted_experts import sorted_experts
 from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights
 
@@ -139,20 +139,14 @@ def _device_share(
     probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if expert_axes else probs_TN
 
     backend = resolve_backend(config.matmul)
-    align = group_alignment(backend)
-    layout = group_by_expert(index_TK - first, num_experts, align)
+    layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend))
     weight_TK = choice_weights(probs_TM, layout.expert_TK)
     active_TM = active_experts(layout.expert_TK, num_experts)
     counted_TM = counted_TK = None
     if defaults is not None and update:
         counted_TM = _counted_weights(probs_TM, active_TM, mask_T, config.ema_weighted, x_TD.dtype)
         counted_TK = choice_weights(counted_TM, layout.expert_TK)
-    if backend == "blocks":
-        rows = block_rows(index_TK.size, config.num_experts, largest_block())
-        y_TD, sum_MD = block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
-    else:
-        y_TD, sum_MD = sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, align, backend)
-
+    y_TD, sum_MD = run_experts(x_TD, weight_TK, counted_TK, weights, layout, config.num_experts, backend)
     if defaults is not None and sum_MD is not None and counted_TM is not None:
         sums = (sum_MD, counted_TM.sum(axis=0))
         sum_MD, weight_M = (jax.lax.psum(s, other_axes) if other_axes else s for s in sums)
@@ -167,6 +161,25 @@ def _device_share(
     elif expert_axes:
         y_TD = jax.lax.psum(y_TD, expert_axes)
     return y_TD.reshape(shape_BLD), defaults
+
+
+def run_experts(
+    x_TD: Array,
+    weight_TK: Array,
+    counted_TK: Array | None,
+    weights: ExpertWeights,
+    layout: Layout,
+    num_experts: int,
+    backend: str,
+) -> tuple[Array, Array | None]:
+    """What `block_experts` gives, which says what arguments and results are, by any backend.
+
+    The layout has the backend's `group_alignment`; num_experts: N, over which the assignments are spread.
+    """
+    if backend == "blocks":
+        rows = block_rows(layout.slot_TK.size, num_experts, largest_block())
+        return block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
+    return sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, group_alignment(backend), backend)
 
 
 def _counted_weights(

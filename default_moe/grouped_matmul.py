@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax import Array
 from jax.lax import RaggedDotDimensionNumbers
 
@@ -27,7 +28,7 @@ from default_moe.hardware import is_nvidia, platform
 _INSTALL_TOKAMAX = "pip install '.[tokamax]'"
 
 # out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
-_PRODUCT, _ROWS_GRADIENT, _MATRICES_GRADIENT = (
+PRODUCT, ROWS_GRADIENT, MATRICES_GRADIENT = (
     RaggedDotDimensionNumbers(
         dot_dimension_numbers=((contracted, ([], []))), lhs_ragged_dimensions=[0], rhs_group_dimensions=groups
     )
@@ -99,7 +100,7 @@ def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend:
       group_sizes_M: int32.
       backend: "ragged" or "tokamax".
     """
-    out_SF = _kernel(backend)(lhs_SD, rhs_MDF, group_sizes_M, _PRODUCT)
+    out_SF = _kernel(backend)(lhs_SD, rhs_MDF, group_sizes_M, PRODUCT)
     return _rows_of_groups(out_SF, group_sizes_M)
 
 
@@ -111,8 +112,8 @@ def _backward(backend: str, residuals: tuple, d_out_SF: Array) -> tuple:
     lhs_SD, rhs_MDF, group_sizes_M = residuals
     kernel = _kernel(backend)
     d_out_SF = _rows_of_groups(d_out_SF, group_sizes_M)
-    d_lhs_SD = kernel(d_out_SF, rhs_MDF, group_sizes_M, _ROWS_GRADIENT)
-    d_rhs_MDF = kernel(lhs_SD, d_out_SF, group_sizes_M, _MATRICES_GRADIENT)
+    d_lhs_SD = kernel(d_out_SF, rhs_MDF, group_sizes_M, ROWS_GRADIENT)
+    d_rhs_MDF = kernel(lhs_SD, d_out_SF, group_sizes_M, MATRICES_GRADIENT)
     d_rhs_MDF = jnp.where((group_sizes_M > 0)[:, None, None], d_rhs_MDF, 0)
     return _rows_of_groups(d_lhs_SD, group_sizes_M), d_rhs_MDF, None
 
@@ -141,7 +142,7 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
     """tokamax's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
     import tokamax
 
-    _quiet_tokamax()
+    _prepare_tokamax()
     # Its Mosaic kernel for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128.
     names = ("mosaic", "triton") if all(size % 128 == 0 for size in (*lhs.shape[1:], *rhs.shape[1:])) else ("triton",)
     try:
@@ -166,8 +167,10 @@ def _warn_of_fallback(reason: str, product: str) -> None:
 
 
 @functools.cache
-def _quiet_tokamax() -> None:
-    """It logs each shape for which it has no measured choice of tiles."""
+def _prepare_tokamax() -> None:
+    """Keep it from parsing the command line of a program that has no absl flags, and from logging every new shape."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in record.getMessage())
 
 

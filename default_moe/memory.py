@@ -76,4 +76,4 @@ def what_reduces(config: Config, state_too_large: bool = False) -> str:
         advice.insert(0, f"train.grad_accum_steps above {config.train.grad_accum_steps}")
         advice.insert(1, f"train.batch_size below {config.train.batch_size}")
     advice.append(f"train.logits_per_chunk below {config.train.logits_per_chunk}")
-    return ", ".join(advice[:-1]) + f" or {advice[-1]} would need less"
+    return " or ".join(filter(None, (", ".join(advice[:-1]), advice[-1]))) + " would need less"

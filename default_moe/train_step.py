@@ -95,14 +95,20 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optim, config.train.num_steps)
     gradient = make_gradient(model, config)
 
+    def update(old: dict[str, Any], grads: Any) -> dict[str, Any]:
+        updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"])
+        return {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = {"params": params, "variables": result.variables, "opt_state": opt_state}
-        old = {name: getattr(state, name) for name in new}
+        old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
+        new = {**update(old, grads), "variables": result.variables}
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new)
+        # The update is computed once more, in place, now that it is known to be good. Kept until then it would take
+        # the memory of a second state; without the barrier XLA would do just that.
+        good, old, grads = jax.lax.optimization_barrier((good, old, grads))
+        new |= update(old, grads)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         new_state = dataclasses.replace(
             state,

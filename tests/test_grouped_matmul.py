@@ -28,11 +28,15 @@ UNITS = {
 }
 
 
-@jax.jit
-@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-def product_and_gradients(lhs, rhs, sizes, g):
-    out = grouped_matmul(lhs, rhs, sizes)
-    return (out * g).sum(), out
+@functools.cache
+def product_and_gradients(backend):
+    """Of grouped_matmul, jitted."""
+
+    def objective(lhs, rhs, sizes, g):
+        out = grouped_matmul(lhs, rhs, sizes, backend)
+        return (out * g).sum(), out
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
 
 
 def loop(lhs, rhs, sizes, g):
@@ -49,11 +53,13 @@ def loop(lhs, rhs, sizes, g):
     return out, d_lhs, d_rhs
 
 
-def check(lhs, rhs, sizes, g):
+def check(lhs, rhs, sizes, g, backend="ragged"):
     used = sum(sizes)
     lhs[used:] = 0  # as the layout leaves them
     sizes_M = jnp.asarray(sizes, jnp.int32)
-    (_, out), (d_lhs, d_rhs) = product_and_gradients(jnp.asarray(lhs), jnp.asarray(rhs), sizes_M, jnp.asarray(g))
+    (_, out), (d_lhs, d_rhs) = product_and_gradients(backend)(
+        jnp.asarray(lhs), jnp.asarray(rhs), sizes_M, jnp.asarray(g)
+    )
     expected, expected_d_lhs, expected_d_rhs = loop(lhs, rhs, sizes, g)
     assert_close(out, expected, "out")
     np.testing.assert_array_equal(out[used:], 0)

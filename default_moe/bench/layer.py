@@ -10,7 +10,8 @@ from default_moe.bench.report import Row
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import ROUTINGS, LayerShape, Work, dense_candidate, make_work, moe_candidate
 from default_moe.checks import check_choice
-from default_moe.config import MATMUL_BACKENDS, ConfigError
+from default_moe.config import MATMUL_BACKENDS
+from default_moe.grouped_matmul import available_backends, resolve_backend
 
 _Key = tuple[str, str]  # the candidate's name and its routing
 _PASSES = ("forward", "forward+backward")
@@ -18,7 +19,12 @@ _COLUMNS = ("candidate", "routing", "ms", "/ dense", "quartiles", "/ top-k", "/ 
 
 
 def run(
-    shapes: Sequence[LayerShape], backends: list[str] | None, dtype: str | None, rounds: int, vs_torch: bool
+    shapes: Sequence[LayerShape],
+    backends: list[str] | None,
+    dtype: str | None,
+    rounds: int,
+    vs_torch: bool,
+    routings: Sequence[str] = ROUTINGS,
 ) -> list[Row]:
     """Time every shape and pass, print a table of each, and return all rows.
 
@@ -27,8 +33,9 @@ def run(
     Default MoE of the same routing. Raises ConfigError.
     """
     for backend in backends or ():
-        check_choice("--matmul", backend, MATMUL_BACKENDS)
-    names = backends or list(MATMUL_BACKENDS)
+        check_choice("--matmul", backend, ("auto", *MATMUL_BACKENDS))
+        resolve_backend(backend)
+    names = backends or available_backends()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if vs_torch:
         from default_moe.bench import torch_block  # torch is needed for nothing else
@@ -38,14 +45,14 @@ def run(
     rows: list[Row] = []
     for shape in shapes:
         candidates: dict[_Key, tuple[Callable, Callable]] = {}
-        for routing in ROUTINGS:
+        for routing in routings:
             work = make_work(shape, routing, dtype)
             found = _candidates(shape, work, names)
             if vs_torch:
                 found |= torch_block.candidates(shape, work)
             # Routing is nothing to a dense network: it is timed once.
             candidates |= {
-                (name, routing): f for name, f in found.items() if routing == ROUTINGS[0] or "dense" not in name
+                (name, routing): f for name, f in found.items() if routing == routings[0] or "dense" not in name
             }
         for index, name in enumerate(_PASSES):
             timings = time_alternately({key: pair[index] for key, pair in candidates.items()}, rounds)
@@ -90,32 +97,22 @@ def _rows(shape: LayerShape, timings: dict[_Key, Timing], index: int) -> list[Ro
 
 def plot(rows: list[Row], path: Path) -> None:
     """Bars of "/ dense", forward and backward, one group for each shape and routing. Raises ConfigError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in rows if row["pass"] == _PASSES[1] and "dense" not in row["candidate"]]
     groups = list(dict.fromkeys((row["shape"], row["routing"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))
-    figure, axes = plt.subplots(figsize=(1.5 + 1.8 * len(groups), 4.2), layout="constrained")
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        found = {(r["shape"], r["routing"]): r["/ dense"] for r in rows if r["candidate"] == name}
-        xs = [g + (i - (len(names) - 1) / 2) * width for g, key in enumerate(groups) if key in found]
-        bars = axes.bar(xs, [found[key] for key in groups if key in found], width, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.axhline(1, color="black", linewidth=0.8)
-    if max(row["/ dense"] for row in rows) > 5:
-        axes.set_yscale("log")
-    axes.set_xticks(range(len(groups)), [shape.replace(" N", "\nN") + "\n" + routing for shape, routing in groups])
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylabel("time / dense of equal active FLOPs")
-    axes.set_title("MoE layer, forward and backward")
-    axes.legend(fontsize=7)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    with report.figure(path, width=1.5 + 1.8 * len(groups)) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            found = {(r["shape"], r["routing"]): r["/ dense"] for r in rows if r["candidate"] == name}
+            xs = [g + (i - (len(names) - 1) / 2) * width for g, key in enumerate(groups) if key in found]
+            bars = axes.bar(xs, [found[key] for key in groups if key in found], width, label=name)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.axhline(1, color="black", linewidth=0.8)
+        if max(row["/ dense"] for row in rows) > 5:
+            axes.set_yscale("log")
+        axes.set_xticks(range(len(groups)), [shape.replace(" N", "\nN") + "\n" + routing for shape, routing in groups])
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_ylabel("time / dense of equal active FLOPs")
+        axes.set_title("MoE layer, forward and backward")
+        axes.legend(fontsize=7)

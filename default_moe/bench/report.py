@@ -1,9 +1,11 @@
 """Results on the terminal and as JSON, with the machine and the versions they are from."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,24 @@ def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def figure(path: Path, width: float) -> Iterator[Any]:
+    """A matplotlib figure to draw on, written to `path` (.png) at the end. Raises ConfigError if it cannot be."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing = plt.figure(figsize=(width, 4.2), layout="constrained")
+    try:
+        yield drawing
+        drawing.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the picture {path}: {error}") from None
+    finally:
+        plt.close(drawing)
 
 
 def write_json(path: Path, suite: str, rows: list[Row]) -> None:

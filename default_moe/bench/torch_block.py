@@ -10,9 +10,13 @@ from default_moe.bench.workload import LayerShape, Work
 from default_moe.config import ConfigError
 
 
+def missing_packages(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
 def check_installed() -> None:
     """Raises ConfigError if a package is missing."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    missing = missing_packages(("torch", "transformers"))
     if missing:
         raise ConfigError(f"--vs_torch needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 

@@ -1,0 +1,139 @@
+"""Which kernels are chosen where, and that no fault known of them reaches a result."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close
+from test_grouped_matmul import UNITS, check, random_arrays
+
+from default_moe import attention, grouped_matmul
+from default_moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from default_moe.grouped_matmul import MATRICES_GRADIENT, available_backends, resolve_backend
+from default_moe.program import Program
+
+
+def faulty(lhs, rhs, sizes, dimensions):
+    """A kernel that leaves rows of no group as they were, reads them, and computes nonsense for an empty group."""
+    out = jax.lax.ragged_dot_general(lhs, rhs, sizes, dimensions)
+    if dimensions != MATRICES_GRADIENT:
+        return jnp.where((jnp.arange(out.shape[0]) < sizes.sum())[:, None], out, jnp.nan)
+    read = jnp.isfinite(lhs).all() & jnp.isfinite(rhs).all()
+    return jnp.where(read & (sizes > 0)[:, None, None], out, jnp.nan)
+
+
+@pytest.mark.parametrize("units", UNITS.values(), ids=UNITS.keys())
+def test_faults_of_kernels_reach_no_result(units, monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "_kernel", lambda backend: faulty)
+    lhs, rhs, g = random_arrays(np.random.default_rng(0))
+    # A name of its own: compiled products are remembered by it.
+    check(lhs, rhs, [8 * u for u in units], g, "faulty")
+
+
+def test_the_output_gradient_past_the_last_group_counts_for_nothing(monkeypatch):
+    """It is NaN here; a kernel that reads it would spoil the matrices' gradient."""
+    monkeypatch.setattr(grouped_matmul, "_kernel", lambda backend: faulty)
+    lhs, rhs, g = (jnp.asarray(a) for a in random_arrays(np.random.default_rng(1)))
+    sizes = jnp.array([8, 0, 16, 8])
+    _, gradients = jax.vjp(lambda lhs, rhs: grouped_matmul.grouped_matmul(lhs, rhs, sizes, "faulty too"), lhs, rhs)
+    d_lhs, d_rhs = gradients(g.at[32:].set(jnp.nan))
+    assert np.isfinite(d_lhs).all() and np.isfinite(d_rhs).all()
+    assert_close(d_rhs[3], np.asarray(lhs[24:32], np.float64).T @ np.asarray(g[24:32], np.float64))
+
+
+def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(monkeypatch):
+    """It has no kernel for a CPU, so all three products fall back."""
+    monkeypatch.setattr(grouped_matmul, "_warned_of", set())
+    grouped_matmul._warn.cache_clear()
+    lhs, rhs, g = random_arrays(np.random.default_rng(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(lhs, rhs, [8, 0, 16, 8], g, "tokamax")
+    messages = [str(w.message) for w in caught if "tokamax" in str(w.message)]
+    assert len(messages) == 1
+    assert "no kernel for float32 [40, 5] x [4, 5, 3] here (Not supported on cpu.)" in messages[0]
+    assert "jax.lax.ragged_dot computes this product" in messages[0]
+
+
+def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(monkeypatch):
+    """Mosaic's kernel for Hopper drops what goes beyond a multiple of 128 columns: it must not be asked for such."""
+    import tokamax
+
+    asked = []
+
+    def ragged_dot_general(lhs, rhs, sizes, dimensions, implementation):
+        asked.append(implementation)
+        return jax.lax.ragged_dot_general(lhs, rhs, sizes, dimensions)
+
+    monkeypatch.setattr(tokamax, "ragged_dot_general", ragged_dot_general)
+    for width in (256, 704):
+        grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, width)), jnp.array([8]), "tokamax")
+    assert asked == [("mosaic", "triton"), ("triton",)]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A function that makes a platform look in use, with or without tokamax."""
+
+    def use(platform: str, nvidia: bool = False, tokamax: bool = True) -> None:
+        for module in (grouped_matmul, attention):
+            monkeypatch.setattr(module, "platform", lambda: platform)
+            monkeypatch.setattr(module, "is_nvidia", lambda: nvidia)
+        monkeypatch.setattr(grouped_matmul, "_tokamax_installed", lambda: tokamax)
+        grouped_matmul._warn.cache_clear()
+
+    return use
+
+
+def test_the_choice_of_backend(on):
+    on("cpu")
+    assert resolve_backend("auto") == "blocks"
+    assert available_backends() == ["blocks", "ragged"]
+    on("tpu")
+    assert resolve_backend("auto") == "ragged"
+    on("gpu", nvidia=True)
+    assert resolve_backend("auto") == "tokamax"
+    assert available_backends() == ["blocks", "ragged", "tokamax"]
+    on("gpu", nvidia=False)
+    assert resolve_backend("auto") == "ragged"
+
+
+def test_a_backend_that_cannot_run_here_is_refused_in_one_line(on):
+    on("cpu")
+    with pytest.raises(ConfigError, match="'tokamax', whose kernels run on NVIDIA GPUs and TPUs, but this is 'cpu'"):
+        resolve_backend("tokamax")
+    on("gpu", nvidia=True, tokamax=False)
+    with pytest.raises(ConfigError, match="tokamax is not installed: pip install"):
+        resolve_backend("tokamax")
+    with pytest.warns(UserWarning, match="falls back to 'ragged', which computes every expert .* tokamax is not"):
+        assert resolve_backend("auto") == "ragged"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert resolve_backend("auto") == "ragged"
+
+
+def test_a_program_refuses_what_cannot_run_here_before_anything_is_compiled():
+    with pytest.raises(ConfigError, match=r"moe\.matmul is 'tokamax'"):
+        Program(Config(moe=MoEConfig(matmul="tokamax")), 257)
+    with pytest.raises(ConfigError, match=r"model\.attention is 'cudnn', but it runs on NVIDIA GPUs, .* 'cpu'"):
+        Program(Config(model=ModelConfig(attention="cudnn")), 257)
+
+
+@pytest.mark.parametrize(
+    "settings,chosen",
+    [
+        ({"dtype": "bfloat16"}, "cudnn"),
+        ({"dtype": "bfloat16", "attention": "xla"}, "xla"),
+        ({"dtype": "float32"}, "xla"),
+        ({"dtype": "bfloat16", "d_model": 512, "num_heads": 2}, "xla"),  # heads of 256
+        ({"dtype": "bfloat16", "d_model": 48, "num_heads": 4}, "xla"),  # heads of 12
+    ],
+)
+def test_the_choice_of_attention_on_an_nvidia_gpu(on, settings, chosen):
+    on("gpu", nvidia=True)
+    assert attention.attention_implementation(ModelConfig(**settings)) == chosen
+    if chosen == "xla" and "attention" not in settings:
+        with pytest.raises(ConfigError, match="use 'auto' or 'xla'"):
+            attention.attention_implementation(ModelConfig(**settings, attention="cudnn"))
