@@ -45,6 +45,10 @@ class Routing(NamedTuple):
     mask: Array | None
 
 
+# shard_map checks which values vary over which mesh axes, where every operation says so. tokamax's kernels do not.
+_KERNELS_SAY_WHERE_THEY_VARY = ("blocks", "ragged")
+
+
 def choose_experts(probs_BLN: Array, top_k: int) -> Array:
     """int32 [B, L, K], the experts of the K largest probabilities of each token, likeliest first, ties to the lower.
 
@@ -87,7 +91,8 @@ def sparse_experts(
     """
     token_axes = sharding.mesh_axes("batch")
     expert_axes = sharding.mesh_axes("expert")
-    share = functools.partial(_device_share, config=config, update=update)
+    backend = resolve_backend(config.matmul)
+    share = functools.partial(_device_share, config=config, backend=backend, update=update)
     if not token_axes and not expert_axes:
         return share(x_BLD, routing, weights, defaults, token_axes=(), expert_axes=())
     _check_divisible("experts", config.num_experts, "expert")
@@ -96,6 +101,7 @@ def sparse_experts(
         functools.partial(share, token_axes=token_axes, expert_axes=expert_axes),
         in_specs=(tokens, tokens, experts, experts),
         out_specs=(tokens, experts),
+        check_vma=backend in _KERNELS_SAY_WHERE_THEY_VARY,
     )(x_BLD, routing, weights, defaults)
 
 
@@ -114,6 +120,7 @@ def _device_share(
     token_axes: tuple[str, ...],
     expert_axes: tuple[str, ...],
     config: MoEConfig,
+    backend: str,
     update: bool,
 ) -> tuple[Array, DefaultVectors | None]:
     """`sparse_experts` on one device: its tokens, its M experts, and the collectives that connect them to others.
@@ -138,7 +145,6 @@ def _device_share(
     first = jax.lax.axis_index(expert_axes) * num_experts if expert_axes else 0
     probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if expert_axes else probs_TN
 
-    backend = resolve_backend(config.matmul)
     layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend))
     weight_TK = choice_weights(probs_TM, layout.expert_TK)
     active_TM = active_experts(layout.expert_TK, num_experts)

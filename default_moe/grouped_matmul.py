@@ -3,9 +3,9 @@
 `moe.matmul` is one of
   "blocks"   `block_experts.py`: plain products over blocks of one expert's rows, whose cost follows the load. The
              choice on a CPU, where XLA expands `jax.lax.ragged_dot` to a product with every expert.
-  "ragged"   `sorted_experts.py` with `jax.lax.ragged_dot`: a kernel of its own on TPU; on GPU a product with every
-             expert, like on a CPU.
-  "tokamax"  `sorted_experts.py` with the kernels of the package tokamax: the choice on NVIDIA GPUs.
+  "ragged"   `sorted_experts.py` with `jax.lax.ragged_dot`: on GPU a product with every expert, like on a CPU; on TPU a
+             kernel of its own, but for the weights' gradient, which is one with every expert.
+  "tokamax"  `sorted_experts.py` with the kernels of the package tokamax: the choice on NVIDIA GPUs and TPUs.
 """
 
 import functools
@@ -25,7 +25,7 @@ from default_moe.config import MATMUL_BACKENDS
 from default_moe.errors import ConfigError
 from default_moe.hardware import is_nvidia, platform
 
-_INSTALL_TOKAMAX = "pip install '.[tokamax]'"
+_INSTALL_TOKAMAX = "pip install tokamax"
 
 # out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
 PRODUCT, ROWS_GRADIENT, MATRICES_GRADIENT = (
@@ -44,17 +44,17 @@ def resolve_backend(backend: str) -> str:
     if backend == "auto":
         if platform() == "cpu":
             return "blocks"
-        if not is_nvidia():
+        if not _tokamax_runs():
             return "ragged"
         if _tokamax_installed():
             return "tokamax"
         _warn(
-            "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token on a GPU, because "
-            f"tokamax is not installed: {_INSTALL_TOKAMAX}"
+            "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token (on TPU in the "
+            f"backward pass alone), because tokamax is not installed: {_INSTALL_TOKAMAX}"
         )
         return "ragged"
     if backend == "tokamax":
-        if not is_nvidia() and platform() != "tpu":
+        if not _tokamax_runs():
             raise ConfigError(
                 f"moe.matmul is 'tokamax', whose kernels run on NVIDIA GPUs and TPUs, but this is {platform()!r}: "
                 "use 'auto', 'blocks' or 'ragged'"
@@ -143,10 +143,11 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
     import tokamax
 
     _prepare_tokamax()
-    # Its Mosaic kernel for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128.
-    names = ("mosaic", "triton") if all(size % 128 == 0 for size in (*lhs.shape[1:], *rhs.shape[1:])) else ("triton",)
+    kernels: tuple[str, ...] = ("mosaic",) if platform() == "tpu" else ("mosaic", "triton")
+    if is_nvidia() and any(size % 128 for size in (*lhs.shape[1:], *rhs.shape[1:])):
+        kernels = ("triton",)  # Mosaic's for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128
     try:
-        return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=names)
+        return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=kernels)
     except (NotImplementedError, ValueError, ExceptionGroup) as error:
         errors: Any = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
         reason = "; ".join(dict.fromkeys(" ".join(str(e).split()) for e in errors))
@@ -172,6 +173,10 @@ def _prepare_tokamax() -> None:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in record.getMessage())
+
+
+def _tokamax_runs() -> bool:
+    return is_nvidia() or platform() == "tpu"
 
 
 def _tokamax_installed() -> bool:

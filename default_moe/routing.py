@@ -67,17 +67,23 @@ class Layout(NamedTuple):
     group_sizes_M: Array
 
 
+# Kernels on accelerators take rows in tiles of up to as many.
+_SLOTS = 128
+
+
 def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
     """Lay out assignments by expert. No assignment is ever dropped, however unbalanced the routing.
 
     Args:
       expert_TK: int32 [T, K], expert of each assignment, 0 <= e < num_experts; any other value is held elsewhere.
       num_experts: M.
-      align: each group's number of slots is a multiple of this.
+      align: each group's number of slots is a multiple of this. If not 1, S is a multiple of 128.
     """
     shape_TK = expert_TK.shape
     num_assignments = expert_TK.size
-    num_slots = num_assignments if align == 1 else _round_up(num_assignments, align) + num_experts * align
+    num_slots = num_assignments
+    if align > 1:
+        num_slots = _round_up(num_assignments + num_experts * (align - 1), _SLOTS)
     here = (expert_TK >= 0) & (expert_TK < num_experts)
     expert_TK = jnp.where(here, expert_TK, num_experts)
     expert_A = expert_TK.reshape(-1)

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from reference import assert_close
 
-from default_moe.bench import layer, step
+from default_moe.bench import layer, scaling, step
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import LayerShape, dense_candidate, make_work, moe_candidate
 from default_moe.checks import ConfigError
@@ -88,7 +88,28 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path):
     assert default["tokens/s"] == pytest.approx(8 * 64 / default["step ms"] * 1e3)
     # 1 MoE layer: 4 default vectors of 32 and, on one of 8 devices, 4 probabilities of 64 tokens, 4 bytes each.
     assert default["allowed bytes"] == 4 * (4 * 32 + 4 * 64)
+    assert default["forward+backward ms"] > 0 and default["optimizer ms"] > 0
     assert default["state MB"] - topk["state MB"] == pytest.approx(4 * 4 * 32 / 1e6)
+
+
+def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_EXPERTS", (8, 16))
+    monkeypatch.setattr(scaling, "NUM_LAYERS", (1, 2, 3))
+    monkeypatch.setattr(scaling, "BATCHES", (1, 2))
+    config = Config(
+        model=ModelConfig(d_model=16, num_layers=2, num_heads=2),
+        moe=MoEConfig(num_experts=4, expert_dim=8),
+        train=TrainConfig(batch_size=8, sequence_length=16),
+    )
+    rows = scaling.run(config, rounds=2)
+    # One layer would be the dense one alone.
+    values = {"num_experts": [8, 16], "num_layers": [2, 3], "tokens": [128, 256]}
+    assert [(row["sweep"], row["value"]) for row in rows] == [(k, v) for k, vs in values.items() for v in vs]
+    assert [row["/ first"] for row in rows][::2] == [1, 1, 1]
+    assert all(row["step ms"] > 0 and row["compile s"] > 0 for row in rows)
+    assert "num_layers" in capsys.readouterr().out
+    scaling.plot(rows, tmp_path / "lines.png")
+    assert (tmp_path / "lines.png").stat().st_size > 10_000
 
 
 BAD = {
@@ -107,9 +128,8 @@ def test_bad_input_is_one_line(args, words):
     from default_moe.bench import __main__ as program
 
     flags.FLAGS.unparse_flags()
-    for name in ("shape", "matmul", "config"):
+    for name in ("shape", "matmul", "config", "suite"):
         flags.FLAGS[name].unparse()
-    flags.FLAGS["suite"].value = "layer"
     with pytest.raises((ConfigError, flags.Error)) as caught:
         program.main(["bench", *args])
     assert words in str(caught.value)

@@ -15,6 +15,20 @@ from default_moe.grouped_matmul import MATRICES_GRADIENT, available_backends, re
 from default_moe.program import Program
 
 
+@pytest.fixture
+def on(monkeypatch):
+    """A function that makes a platform look in use, with or without tokamax."""
+
+    def use(platform: str, nvidia: bool = False, tokamax: bool = True) -> None:
+        for module in (grouped_matmul, attention):
+            monkeypatch.setattr(module, "platform", lambda: platform)
+            monkeypatch.setattr(module, "is_nvidia", lambda: nvidia)
+        monkeypatch.setattr(grouped_matmul, "_tokamax_installed", lambda: tokamax)
+        grouped_matmul._warn.cache_clear()
+
+    return use
+
+
 def faulty(lhs, rhs, sizes, dimensions):
     """A kernel that leaves rows of no group as they were, reads them, and computes nonsense for an empty group."""
     out = jax.lax.ragged_dot_general(lhs, rhs, sizes, dimensions)
@@ -57,7 +71,7 @@ def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(mo
     assert "jax.lax.ragged_dot computes this product" in messages[0]
 
 
-def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(monkeypatch):
+def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(on, monkeypatch):
     """Mosaic's kernel for Hopper drops what goes beyond a multiple of 128 columns: it must not be asked for such."""
     import tokamax
 
@@ -68,23 +82,11 @@ def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(monkeypatch):
         return jax.lax.ragged_dot_general(lhs, rhs, sizes, dimensions)
 
     monkeypatch.setattr(tokamax, "ragged_dot_general", ragged_dot_general)
-    for width in (256, 704):
-        grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, width)), jnp.array([8]), "tokamax")
-    assert asked == [("mosaic", "triton"), ("triton",)]
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """A function that makes a platform look in use, with or without tokamax."""
-
-    def use(platform: str, nvidia: bool = False, tokamax: bool = True) -> None:
-        for module in (grouped_matmul, attention):
-            monkeypatch.setattr(module, "platform", lambda: platform)
-            monkeypatch.setattr(module, "is_nvidia", lambda: nvidia)
-        monkeypatch.setattr(grouped_matmul, "_tokamax_installed", lambda: tokamax)
-        grouped_matmul._warn.cache_clear()
-
-    return use
+    for platform in ("gpu", "tpu"):
+        on(platform, nvidia=platform == "gpu")
+        for width in (256, 704):
+            grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, width)), jnp.array([8]), "tokamax")
+    assert asked == [("mosaic", "triton"), ("triton",), ("mosaic",), ("mosaic",)]
 
 
 def test_the_choice_of_backend(on):
@@ -92,7 +94,7 @@ def test_the_choice_of_backend(on):
     assert resolve_backend("auto") == "blocks"
     assert available_backends() == ["blocks", "ragged"]
     on("tpu")
-    assert resolve_backend("auto") == "ragged"
+    assert resolve_backend("auto") == "tokamax"
     on("gpu", nvidia=True)
     assert resolve_backend("auto") == "tokamax"
     assert available_backends() == ["blocks", "ragged", "tokamax"]

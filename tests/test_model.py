@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import paper
+from default_moe.attention import rotary_embedding
 from default_moe.config import Config, ModelConfig, MoEConfig
-from default_moe.model import LanguageModel, rotary_embedding
+from default_moe.model import LanguageModel
 from default_moe.model_size import parameter_counts, train_flops_per_token
 
 VOCAB = 31

@@ -1,0 +1,113 @@
+"""Programs compiled for TPUs that are not there: `pytest -m tpu`, which needs what tests/requirements_tpu.txt lists.
+
+Nothing runs. What the compiler says of operations, collectives and memory is compared with what they should be.
+"""
+
+import math
+import os
+import re
+
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host to ask
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.extend import backend as jax_backend
+from jax.sharding import NamedSharding, PartitionSpec
+
+from default_moe import memory, program, sharding
+from default_moe.bench.candidate import random_batch
+from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.memory import step_memory
+from default_moe.moe import MoELayer
+from default_moe.program import Program
+
+pytestmark = pytest.mark.tpu
+
+B, L, D, F, N, K = 8, 256, 512, 1024, 8, 2
+
+
+@pytest.fixture(scope="module")
+def devices():
+    return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+
+
+@pytest.fixture(autouse=True)
+def tokamax_sees_a_tpu(devices, monkeypatch):
+    """It asks for the default device, which is a CPU here."""
+    monkeypatch.setattr(jax_backend, "get_default_device", lambda: devices[0])
+
+
+def compiled_layer(devices, mesh_config: MeshConfig, matmul: str):
+    """The layer's gradient of a sum of squares, in bfloat16."""
+    layer = MoELayer(MoEConfig(num_experts=N, top_k=K, expert_dim=F, dtype="bfloat16", matmul=matmul))
+    mesh = sharding.make_mesh(mesh_config, devices)
+
+    def init():
+        return layer.init(jax.random.key(0), jnp.zeros((len(devices), 2, D), jnp.bfloat16), train=False)
+
+    def loss(params, vectors, x):
+        variables = {"params": params, "default_vectors": vectors}
+        (y, aux), state = layer.apply(variables, x, train=True, mutable=["default_vectors"])
+        return (y.astype(jnp.float32) ** 2).sum() + aux["load_balance_loss"], state
+
+    with program.in_force(mesh, Config(mesh=mesh_config)):
+        shardings = sharding.shardings_of(init, mesh, mesh_config.rules)
+        variables = nn.unbox(jax.eval_shape(init))
+        batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+        gradient = jax.jit(
+            jax.grad(loss, argnums=(0, 2), has_aux=True),
+            in_shardings=(shardings["params"], shardings["default_vectors"], batch),
+        )
+        x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16)
+        return gradient.lower(variables["params"], variables["default_vectors"], x).compile()
+
+
+# Operations of one product of a device's slots: 512 tokens make 1,024 assignments, with up to 7 rows of padding for
+# each of 8 experts 1,080, and the next multiple of 128 is 1,152. There are 3 such products forward and 6 backward.
+PRODUCT = 2 * 1152 * D * F
+
+
+def test_tokamaxs_kernels_cost_what_the_active_experts_do(devices):
+    """Its kernels say how many operations they take. Router and default vectors take 4 products of [T, D, N]."""
+    layer = compiled_layer(devices, MeshConfig(data=4), "auto")
+    assert layer.cost_analysis()["flops"] == pytest.approx(9 * PRODUCT, rel=0.05)
+    assert "tpu_custom_call" in layer.as_text()
+
+
+def test_ragged_dot_computes_the_weights_gradients_with_all_experts(devices):
+    """Six of the nine products are kernels of XLA's; the other three are masked products with all N."""
+    layer = compiled_layer(devices, MeshConfig(data=4), "ragged")
+    assert layer.cost_analysis()["flops"] == pytest.approx((6 + 3 * N) * PRODUCT, rel=0.05)
+
+
+def test_experts_over_devices_gather_tokens_and_scatter_outputs(devices):
+    """Two devices hold four experts each: they never gather those."""
+    layer = compiled_layer(devices, MeshConfig(data=2, expert=2), "auto")
+    text = layer.as_text()
+    gathered = re.findall(r"= \(?(?:\w+\[[\d,]*\][^ ]*,? ?)+\)? all-gather(?:-start)?\(", text)
+    assert gathered and not [line for line in gathered if f"{N},{D},{F}" in line or f"{N},{F},{D}" in line]
+    assert "reduce-scatter" in text
+    # Each device keeps room for the assignments of two devices, of which it computes those that it holds.
+    assert layer.cost_analysis()["flops"] == pytest.approx(2 * 9 * PRODUCT, rel=0.1)
+
+
+def test_the_training_step_compiles(devices, monkeypatch):
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 16 * 2**30)
+    config = Config(
+        model=ModelConfig(d_model=256, num_layers=3, num_heads=4, vocab_size=1024, dtype="bfloat16", remat="dots"),
+        moe=MoEConfig(num_experts=8, expert_dim=512),
+        train=TrainConfig(batch_size=16, sequence_length=256, grad_accum_steps=2),
+        mesh=MeshConfig(data=1, fsdp=2, expert=2),
+    )
+    made = Program(config, 1024, devices)
+    assert (made.matmul, made.attention) == ("tokamax", "xla")
+    compiled = made.compile_train_step(jax.tree.map(lambda a: a[:1], random_batch(config, 1024)))
+    state = made.abstract_state()
+    shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+    needed = step_memory(compiled)
+    # Float32 parameters and two moments.
+    assert needed.state == pytest.approx(3 * 4 * sum(shards), rel=0.02)
+    assert needed.total < 2**30
