@@ -1,19 +1,23 @@
 """SwiGLU experts in blocks of one expert's rows, each block a few plain matrix products. See `routing.py` for the key.
 
-Two loops, over the experts that have rows and over the blocks of each: as many turns as there is work, so the cost
-follows the load, however unbalanced, and no row is dropped. A block of R rows gathers its tokens, and adds its weighted
-outputs to them, while it is in the cache: permuted copies of the tokens, the outputs or their gradients, [T K, D] each,
-never exist. Only x @ gate and x @ up, [T K, F] each, are kept for the backward pass.
+Loops over the experts that have rows and over the blocks of each: as many turns as there is work, so the cost follows
+the load, however unbalanced, and no row is dropped. R is such that an expert of mean load is one block, or a few equal
+ones. The rows that these leave, if at most 3/4 R, are in blocks of R / 8: an expert is padded by R / 4 rows at most.
+
+A block gathers its tokens, and adds its weighted outputs to them, while it is in the cache: permuted copies of the
+tokens, the outputs or their gradients, [T K, D] each, never exist. Only x @ gate and x @ up, [T K, F] each, are kept
+for the backward pass.
 
 In numbers read and written (with P = T K): the forward pass reads P D of x, reads and writes P D of y and writes 2 P F;
 the backward pass reads P D of x and of g, reads and writes P D of x's gradient and reads 2 P F. Any implementation that
-keeps these two products moves as much but for y and x's gradient, of which it must write T D. The weights and their
-gradients are read and written once; an expert's last block is padded to R rows.
+keeps these two products moves as much but for y and x's gradient, of which it must write T D. An expert's weights are
+read once; their gradient, float32 until all of it is there, is read and written in each of its blocks.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +29,16 @@ from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights, swiglu_hidden
 
 
 def block_rows(num_assignments: int, num_experts: int, largest: int) -> int:
-    """R: about half of the mean load and a tenth more, so that most experts need two blocks, but at most `largest`."""
-    rows = 0.55 * num_assignments / num_experts
-    return max(8, min(largest, -(-int(rows) // 8) * 8))
+    """R: the mean load and what chance adds to it, 1.5 standard deviations, or an equal part of it below `largest`."""
+    mean = num_assignments / num_experts
+    load = mean + 1.5 * mean**0.5
+    rows = load / math.ceil(load / largest)
+    return min(largest, math.ceil(rows / 16) * 16)
+
+
+def tail_rows(rows: int) -> int:
+    """Rows of the smaller blocks beside those of `rows`."""
+    return min(rows, math.ceil(rows / 64) * 8)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -67,35 +78,30 @@ def _forward(
     weight_A = weight_TK.reshape(-1)
     counted_A = None if counted_TK is None else counted_TK.reshape(-1)
 
-    def one_block(w: ExpertWeights, first: Array, assignment_R: Array, carry: tuple) -> tuple:
-        y_TD, gate_SF, up_SF, sum_D = carry
-        token_R = assignment_R // num_choices
+    def one_block(w: ExpertWeights, block: _Block, carry: tuple) -> tuple:
+        y_TD, gate_SF, up_SF, sums_MD = carry
+        token_R = block.assignment_R // num_choices
         x_RD = take_or_zeros(x_TD, token_R)
         gate_RF, up_RF = x_RD @ w.gate, x_RD @ w.up
         out_RD = swiglu_hidden(gate_RF, up_RF).astype(x_TD.dtype) @ w.down
-        weighted_RD = take_or_zeros(weight_A, assignment_R)[:, None] * out_RD.astype(jnp.float32)
+        weighted_RD = take_or_zeros(weight_A, block.assignment_R)[:, None] * out_RD.astype(jnp.float32)
         y_TD = y_TD.at[token_R].add(weighted_RD, mode="drop")
         if counted_A is not None:
-            counted_R = take_or_zeros(counted_A, assignment_R).astype(out_RD.dtype)
-            sum_D += jnp.matmul(counted_R, out_RD, preferred_element_type=jnp.float32)
-        return y_TD, _put(gate_SF, gate_RF, first), _put(up_SF, up_RF, first), sum_D
-
-    def one_expert(expert: Array, blocks: Callable, carry: tuple) -> tuple:
-        *rest, sums_MD = carry
-        w = jax.tree.map(lambda a: a[expert], weights)
-        *rest, sum_D = blocks(functools.partial(one_block, w), (*rest, jnp.zeros_like(sums_MD[0])))
-        return *rest, sums_MD.at[expert].set(sum_D)
+            counted_R = take_or_zeros(counted_A, block.assignment_R).astype(out_RD.dtype)
+            sum_D = jnp.matmul(counted_R, out_RD, preferred_element_type=jnp.float32)
+            sums_MD = sums_MD.at[block.expert].add(sum_D)
+        return y_TD, _put(gate_SF, gate_RF, block.first), _put(up_SF, up_RF, block.first), sums_MD
 
     (num_tokens, dim), (num_experts, _, hidden_dim) = x_TD.shape, weights.gate.shape
     # A block's rows past its expert's last are overwritten by the next expert's; only the very last need room.
     num_slots = layout.assignment_S.shape[0] + rows
     start = (
-        _zeros(layout, (num_tokens, dim), jnp.float32),
-        _zeros(layout, (num_slots, hidden_dim), x_TD.dtype),
-        _zeros(layout, (num_slots, hidden_dim), x_TD.dtype),
-        _zeros(layout, (num_experts, dim), jnp.float32),
+        _zeros((num_tokens, dim), layout, 0),
+        _unset((num_slots, hidden_dim), x_TD.dtype, layout, 0),
+        _unset((num_slots, hidden_dim), x_TD.dtype, layout, 1),
+        _zeros((num_experts, dim), layout, 0),
     )
-    y_TD, gate_SF, up_SF, sums_MD = _over_blocks(one_expert, start, layout, rows)
+    y_TD, gate_SF, up_SF, sums_MD = _over_blocks(one_block, start, weights, layout, rows)
     gate_SF, up_SF = (checkpoint_name(a, EXPERT_PRODUCT) for a in (gate_SF, up_SF))
     return (y_TD, None if counted_TK is None else sums_MD), (x_TD, weight_TK, weights, layout, gate_SF, up_SF)
 
@@ -106,16 +112,17 @@ def _backward(rows: int, residuals: tuple, cotangents: tuple) -> tuple:
     num_choices = weight_TK.shape[1]
     weight_A = weight_TK.reshape(-1)
 
-    def one_block(w: ExpertWeights, first: Array, assignment_R: Array, carry: tuple) -> tuple:
-        d_x_TD, d_weight_A, d_w = carry
-        token_R = assignment_R // num_choices
+    def one_block(w: ExpertWeights, block: _Block, carry: tuple) -> tuple:
+        d_x_TD, d_weight_A, d_weights = carry
+        token_R = block.assignment_R // num_choices
         x_RD, g_RD = take_or_zeros(x_TD, token_R), take_or_zeros(g_TD, token_R).astype(x_TD.dtype)
-        weight_R1 = take_or_zeros(weight_A, assignment_R)[:, None]
-        gate_RF, up_RF = (_rows_from(a, first, rows).astype(jnp.float32) for a in (gate_SF, up_SF))
+        weight_R1 = take_or_zeros(weight_A, block.assignment_R)[:, None]
+        gate_RF, up_RF = (_rows_from(a, block.first, len(token_R)).astype(jnp.float32) for a in (gate_SF, up_SF))
         hidden_RF = swiglu_hidden(gate_RF, up_RF)
         d_hidden_RF = jnp.matmul(g_RD, w.down.T, preferred_element_type=jnp.float32)
         # <g, E(x)> = <g, hidden @ down> = <g @ down^T, hidden>: the output is not needed.
-        d_weight_A = d_weight_A.at[assignment_R].set((d_hidden_RF * hidden_RF).sum(axis=-1), mode="drop")
+        d_weight_R = (d_hidden_RF * hidden_RF).sum(axis=-1)
+        d_weight_A = d_weight_A.at[block.assignment_R].set(d_weight_R, mode="drop")
         sigmoid_RF = jax.nn.sigmoid(gate_RF)
         d_up_RF = weight_R1 * d_hidden_RF * gate_RF * sigmoid_RF
         d_gate_RF = weight_R1 * d_hidden_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
@@ -124,52 +131,64 @@ def _backward(rows: int, residuals: tuple, cotangents: tuple) -> tuple:
         d_x_TD = d_x_TD.at[token_R].add(d_x_RD.astype(jnp.float32), mode="drop")
         factors = (x_RD, d_gate_RF), (x_RD, d_up_RF), ((weight_R1 * hidden_RF).astype(x_TD.dtype), g_RD)
         more = (jnp.matmul(a.T, b, preferred_element_type=jnp.float32) for a, b in factors)
-        return d_x_TD, d_weight_A, ExpertWeights(*map(jnp.add, d_w, more))
-
-    def one_expert(expert: Array, blocks: Callable, carry: tuple) -> tuple:
-        *rest, d_weights = carry
-        w = jax.tree.map(lambda a: a[expert], weights)
-        zeros = jax.tree.map(lambda a: _zeros(layout, a.shape, jnp.float32), w)
-        *rest, d_w = blocks(functools.partial(one_block, w), (*rest, zeros))
-        return *rest, jax.tree.map(lambda all_, one: all_.at[expert].set(one.astype(all_.dtype)), d_weights, d_w)
+        d_weights = jax.tree.map(lambda sum_, one: sum_.at[block.expert].add(one), d_weights, ExpertWeights(*more))
+        return d_x_TD, d_weight_A, d_weights
 
     start = (
-        _zeros(layout, x_TD.shape, jnp.float32),
-        _zeros(layout, weight_A.shape, jnp.float32),
-        jax.tree.map(lambda w: _zeros(layout, w.shape, w.dtype), weights),
+        _zeros(x_TD.shape, layout, 1),
+        _zeros(weight_A.shape, layout, 1),
+        ExpertWeights(*(_zeros(w.shape, layout, index) for index, w in enumerate(weights))),
     )
-    d_x_TD, d_weight_A, d_weights = _over_blocks(one_expert, start, layout, rows)
+    d_x_TD, d_weight_A, d_weights = _over_blocks(one_block, start, weights, layout, rows)
+    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
     return d_x_TD.astype(x_TD.dtype), d_weight_A.reshape(weight_TK.shape), None, d_weights, None
 
 
 block_experts.defvjp(_forward, _backward)
 
 
-def _over_blocks(one_expert: Callable, carry: tuple, layout: Layout, rows: int) -> tuple:
-    """Carry through `one_expert(expert, blocks, carry)` for each expert that has rows, in ascending order.
+class _Block(NamedTuple):
+    """Some rows of one expert.
 
-    There, `blocks(one_block, carry)` carries through `one_block(first, assignment_R, carry)` for each block of the
-    expert's rows: `first` is that of the block among all rows, and an assignment past the expert's last is T K.
+    expert: int32, which.
+    first: int32, the first row's place among those of all experts.
+    assignment_R: int32, the assignment of each row, T K past the expert's last.
     """
+
+    expert: Array
+    first: Array
+    assignment_R: Array
+
+
+def _over_blocks(one_block: Callable, carry: tuple, weights: ExpertWeights, layout: Layout, rows: int) -> tuple:
+    """Carry through `one_block(w, block, carry)` for each block of each expert, in ascending order; w: its weights."""
     sizes_M = layout.group_sizes_M
     start_M = jnp.cumsum(sizes_M) - sizes_M
     used_M = jnp.nonzero(sizes_M, size=sizes_M.shape[0], fill_value=0)[0]
+    few = tail_rows(rows)
 
-    def turn(index: Array, carry: tuple) -> tuple:
+    def one_expert(index: Array, carry: tuple) -> tuple:
         expert = used_M[index]
+        size, start = sizes_M[expert], start_M[expert]
+        w = jax.tree.map(lambda a: a[expert], weights)
 
-        def blocks(one_block: Callable, carry: tuple) -> tuple:
-            def block(index: Array, carry: tuple) -> tuple:
-                row_R = index * rows + jnp.arange(rows)
-                assignment_R = layout.assignment_S.at[start_M[expert] + row_R].get(mode="clip")
-                assignment_R = jnp.where(row_R < sizes_M[expert], assignment_R, layout.slot_TK.size)
-                return one_block(start_M[expert] + index * rows, assignment_R, carry)
+        def blocks(begin: Array, rows: int, count: Array, carry: tuple) -> tuple:
+            def turn(index: Array, carry: tuple) -> tuple:
+                first = begin + index * rows
+                row_R = first + jnp.arange(rows)
+                assignment_R = layout.assignment_S.at[start + row_R].get(mode="clip")
+                assignment_R = jnp.where(row_R < size, assignment_R, layout.slot_TK.size)
+                return one_block(w, _Block(expert, start + first, assignment_R), carry)
 
-            return jax.lax.fori_loop(0, -(-sizes_M[expert] // rows), block, carry)
+            return jax.lax.fori_loop(0, count, turn, carry)
 
-        return one_expert(expert, blocks, carry)
+        # More than six small blocks would cost more than a large one that is padded.
+        large = size // rows + (size % rows > 3 * rows // 4)
+        rest = jnp.maximum(size - large * rows, 0)
+        carry = blocks(jnp.zeros_like(size), rows, large, carry)
+        return blocks(large * rows, few, -(-rest // few), carry)
 
-    return jax.lax.fori_loop(0, (sizes_M > 0).sum(), turn, carry)
+    return jax.lax.fori_loop(0, (sizes_M > 0).sum(), one_expert, carry)
 
 
 def _rows_from(a: Array, first: Array, rows: int) -> Array:
@@ -180,6 +199,19 @@ def _put(a: Array, rows: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, rows, first, axis=0)
 
 
-def _zeros(layout: Layout, shape: Sequence[int], dtype: Any) -> Array:
-    """Zeros that vary over the mesh axes over which the layout varies, as `shard_map` wants of what loops carry."""
-    return jnp.zeros(shape, dtype) + (0 * layout.group_sizes_M[0]).astype(dtype)
+def _zeros(shape: Sequence[int], layout: Layout, index: int) -> Array:
+    return jnp.broadcast_to(jnp.minimum(_unknown(layout, index), 0).astype(jnp.float32), shape)
+
+
+def _unset(shape: Sequence[int], dtype: Any, layout: Layout, index: int) -> Array:
+    """An array to be overwritten. On a CPU `jax.lax.empty` would give known zeros, see below."""
+    return jnp.broadcast_to(_unknown(layout, index).astype(dtype), shape)
+
+
+def _unknown(layout: Layout, index: int) -> Array:
+    """A number >= 0 that XLA does not know, another one for each index.
+
+    What loops carry is made of these, for two reasons. Of arrays of one shape and one known value, XLA makes one, keeps
+    it, and copies it for each use. And these vary over the mesh axes over which the layout varies, as `shard_map` asks.
+    """
+    return layout.group_sizes_M[0] + index

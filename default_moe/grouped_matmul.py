@@ -82,7 +82,7 @@ def group_alignment(backend: str) -> int:
 
 def largest_block() -> int:
     """Rows of a block for "blocks": what stays in a CPU's cache, elsewhere what keeps an accelerator busy."""
-    return 192 if platform() == "cpu" else 2048
+    return 576 if platform() == "cpu" else 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import assert_close
 
-from default_moe.block_experts import block_experts, block_rows
+from default_moe.block_experts import block_experts, block_rows, tail_rows
 from default_moe.grouped_matmul import group_alignment, grouped_matmul, resolve_backend
 from default_moe.routing import group_by_expert
 from default_moe.sorted_experts import sorted_experts
@@ -183,7 +183,54 @@ def test_the_choice_on_a_cpu():
     assert group_alignment("blocks") == 1
 
 
-@pytest.mark.parametrize("assignments,experts,rows", [(1, 8, 8), (4096, 8, 192), (1600, 8, 112), (32_768, 8, 192)])
+# R = 64 and blocks of 8 for what it leaves: loads at the edges of both sizes, of none, and of several blocks.
+LOADS = {
+    "one block, and a row more or less": (64, 65, 63, 0),
+    "the most in small blocks, and the least in a large one": (48, 49, 0, 47),
+    "small blocks only": (1, 8, 9, 40),
+    "several large ones and some small": (0, 130, 177, 0),
+    "the last one padded": (0, 0, 0, 113),
+}
+
+
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS.keys())
+def test_blocks_of_both_sizes_equal_one_product_per_expert(loads):
+    """Outputs, sums and gradients where every expert's rows are one exact slice, differentiated by JAX."""
+    dim, width = 6, 5
+    rng = np.random.default_rng(sum(loads))
+    chosen = rng.permutation(np.repeat(np.arange(len(loads)), loads))[:, None]
+    x, g = (rng.normal(size=(len(chosen), dim)).astype(np.float32) for _ in range(2))
+    weight, counted = (rng.random(chosen.shape).astype(np.float32) for _ in range(2))
+    sizes = (len(loads), dim, width), (len(loads), dim, width), (len(loads), width, dim)
+    weights = ExpertWeights(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+
+    def one_product_each(x, weight, weights):
+        y, sums = jnp.zeros_like(x), []
+        for e in range(len(loads)):
+            token = np.flatnonzero(chosen[:, 0] == e)
+            out = (jax.nn.silu(x[token] @ weights.gate[e]) * (x[token] @ weights.up[e])) @ weights.down[e]
+            y = y.at[token].add(weight[token] * out)
+            sums.append((counted[token] * out).sum(axis=0))
+        return (y * g).sum(), (y, jnp.stack(sums))
+
+    (_, expected), expected_gradients = jax.value_and_grad(one_product_each, argnums=(0, 1, 2), has_aux=True)(
+        x, weight, weights
+    )
+    experts = compiled_experts("blocks", 64, len(loads))
+    (_, got), gradients = experts(x, weight, weights, chosen, counted, g)
+    names = ("y", "sums", "gradient of x", "of the weights", "of gate", "of up", "of down")
+    leaves = jax.tree.leaves((got, gradients)), jax.tree.leaves((expected, expected_gradients))
+    for name, a, b in zip(names, *leaves, strict=True):
+        assert_close(a, b, name)
+
+
+@pytest.mark.parametrize("assignments,experts,rows", [(1, 8, 16), (4096, 8, 560), (8192, 8, 544), (800, 8, 128)])
 def test_rows_of_a_block(assignments, experts, rows):
-    """1600 over 8 are 200 each; 0.55 of that is 110, and the next multiple of 8 is 112. From 8 to 192 at most."""
-    assert block_rows(assignments, experts, 192) == rows
+    """800 over 8 are 100 each, and 1.5 deviations more 115: the next multiple of 16 is 128. 1024 and 48 are 2 x 536."""
+    assert block_rows(assignments, experts, 576) == rows
+    assert block_rows(100 * assignments, experts, 32) <= 32
+
+
+def test_rows_of_a_small_block():
+    """An eighth, as a multiple of 8, but not above R itself."""
+    assert [tail_rows(rows) for rows in (1, 8, 64, 72, 560)] == [1, 8, 8, 16, 72]
