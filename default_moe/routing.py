@@ -87,7 +87,7 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
     here = (expert_TK >= 0) & (expert_TK < num_experts)
     expert_TK = jnp.where(here, expert_TK, num_experts)
     expert_A = expert_TK.reshape(-1)
-    order_A = jnp.argsort(expert_A, stable=True)  # assignments in slot order, without the gaps
+    order_A = _stable_argsort(expert_A, num_experts + 1)  # assignments in slot order, without the gaps
     rank_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(num_assignments, dtype=order_A.dtype))
     # Where each expert's assignments start among the sorted ones, and where its slots do.
     sorted_start_M = jnp.searchsorted(expert_A[order_A], jnp.arange(num_experts + 1)).astype(jnp.int32)
@@ -98,6 +98,15 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
     assignment_S = jnp.full(num_slots, num_assignments, jnp.int32)
     assignment_S = assignment_S.at[slot_A].set(jnp.arange(num_assignments, dtype=jnp.int32), mode="drop")
     return Layout(assignment_S, slot_A.reshape(shape_TK), expert_TK, sizes_M)
+
+
+def _stable_argsort(values_A: Array, num_values: int) -> Array:
+    """`jnp.argsort` of int32 values in [0, num_values)."""
+    size = values_A.shape[0]
+    if size * num_values >= 2**31:
+        return jnp.argsort(values_A, stable=True)
+    # Value and place in one number: sorting one array is five times as fast as sorting two by the first.
+    return jax.lax.sort(values_A * size + jnp.arange(size, dtype=jnp.int32), is_stable=False) % size
 
 
 def _round_up(size: Any, multiple: int) -> Any:

@@ -188,3 +188,10 @@ def test_weights_of_choices_and_their_gradient():
     assert_close(weights, [[0.3, 0.5], [0.7, 0]])
     np.testing.assert_array_equal(pull(jnp.array([[1.0, 2.0], [3.0, 4.0]]))[0], [[2, 0, 1], [0, 3, 0]])
     np.testing.assert_array_equal(routing.active_experts(expert, 3), [[True, False, True], [False, True, False]])
+
+
+@pytest.mark.parametrize("num_values", [1, 5, 2**31 // 40])  # the last does not fit in one number with its place
+def test_sorting_places_by_value_is_stable(num_values):
+    values = np.random.default_rng(0).integers(min(num_values, 7), size=41).astype(np.int32)
+    order = routing._stable_argsort(jnp.asarray(values), num_values)
+    np.testing.assert_array_equal(order, np.argsort(values, kind="stable"))
