@@ -38,11 +38,11 @@ def residual_init_std(config: ModelConfig) -> float:
     return 2 / (config.num_layers * config.d_model**0.5)
 
 
-def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn"]:
+def attention_implementation(config: ModelConfig, masked_length: int = 0) -> Literal["xla", "cudnn"]:
     """How `jax.nn.dot_product_attention` is to compute: cuDNN's kernel never holds the [H, L, L] scores.
 
-    "auto" takes it for bfloat16 on an NVIDIA GPU with heads of a size it has kernels for. Raises ConfigError if it is
-    asked for where it cannot run.
+    "auto" takes it for bfloat16 on an NVIDIA GPU with heads of a size it has kernels for. masked_length: of sequences
+    with a mask, 0 without one. Raises ConfigError if it is asked for where it cannot run.
     """
     size = config.d_model // config.num_heads
     reason = None
@@ -52,6 +52,10 @@ def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn"]:
         reason = f"it takes bfloat16, but model.dtype is {config.dtype!r}"
     elif size % 8 or size > 128:
         reason = f"it takes heads of 8, 16, ... 128, but model.d_model / model.num_heads is {size}"
+    elif masked_length % 2:
+        reason = f"with data.mask_documents it takes sequences of even length, but this is {masked_length}"
+    elif float(getattr(jax.devices()[0], "compute_capability", 8)) < 8:
+        reason = f"it runs on GPUs of compute capability 8.0 and above, but a {jax.devices()[0].device_kind} is older"
     if config.attention == "cudnn" and reason:
         raise ConfigError(f"model.attention is 'cudnn', but {reason}: use 'auto' or 'xla'")
     return "xla" if reason or config.attention == "xla" else "cudnn"
@@ -99,7 +103,7 @@ class Attention(nn.Module):
             mask = None
             if tokens.segment_ids is not None:
                 mask = (tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None, :])[:, None]
-            implementation = attention_implementation(config)
+            implementation = attention_implementation(config, 0 if mask is None else x_BLD.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
         else:
             k, v, mask = self._extend_cache(k, v, self.cache_length)

@@ -2,7 +2,7 @@
 
 Loops over the experts that have rows and over the blocks of each: as many turns as there is work, so the cost follows
 the load, however unbalanced, and no row is dropped. R is such that an expert of mean load is one block, or a few equal
-ones. The rows that these leave, if at most 3/4 R, are in blocks of R / 8: an expert is padded by R / 4 rows at most.
+ones. What these leave, if at most 3/4 R, goes to blocks of about R / 8: an expert is padded by about R / 4 rows.
 
 A block gathers its tokens, and adds its weighted outputs to them, while it is in the cache: permuted copies of the
 tokens, the outputs or their gradients, [T K, D] each, never exist. Only x @ gate and x @ up, [T K, F] each, are kept

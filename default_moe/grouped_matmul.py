@@ -49,8 +49,9 @@ def resolve_backend(backend: str) -> str:
         if _tokamax_installed():
             return "tokamax"
         _warn(
+            "tokamax is not installed",
             "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token (on TPU in the "
-            f"backward pass alone), because tokamax is not installed: {_INSTALL_TOKAMAX}"
+            f"backward pass alone), because tokamax is not installed: {_INSTALL_TOKAMAX}",
         )
         return "ragged"
     if backend == "tokamax":
@@ -143,7 +144,7 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
     import tokamax
 
     _prepare_tokamax()
-    kernels: tuple[str, ...] = ("mosaic",) if platform() == "tpu" else ("mosaic", "triton")
+    kernels: tuple[str, ...] = ("mosaic_tpu",) if platform() == "tpu" else ("mosaic_gpu", "triton")
     if is_nvidia() and any(size % 128 for size in (*lhs.shape[1:], *rhs.shape[1:])):
         kernels = ("triton",)  # Mosaic's for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128
     try:
@@ -151,20 +152,12 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
     except (NotImplementedError, ValueError, ExceptionGroup) as error:
         errors: Any = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
         reason = "; ".join(dict.fromkeys(" ".join(str(e).split()) for e in errors))
-        _warn_of_fallback(reason, f"{lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)}")
-        return _ragged(lhs, rhs, group_sizes_M, dimensions)
-
-
-_warned_of: set[str] = set()
-
-
-def _warn_of_fallback(reason: str, product: str) -> None:
-    if reason not in _warned_of:
-        _warned_of.add(reason)
         _warn(
-            f"tokamax has no kernel for {product} here ({reason}): jax.lax.ragged_dot computes this product, and any "
-            "other of which that is true"
+            reason,
+            f"tokamax has no kernel for {lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)} here ({reason}): "
+            "jax.lax.ragged_dot computes this product, and any other of which that is true",
         )
+        return _ragged(lhs, rhs, group_sizes_M, dimensions)
 
 
 @functools.cache
@@ -183,7 +176,15 @@ def _tokamax_installed() -> bool:
     return importlib.util.find_spec("tokamax") is not None
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Once, however often the same is traced."""
-    warnings.warn(text, stacklevel=2)
+class SlowKernel(UserWarning):
+    """Experts are computed in a way that is right, but slower than need be."""
+
+
+_warned_of: set[str] = set()
+
+
+def _warn(reason: str, text: str) -> None:
+    """Once for each reason, however often it comes up while tracing."""
+    if reason not in _warned_of:
+        warnings.warn(text, SlowKernel, stacklevel=2)
+        _warned_of.add(reason)

@@ -5,6 +5,8 @@ translation. Linux backs an allocation with pages of 2 MB instead of 4 kB if it 
 it was told so when the process started.
 """
 
+import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -26,7 +28,8 @@ def restart_with_huge_pages() -> None:
     os.environ[_VARIABLE] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _would_help() -> bool:
@@ -37,7 +40,15 @@ def _would_help() -> bool:
 
 
 def _started_by_command_line() -> bool:
-    """Whether the interpreter's own command line names the program, as it does not under IPython's %run."""
+    """Whether the interpreter was told to run this program itself: not a debugger or notebook that runs it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = spec.name.removesuffix(".__main__") if spec else sys.argv[0]
-    return name in sys.orig_argv
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    line = sys.orig_argv[1:]
+    first = len(line) - len(program) - len(sys.argv) + 1
+    if program == ["-"] or first < 0 or line[first:] != [*program, *sys.argv[1:]]:
+        return False
+    options = ["", *line[:first]]
+    return all(
+        (option[:1] == "-" and option not in ("-m", "-c")) or before in ("-X", "-W")
+        for before, option in itertools.pairwise(options)
+    )

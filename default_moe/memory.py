@@ -37,26 +37,29 @@ def step_memory(compiled: Any) -> StepMemory:
     return StepMemory(m.argument_size_in_bytes, m.temp_size_in_bytes + results)
 
 
-def check_fits(memory: StepMemory, device: jax.Device, config: Config) -> None:
+def check_fits(memory: StepMemory, device: jax.Device, config: Config, num_batch_shards: int) -> None:
     """Raises ConfigError if a step does not fit the memory of a device."""
     there = memory_bytes(device)
     if there is not None and memory.total > there:
         raise ConfigError(
             f"the training step needs {memory}, but a {device.device_kind} has {there / _GIB:.1f} GiB: "
-            + what_reduces(config, state_too_large=memory.state > there)
+            + what_reduces(config, num_batch_shards, state_too_large=memory.state > there)
         )
 
 
 @contextlib.contextmanager
-def out_of_memory_in_one_line(error_class: type[ConfigError | TrainingFailed], doing: str, config: Config) -> Iterator:
+def out_of_memory_in_one_line(
+    error_class: type[ConfigError | TrainingFailed], doing: str, config: Config, num_batch_shards: int
+) -> Iterator[None]:
     """Turns JAX's RESOURCE_EXHAUSTED error, of the compiler or while running, into one line."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).split("RESOURCE_EXHAUSTED", 1)[1].lstrip(": ").splitlines()[0][:200]
-        raise error_class(f"out of memory while {doing} ({reason}): {what_reduces(config)}") from None
+        details = str(error).split("RESOURCE_EXHAUSTED", 1)[1].lstrip(": ").splitlines() or ["no details"]
+        advice = what_reduces(config, num_batch_shards)
+        raise error_class(f"out of memory while {doing} ({details[0][:200]}): {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -64,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def what_reduces(config: Config, state_too_large: bool = False) -> str:
+def what_reduces(config: Config, num_batch_shards: int, state_too_large: bool = False) -> str:
     """Which settings would need less memory, those that cost least first."""
     advice = [] if config.mesh.fsdp == -1 else ["mesh.data=1 and mesh.fsdp=-1 on more devices"]
     if state_too_large:
@@ -72,7 +75,7 @@ def what_reduces(config: Config, state_too_large: bool = False) -> str:
     if config.model.remat != "full":
         advice.insert(0, "model.remat='full'")
     microbatch = config.train.batch_size // config.train.grad_accum_steps
-    if microbatch > 1:
+    if microbatch > num_batch_shards:
         advice.insert(0, f"train.grad_accum_steps above {config.train.grad_accum_steps}")
         advice.insert(1, f"train.batch_size below {config.train.batch_size}")
     advice.append(f"train.logits_per_chunk below {config.train.logits_per_chunk}")

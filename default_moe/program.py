@@ -70,7 +70,8 @@ class Program:
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
             self.matmul = resolve_backend(config.moe.matmul)
-            self.attention = attention_implementation(config.model)
+            masked_length = config.train.sequence_length if config.data.mask_documents else 0
+            self.attention = attention_implementation(config.model, masked_length)
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
@@ -112,9 +113,9 @@ class Program:
             ),
             row,
         )
-        with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config):
+        with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config, self.num_batch_shards):
             compiled = self.train_step.compile(self.abstract_state(), batch)
-        check_fits(step_memory(compiled), self.mesh.devices.flat[0], self.config)
+        check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)
         return compiled
 
     def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:

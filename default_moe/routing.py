@@ -77,7 +77,7 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
     Args:
       expert_TK: int32 [T, K], expert of each assignment, 0 <= e < num_experts; any other value is held elsewhere.
       num_experts: M.
-      align: each group's number of slots is a multiple of this. If not 1, S is a multiple of 128.
+      align: each group's number of slots is a multiple of this, a divisor of 128. If not 1, S is a multiple of 128.
     """
     shape_TK = expert_TK.shape
     num_assignments = expert_TK.size

@@ -12,7 +12,7 @@ import numpy as np
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
-from default_moe.errors import TrainingFailed
+from default_moe.errors import ConfigError, TrainingFailed
 from default_moe.evaluation import evaluate
 from default_moe.generate import sample_text
 from default_moe.hardware import peak_flops
@@ -23,7 +23,7 @@ from default_moe.program import Program, mesh_for
 from default_moe.stopping import StopRequest, any_process
 from default_moe.train_state import TrainState
 from default_moe.train_step import Batch
-from default_moe.workdir import check_continues, check_ours, open_run
+from default_moe.workdir import Run, check_ours, open_run
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -43,39 +43,54 @@ def train(config: Config, workdir: Path) -> int:
     validation_rows = data.validation_rows(config.train.sequence_length)
     program = Program(config, data.tokenizer.vocab_size)
     identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
-    check_continues(workdir, config, *identity)
-    progress.message(_description(program, data))
-    began = time.monotonic()
-    train_step = program.compile_train_step(train_rows.batch(0, 1))
-    progress.message(
-        f"compiled the training step in {time.monotonic() - began:.1f} s; it takes {step_memory(train_step)}"
-    )
     with (
         open_run(workdir, config, *identity) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
+        StopRequest() as stop,
+        out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
     ):
         for note in run.notes:
             progress.message(f"changed since the run began: {note}")
+        progress.message(_description(program, data))
+        saved = store.steps()
+        train_step = None
+        if not saved or saved[-1] < config.train.num_steps:
+            # Before anything of the state's size is read or made: it may not fit.
+            train_step = _compile(program, train_rows, run, progress)
         restored = store.restore_latest(program.abstract_state())
         state, start = (restored[0], restored[2]) if restored else (program.new_state(), 0)
         progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
         if start >= config.train.num_steps:
             progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
             return 0
+        train_step = train_step or _compile(program, train_rows, run, progress)
         writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
         loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress)
         try:
-            with StopRequest() as stop, out_of_memory_in_one_line(TrainingFailed, "training", config):
-                state, finished = loop.run(state, start, stop)
+            state, finished = loop.run(state, start, stop)
         finally:
             writer.close()
             progress.close()
     if not finished:
         progress.message(f"stopped; the same command goes on from the last checkpoint in {workdir}")
         return stop.exit_code
-    text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
+    with out_of_memory_in_one_line(TrainingFailed, "sampling", config, program.num_batch_shards):
+        text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
     progress.message(f"a sample:\n{text}\n\ndone: everything is in {workdir}")
     return 0
+
+
+def _compile(program: Program, rows: Rows, run: Run, progress: Progress) -> Any:
+    """The training step. Raises ConfigError, leaving no new run behind, if it does not fit the memory of a device."""
+    began = time.monotonic()
+    try:
+        train_step = program.compile_train_step(rows.batch(0, 1))
+    except ConfigError:
+        run.discard()
+        raise
+    seconds = time.monotonic() - began
+    progress.message(f"compiled the training step in {seconds:.1f} s; it takes {step_memory(train_step)}")
+    return train_step
 
 
 @dataclasses.dataclass

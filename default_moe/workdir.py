@@ -57,6 +57,11 @@ class Run:
             os.close(self.lock)
             self.lock = None
 
+    def discard(self) -> None:
+        """Forget a run that could not begin: other settings may take the work directory. Nothing if it went on."""
+        if not self.resumed and jax.process_index() == 0:
+            (self.workdir / RUN_FILE).unlink(missing_ok=True)
+
     def __enter__(self) -> Self:
         return self
 
@@ -69,21 +74,6 @@ def check_ours(workdir: str | os.PathLike[str]) -> None:
     folder = Path(workdir).absolute()
     if not (folder / RUN_FILE).exists():
         _check_empty(folder)
-
-
-def check_continues(
-    workdir: str | os.PathLike[str],
-    config: Config,
-    corpus_hash: str,
-    vocab_size: int,
-    tokenizer_hash: str | None = None,
-) -> None:
-    """Raises ConfigError if `workdir` holds a run that `open_run` would refuse, before anything is compiled."""
-    _compare(Path(workdir).absolute(), config, _identity(corpus_hash, vocab_size, tokenizer_hash))
-
-
-def _identity(corpus_hash: str, vocab_size: int, tokenizer_hash: str | None) -> dict[str, Any]:
-    return {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
 
 
 def open_run(
@@ -100,7 +90,7 @@ def open_run(
     trains in it, or if it cannot be written. With several processes only the first one locks and writes.
     """
     folder = Path(workdir).absolute()
-    identity = _identity(corpus_hash, vocab_size, tokenizer_hash)
+    identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
     resumed, notes = _compare(folder, config, identity)
     if jax.process_index() > 0:
         return Run(folder, resumed, notes)

@@ -11,8 +11,8 @@ from reference import assert_close
 from default_moe.bench import layer, scaling, step
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import LayerShape, dense_candidate, make_work, moe_candidate
-from default_moe.checks import ConfigError
 from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.errors import ConfigError
 
 SHAPE = LayerShape(tokens=64, d_model=16, num_experts=4, top_k=2, expert_dim=8)
 
@@ -95,7 +95,7 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path):
 def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_EXPERTS", (8, 16))
     monkeypatch.setattr(scaling, "NUM_LAYERS", (1, 2, 3))
-    monkeypatch.setattr(scaling, "BATCHES", (1, 2))
+    monkeypatch.setattr(scaling, "BATCHES", (0.5, 1, 2))
     config = Config(
         model=ModelConfig(d_model=16, num_layers=2, num_heads=2),
         moe=MoEConfig(num_experts=4, expert_dim=8),
@@ -103,7 +103,7 @@ def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, mon
     )
     rows = scaling.run(config, rounds=2)
     # One layer would be the dense one alone.
-    values = {"num_experts": [8, 16], "num_layers": [2, 3], "tokens": [128, 256]}
+    values = {"num_experts": [8, 16], "num_layers": [2, 3], "tokens": [128, 256]}  # on 8 devices no fewer sequences
     assert [(row["sweep"], row["value"]) for row in rows] == [(k, v) for k, vs in values.items() for v in vs]
     assert [row["/ first"] for row in rows][::2] == [1, 1, 1]
     assert all(row["step ms"] > 0 and row["compile s"] > 0 for row in rows)

@@ -24,7 +24,7 @@ def on(monkeypatch):
             monkeypatch.setattr(module, "platform", lambda: platform)
             monkeypatch.setattr(module, "is_nvidia", lambda: nvidia)
         monkeypatch.setattr(grouped_matmul, "_tokamax_installed", lambda: tokamax)
-        grouped_matmul._warn.cache_clear()
+        monkeypatch.setattr(grouped_matmul, "_warned_of", set())
 
     return use
 
@@ -60,7 +60,6 @@ def test_the_output_gradient_past_the_last_group_counts_for_nothing(monkeypatch)
 def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(monkeypatch):
     """It has no kernel for a CPU, so all three products fall back."""
     monkeypatch.setattr(grouped_matmul, "_warned_of", set())
-    grouped_matmul._warn.cache_clear()
     lhs, rhs, g = random_arrays(np.random.default_rng(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -86,7 +85,7 @@ def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(on, monkeypatch):
         on(platform, nvidia=platform == "gpu")
         for width in (256, 704):
             grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, width)), jnp.array([8]), "tokamax")
-    assert asked == [("mosaic", "triton"), ("triton",), ("mosaic",), ("mosaic",)]
+    assert asked == [("mosaic_gpu", "triton"), ("triton",), ("mosaic_tpu",), ("mosaic_tpu",)]
 
 
 def test_the_choice_of_backend(on):
@@ -109,7 +108,9 @@ def test_a_backend_that_cannot_run_here_is_refused_in_one_line(on):
     on("gpu", nvidia=True, tokamax=False)
     with pytest.raises(ConfigError, match="tokamax is not installed: pip install"):
         resolve_backend("tokamax")
-    with pytest.warns(UserWarning, match="falls back to 'ragged', which computes every expert .* tokamax is not"):
+    with pytest.warns(
+        grouped_matmul.SlowKernel, match="falls back to 'ragged', which computes every expert .* tokamax is not"
+    ):
         assert resolve_backend("auto") == "ragged"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
@@ -121,6 +122,12 @@ def test_a_program_refuses_what_cannot_run_here_before_anything_is_compiled():
         Program(Config(moe=MoEConfig(matmul="tokamax")), 257)
     with pytest.raises(ConfigError, match=r"model\.attention is 'cudnn', but it runs on NVIDIA GPUs, .* 'cpu'"):
         Program(Config(model=ModelConfig(attention="cudnn")), 257)
+
+
+def test_cudnn_is_not_asked_for_a_mask_of_odd_length(on):
+    on("gpu", nvidia=True)
+    config = ModelConfig(dtype="bfloat16")
+    assert [attention.attention_implementation(config, length) for length in (0, 16, 17)] == ["cudnn", "cudnn", "xla"]
 
 
 @pytest.mark.parametrize(

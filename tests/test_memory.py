@@ -19,7 +19,7 @@ from default_moe.program import Program
 CONFIG = Config(
     model=ModelConfig(d_model=16, num_layers=2, num_heads=2),
     moe=MoEConfig(num_experts=4, expert_dim=8),
-    train=TrainConfig(batch_size=8, sequence_length=16),
+    train=TrainConfig(batch_size=16, sequence_length=16),
 )
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +35,7 @@ def test_a_step_that_does_not_fit_is_refused(monkeypatch):
         ConfigError, match=r"the training step needs 0\.0 GiB a device .* but a cpu has 0\.0 GiB: "
     ) as e:
         program.compile_train_step(row)
-    assert "train.batch_size below 8" in str(e.value) and "\n" not in str(e.value)
+    assert "train.batch_size below 16" in str(e.value) and "\n" not in str(e.value)
     monkeypatch.setattr(memory, "memory_bytes", lambda device: needed.state - 1)
     with pytest.raises(ConfigError, match="a smaller model would need less"):
         program.compile_train_step(row)
@@ -52,8 +52,8 @@ def test_the_memory_of_a_step_is_its_state_and_the_rest():
 
 
 def test_advice_names_only_what_can_be_changed():
-    assert what_reduces(CONFIG).startswith(
-        "train.grad_accum_steps above 1, train.batch_size below 8, model.remat='full'"
+    assert what_reduces(CONFIG, 8).startswith(
+        "train.grad_accum_steps above 1, train.batch_size below 16, model.remat='full'"
     )
     bare = dataclasses.replace(
         CONFIG,
@@ -61,7 +61,8 @@ def test_advice_names_only_what_can_be_changed():
         train=dataclasses.replace(CONFIG.train, batch_size=1),
         mesh=dataclasses.replace(CONFIG.mesh, data=1, fsdp=-1),
     )
-    assert what_reduces(bare) == "train.logits_per_chunk below 268435456 would need less"
+    assert "batch" not in what_reduces(CONFIG, 16)  # each device has one sequence
+    assert what_reduces(bare, 1) == "train.logits_per_chunk below 268435456 would need less"
 
 
 def test_memory_that_runs_out_is_one_line():
@@ -70,15 +71,20 @@ def test_memory_that_runs_out_is_one_line():
         pytest.raises(
             TrainingFailed, match=r"^out of memory while training \(Out of memory allocating 123 bytes\.\): "
         ) as e,
-        out_of_memory_in_one_line(TrainingFailed, "training", CONFIG),
+        out_of_memory_in_one_line(TrainingFailed, "training", CONFIG, 8),
     ):
         raise jax.errors.JaxRuntimeError(message)
     assert "\n" not in str(e.value)
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        out_of_memory_in_one_line(TrainingFailed, "training", CONFIG),
+        out_of_memory_in_one_line(TrainingFailed, "training", CONFIG, 8),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with (
+        pytest.raises(TrainingFailed, match=r"\(no details\)"),
+        out_of_memory_in_one_line(TrainingFailed, "training", CONFIG, 8),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
 
 def test_the_hosts_memory_is_shared_by_its_simulated_devices():
@@ -112,3 +118,14 @@ def test_a_program_starts_again_with_huge_pages_once(tmp_path, before, after, as
     command = [sys.executable, *(["-m", "program"] if as_module else [str(tmp_path / "program.py")]), "--x=a b"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (3, f"{after} ['--x=a b']\n"), done.stderr
+
+
+@pytest.mark.parametrize("launcher", [["-m", "pdb", "-c", "continue"], ["-m", "cProfile"], ["-"]], ids=" ".join)
+def test_what_runs_the_program_for_itself_is_left_alone(tmp_path, launcher):
+    """A debugger or a profiler would start anew, and standard input has been read already."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)}
+    program = [] if launcher == ["-"] else [str(tmp_path / "program.py")]
+    command = [sys.executable, *launcher, *program]
+    done = subprocess.run(command, input=PROGRAM, capture_output=True, text=True, env=environment)
+    assert "None []" in done.stdout, done.stderr

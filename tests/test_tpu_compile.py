@@ -7,8 +7,6 @@ import math
 import os
 import re
 
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host to ask
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,7 @@ B, L, D, F, N, K = 8, 256, 512, 1024, 8, 2
 
 @pytest.fixture(scope="module")
 def devices():
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host to ask
     return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
 
 

@@ -63,6 +63,9 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name} goes with {wanted}, but --suite is {suite}")
     if suite == "accelerator":
         return _accelerator()
+    for path in filter(None, (_JSON.value, _PLOT.value)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no directory {Path(path).absolute().parent}")
     results: list[Row]
     if config is None:
         shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()] or standard_shapes()
@@ -85,7 +88,7 @@ def _accelerator() -> int:
         raise ConfigError("--suite=accelerator needs --out=DIR, a new directory for what it finds")
     if _PART.value is None:
         rows = accelerator.run(Path(_OUT.value))
-        return 0 if all(row.get("ok", True) for row in rows) else 1
+        return 0 if all(row.get("ok", True) and row.get("name") != accelerator.FAILED for row in rows) else 1
     if _PART.value not in accelerator.PARTS:
         raise ConfigError(f"--part is {_PART.value!r}, but must be one of {', '.join(accelerator.PARTS)}")
     accelerator.run_part(_PART.value, Path(_OUT.value))

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from default_moe.config import Config
-from default_moe.memory import StepMemory, step_memory
+from default_moe.errors import ConfigError
+from default_moe.memory import StepMemory, out_of_memory_in_one_line, step_memory
 from default_moe.program import Program
 from default_moe.train_step import Batch, make_gradient
 
@@ -20,13 +21,14 @@ class StepCandidate:
     Raises ConfigError, among other things if the step does not fit a device.
     """
 
-    def __init__(self, config: Config, batch: Batch, vocab_size: int):
-        self.program = program = Program(config, vocab_size)
+    def __init__(self, config: Config, batch: Batch, vocab_size: int, devices: list[Any] | None = None):
+        self.program = program = Program(config, vocab_size, devices)
         began = time.perf_counter()
         self.compiled = program.compile_train_step(jax.tree.map(lambda a: a[:1], batch))
         self.compile_seconds = time.perf_counter() - began
         self.memory: StepMemory = step_memory(self.compiled)
-        self.state = program.new_state()
+        with out_of_memory_in_one_line(ConfigError, "making the state", config, program.num_batch_shards):
+            self.state = jax.block_until_ready(program.new_state())
         self.batch = program.put_batch(
             lambda first, count: jax.tree.map(lambda a: a[first : first + count], batch), config.train.batch_size
         )

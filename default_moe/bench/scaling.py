@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 from default_moe.bench import report
 from default_moe.bench.candidate import StepCandidate, random_batch
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
+from default_moe.program import mesh_for
 
 NUM_EXPERTS = (8, 16, 32, 64, 128)
 NUM_LAYERS = (2, 4, 8, 16, 24)
@@ -34,15 +37,18 @@ def sweeps(config: Config) -> dict[str, dict[int, Config]]:
         part = dataclasses.replace(getattr(config, section), **values)
         return dataclasses.replace(config, **{section: part})
 
-    # top_k and expert_dim stay, so a token's FLOPs do too, but for the router's.
-    sizes = [max(1, round(config.train.batch_size * factor)) for factor in BATCHES]
-    return {
+    # top_k and expert_dim stay, so a token's FLOPs do too, but for the router's. Batches stay multiples of the devices.
+    devices = jax.device_count()
+    sizes = {max(1, round(config.train.batch_size * factor / devices)) * devices for factor in BATCHES}
+    found = {
         "num_experts": {n: changed("moe", num_experts=n) for n in NUM_EXPERTS if n >= config.moe.top_k},
         "num_layers": {n: changed("model", num_layers=n) for n in NUM_LAYERS if n > config.model.num_dense_layers},
         "tokens": {
-            size * config.train.sequence_length: changed("train", batch_size=size, grad_accum_steps=1) for size in sizes
+            size * config.train.sequence_length: changed("train", batch_size=size, grad_accum_steps=1)
+            for size in sorted(sizes)
         },
     }
+    return {sweep: configs for sweep, configs in found.items() if configs}
 
 
 def run(config: Config, rounds: int) -> list[Row]:
@@ -50,6 +56,9 @@ def run(config: Config, rounds: int) -> list[Row]:
 
     Tokens are random. Raises ConfigError.
     """
+    for configs in sweeps(config).values():
+        for swept in configs.values():
+            mesh_for(swept)  # what does not fit the devices is said before anything is timed
     print(report.heading())
     rows: list[Row] = []
     for sweep, configs in sweeps(config).items():

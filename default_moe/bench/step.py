@@ -57,7 +57,9 @@ def run(config: Config, rounds: int) -> list[Row]:
                 "/ top-k": middle,
                 "quartiles": f"{low:.3f}-{high:.3f}",
                 "tokens/s": tokens / steps[name].seconds,
-                "MFU": model_flops_utilization(config, vocab_size, tokens / steps[name].seconds),
+                "MFU": model_flops_utilization(
+                    config, vocab_size, tokens / steps[name].seconds, candidate.program.mesh.size
+                ),
                 "forward+backward ms": gradients[name].seconds * 1e3,
                 "optimizer ms": optimizers[name].seconds * 1e3,
                 "data ms": read.seconds * 1e3,
@@ -77,10 +79,12 @@ def with_router(config: Config, router: str) -> Config:
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 
-def model_flops_utilization(config: Config, vocab_size: int, tokens_per_second: float) -> float | None:
-    """Share of the peak of all devices that the model's own operations take; None where the peak is unknown."""
+def model_flops_utilization(
+    config: Config, vocab_size: int, tokens_per_second: float, num_devices: int
+) -> float | None:
+    """Share of the peak of as many devices that the model's own operations take; None where the peak is unknown."""
     peak = peak_flops(jax.devices()[0])
-    return peak and tokens_per_second * train_flops_per_token(config, vocab_size) / (peak * jax.device_count())
+    return peak and tokens_per_second * train_flops_per_token(config, vocab_size) / (peak * num_devices)
 
 
 def allowed_memory(config: Config, num_batch_shards: int) -> int:

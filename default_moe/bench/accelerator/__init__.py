@@ -4,6 +4,6 @@ Each part runs in a process of its own with a limit on its time, and writes each
 crashes, hangs or runs out of memory loses nothing but what it had not measured yet.
 """
 
-from default_moe.bench.accelerator.parts import PARTS, run, run_part
+from default_moe.bench.accelerator.parts import FAILED, PARTS, run, run_part
 
-__all__ = ["PARTS", "run", "run_part"]
+__all__ = ["FAILED", "PARTS", "run", "run_part"]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,13 @@ from default_moe.bench.accelerator.results import Results
 from default_moe.bench.accelerator.scale import scale
 from default_moe.bench.report import Row
 from default_moe.bench.torch_block import missing_packages
+from default_moe.bench.workload import LayerShape
 from default_moe.errors import ConfigError
+from default_moe.grouped_matmul import SlowKernel
 
 TOTAL_SECONDS = 530.0
+_START_SECONDS = 120.0
+FAILED = "the whole part"
 _REPORT, _LOG = "report.txt", "log.txt"
 _NOT_SHOWN = ("part", "shape", "dtype", "pass", "candidate", "routing", "rounds")  # the name says it
 
@@ -35,8 +40,16 @@ def _layers(found: Results, folder: Path) -> None:
     s = scale()
     ceiling = ceilings.matmul_ceiling(results.read(folder))
     vs_torch = not missing_packages(("torch", "transformers"))
-    for index, shape in enumerate(s.layers):
-        for row in layer.run([shape], ["auto"], s.dtype, s.rounds, vs_torch and index == 0, ("balanced",)):
+    # Torch last: it may not be what we expect.
+    for shape, with_torch in [*((shape, False) for shape in s.layers), *([(s.layers[0], True)] if vs_torch else [])]:
+        rows: list[Row] = []
+
+        def time_shape(shape: LayerShape = shape, with_torch: bool = with_torch, rows: list[Row] = rows) -> Row:
+            rows += layer.run([shape], ["auto"], s.dtype, s.rounds, with_torch, ("balanced",))
+            return {"candidates": len(rows)}
+
+        found.guarded(f"{shape}{', with torch' if with_torch else ''}", time_shape)
+        for row in rows:
             share = row["GFLOP/s"] * 1e9 / ceiling if ceiling else None
             found.add({"name": f"{row['shape']}, {row['pass']}, {row['candidate']}", **row, "/ matrix product": share})
 
@@ -55,36 +68,46 @@ PARTS: dict[str, _Part] = {
 def run(folder: Path, seconds: float = TOTAL_SECONDS) -> list[Row]:
     """Run all parts within `seconds`, write everything to `folder`, print a report and return the rows.
 
-    Raises ConfigError if the folder cannot be written or holds results already.
+    Raises ConfigError if the folder cannot be written or is not empty.
     """
+    end = time.monotonic() + seconds
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / results.FILE).exists():
-            raise ConfigError(f"{folder} holds results already: choose another --out")
-        (folder / results.FILE).write_text(json.dumps({"part": "machine", **_machine()}) + "\n")
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: choose another --out")
+        (folder / results.FILE).write_text(json.dumps({"part": "machine", **_machine()}))
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
-    end = time.monotonic() + seconds
     lines = []
     for name, part in PARTS.items():
         began = time.monotonic()
         problem = _run_in_process(name, folder, min(part.seconds, end - began), part.memory)
+        if problem:
+            Results(folder, name).add({"name": FAILED, "error": problem})
         rows = [row for row in results.read(folder) if row["part"] == name]
-        lines.append(_table(name, rows, time.monotonic() - began, problem))
+        lines.append(_table(name, rows, time.monotonic() - began))
         print(lines[-1], flush=True)
         (folder / _REPORT).write_text("\n".join(lines))
     return results.read(folder)
 
 
 def run_part(name: str, folder: Path) -> None:
-    """One part, in this process."""
+    """One part, in this process. Raises ConfigError if there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no directory {folder}: --part adds to one that exists")
+    # A kernel must not be timed or checked under the name of another that stood in for it.
+    warnings.simplefilter("error", SlowKernel)
     PARTS[name].measure(Results(folder, name), folder)
 
 
 def _machine() -> Row:
     """`report.machine()` as a process of its own finds it: this one must not hold the device."""
     code = "import json; from default_moe.bench import report; print(json.dumps(report.machine()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=_START_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"JAX does not start here in {_START_SECONDS:.0f} s: is the device in use?") from None
     if done.returncode:
         raise ConfigError(f"JAX does not start here: {_last_line(done.stderr)}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -118,7 +141,8 @@ def _environment(memory: float | None = None) -> dict[str, str]:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if memory is not None:
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory)
+        environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX takes one of them
+        environment["XLA_CLIENT_MEM_FRACTION"] = str(memory)
     return environment
 
 
@@ -126,9 +150,9 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")[:300]
 
 
-def _table(name: str, rows: list[Row], seconds: float, problem: str | None) -> str:
+def _table(name: str, rows: list[Row], seconds: float) -> str:
     """A part's results, those with the same columns together."""
-    lines = [f"\n{name} ({seconds:.0f} s)" + (f": {problem}" if problem else "")]
+    lines = [f"\n{name} ({seconds:.0f} s)"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if "error" not in row:

@@ -13,7 +13,7 @@ import numpy as np
 from default_moe.bench.accelerator import results as results_file
 from default_moe.bench.accelerator.ceilings import matmul_ceiling
 from default_moe.bench.accelerator.results import Results
-from default_moe.bench.accelerator.scale import scale
+from default_moe.bench.accelerator.scale import Scale, scale
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.bench.workload import LayerShape
@@ -27,15 +27,15 @@ def measure(results: Results, folder: Path) -> None:
     s = scale()
     ceiling = matmul_ceiling(results_file.read(folder))
     for shape in dict.fromkeys((s.layers[0], s.layers[-1])):
-        arrays = _arrays(shape, s.dtype)
         for kind in _KINDS:
             for name, kernel, options in _kernels():
                 results.guarded(
                     f"{shape}, {kind}, {name}",
-                    functools.partial(_time, kernel, options, kind, shape, arrays, s.rounds, ceiling),
+                    functools.partial(_time, kernel, options, kind, shape, s, ceiling),
                 )
 
 
+@functools.cache
 def _arrays(shape: LayerShape, dtype: str) -> dict[str, jax.Array]:
     """Rows [S, D] and [S, F], matrices [N, D, F] and the group sizes of uniformly drawn experts."""
     slots = shape.tokens * shape.top_k
@@ -50,13 +50,13 @@ def _arrays(shape: LayerShape, dtype: str) -> dict[str, jax.Array]:
 
 
 def _time(
-    kernel: Callable, options: dict[str, Any], kind: str, shape: LayerShape, arrays: dict[str, jax.Array], rounds: int,
-    ceiling: float | None,
-) -> Row:  # fmt: skip
+    kernel: Callable, options: dict[str, Any], kind: str, shape: LayerShape, s: Scale, ceiling: float | None
+) -> Row:
+    arrays = _arrays(shape, s.dtype)
     a, b = {"product": ("D", "matrices"), "rows' gradient": ("F", "matrices"), "matrices' gradient": ("D", "F")}[kind]
     dimensions = _KINDS[kind]
     function = jax.jit(lambda lhs, rhs, sizes: kernel(lhs, rhs, sizes, dimensions), compiler_options=options)
-    timing = time_alternately({"": lambda: function(arrays[a], arrays[b], arrays["sizes"])}, rounds)[""]
+    timing = time_alternately({"": lambda: function(arrays[a], arrays[b], arrays["sizes"])}, s.rounds)[""]
     flops = 2 * shape.tokens * shape.top_k * shape.d_model * shape.expert_dim / timing.seconds
     return {
         "ms": timing.seconds * 1e3,

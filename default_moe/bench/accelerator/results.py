@@ -23,7 +23,8 @@ class Results:
 
     def add(self, row: Row) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps({"part": self._part, **{k: _plain(v) for k, v in row.items()}}) + "\n")
+            # On a line of its own even if a process was killed while it wrote the last one.
+            file.write("\n" + json.dumps({"part": self._part, **{k: _plain(v) for k, v in row.items()}}))
 
     def guarded(self, name: str, measure: Callable[[], Row]) -> Row | None:
         """Add and return what `measure` gives, or say in a row called `name` why there is nothing, and return None."""
@@ -56,6 +57,5 @@ def read(folder: Path) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,23 +31,25 @@ def measure(results: Results) -> None:
     compared = False
     for sequences, remat in scale().attempts:
         name = f"{sequences} sequences, remat={remat}"
-        candidate = _attempt(results, name, step_config(sequences, remat))
-        if candidate and not compared:
+        made: list[StepCandidate] = []  # emptied before the next attempt: there is room for one state
+        if results.guarded(name, functools.partial(_attempt, made, step_config(sequences, remat))) and not compared:
             compared = True
-            results.guarded(f"Default MoE against top-k, {name}", functools.partial(_versus_topk, candidate))
-            for row in profile(candidate):
+            profiled: list[Row] = []
+            results.guarded(f"profile, {name}", functools.partial(_profile_into, profiled, made[0]))
+            for row in profiled:
                 results.add({"name": row.pop("kernel"), **row})
+            results.guarded(f"Default MoE against top-k, {name}", functools.partial(_versus_topk, made.pop()))
 
 
-def _attempt(results: Results, name: str, config: Config) -> StepCandidate | None:
-    """The step of `config`, timed; None if it failed."""
-    made: list[StepCandidate] = []
+def _attempt(made: list[StepCandidate], config: Config) -> Row:
+    """The step of `config`, timed, and left in `made`."""
+    made.append(StepCandidate(config, *_work(config), devices=jax.devices()[:1]))
+    return _timed(made[0])
 
-    def measure() -> Row:
-        made.append(StepCandidate(config, *_work(config)))
-        return _timed(made[0])
 
-    return made[0] if results.guarded(name, measure) else None
+def _profile_into(rows: list[Row], candidate: StepCandidate) -> Row:
+    rows += profile(candidate)
+    return {"kernels' ms": sum(row["ms"] for row in rows), "kernels": len(rows)}
 
 
 def _work(config: Config) -> tuple[Batch, int]:
@@ -59,24 +61,23 @@ def _timed(candidate: StepCandidate) -> Row:
     config = candidate.program.config
     timing = time_alternately({"": candidate.step}, _STEPS)[""]
     tokens_per_second = config.train.batch_size * config.train.sequence_length / timing.seconds
-    stats = jax.devices()[0].memory_stats() or {}
     return {
         "step ms": timing.seconds * 1e3,
         "tokens/s": tokens_per_second,
-        "MFU": model_flops_utilization(config, candidate.program.vocab_size, tokens_per_second),
+        "MFU": model_flops_utilization(config, candidate.program.vocab_size, tokens_per_second, 1),
         "compile s": candidate.compile_seconds,
         "experts by": candidate.program.matmul,
         "attention by": candidate.program.attention,
         "state GiB": candidate.memory.state / 2**30,
         "temporaries GiB": candidate.memory.temporaries / 2**30,
-        "peak GiB": stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None,
+        "peak GiB": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,  # so far
     }
 
 
 def _versus_topk(default: StepCandidate) -> Row:
     """Both routers alternately, step by step on the same parameters: there need not be room for two states."""
     config = default.program.config
-    program = Program(with_router(config, "topk"), default.program.vocab_size)
+    program = Program(with_router(config, "topk"), default.program.vocab_size, jax.devices()[:1])
     topk = program.compile_train_step(jax.tree.map(lambda a: a[:1], _work(config)[0]))
     vectors = default.state.variables
 
