@@ -19,7 +19,7 @@ from default_moe import sharding
 from default_moe.block_experts import block_experts, block_rows
 from default_moe.config import ConfigError, MoEConfig
 from default_moe.default_vectors import combine, update_ema
-from default_moe.grouped_matmul import group_alignment, largest_block, resolve_backend
+from default_moe.grouped_matmul import group_alignment, largest_block, resolve_backend, slots_multiple
 from default_moe.routing import Layout, active_experts, choice_weights, group_by_expert
 from default_moe.sorted_experts import sorted_experts
 from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights
@@ -145,7 +145,7 @@ def _device_share(
     first = jax.lax.axis_index(expert_axes) * num_experts if expert_axes else 0
     probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if expert_axes else probs_TN
 
-    layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend))
+    layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend), slots_multiple(backend))
     weight_TK = choice_weights(probs_TM, layout.expert_TK)
     active_TM = active_experts(layout.expert_TK, num_experts)
     counted_TM = counted_TK = None
@@ -180,7 +180,7 @@ def run_experts(
 ) -> tuple[Array, Array | None]:
     """What `block_experts` gives, which says what arguments and results are, by any backend.
 
-    The layout has the backend's `group_alignment`; num_experts: N, over which the assignments are spread.
+    The layout has the backend's `group_alignment` and `slots_multiple`. num_experts: N, over which assignments spread.
     """
     if backend == "blocks":
         rows = block_rows(layout.slot_TK.size, num_experts, largest_block())

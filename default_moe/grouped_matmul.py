@@ -81,6 +81,11 @@ def group_alignment(backend: str) -> int:
     return 1 if backend == "blocks" else 8
 
 
+def slots_multiple(backend: str) -> int:
+    """What the number of all rows is a multiple of: kernels may take them in tiles of as many."""
+    return 128 if backend == "tokamax" else group_alignment(backend)
+
+
 def largest_block() -> int:
     """Rows of a block for "blocks": what stays in a CPU's cache, elsewhere what keeps an accelerator busy."""
     return 576 if platform() == "cpu" else 2048

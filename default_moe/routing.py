@@ -67,23 +67,20 @@ class Layout(NamedTuple):
     group_sizes_M: Array
 
 
-# Kernels on accelerators take rows in tiles of up to as many.
-_SLOTS = 128
-
-
-def group_by_expert(expert_TK: Array, num_experts: int, align: int) -> Layout:
+def group_by_expert(expert_TK: Array, num_experts: int, align: int, multiple: int = 1) -> Layout:
     """Lay out assignments by expert. No assignment is ever dropped, however unbalanced the routing.
 
     Args:
       expert_TK: int32 [T, K], expert of each assignment, 0 <= e < num_experts; any other value is held elsewhere.
       num_experts: M.
-      align: each group's number of slots is a multiple of this, a divisor of 128. If not 1, S is a multiple of 128.
+      align: each group's number of slots is a multiple of this.
+      multiple: so is S of this, a multiple of `align`, unless that is 1.
     """
     shape_TK = expert_TK.shape
     num_assignments = expert_TK.size
     num_slots = num_assignments
     if align > 1:
-        num_slots = _round_up(num_assignments + num_experts * (align - 1), _SLOTS)
+        num_slots = _round_up(num_assignments + num_experts * (align - 1), max(align, multiple))
     here = (expert_TK >= 0) & (expert_TK < num_experts)
     expert_TK = jnp.where(here, expert_TK, num_experts)
     expert_A = expert_TK.reshape(-1)

@@ -37,7 +37,7 @@ def sorted_experts(
 ) -> tuple[Array, Array | None]:
     """What `block_experts` gives, which says what arguments and results are.
 
-    align: of the layout, a divisor of 128.  backend: one of `grouped_matmul`.
+    align: of the layout.  backend: one of `grouped_matmul`.
     """
 
     def product(lhs_SD: Array, rhs_MDF: Array) -> Array:

@@ -75,7 +75,8 @@ def save_steps(workdir: Path, *steps: int, keep_last: int = 9) -> None:
 
 
 def biggest_file(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    """Of the arrays: what they compress to decides whether they are larger than the manifest."""
+    return max((path for path in folder.rglob("state/**/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def folder_content(folder: Path) -> dict[str, bytes]:

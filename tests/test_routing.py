@@ -91,8 +91,8 @@ def test_nothing_kept_gives_zero_not_nan():
 
 
 @functools.cache
-def layout_of(num_experts: int, align: int):
-    return jax.jit(lambda expert: routing.group_by_expert(expert, num_experts, align))
+def layout_of(num_experts: int, align: int, multiple: int = 1):
+    return jax.jit(lambda expert: routing.group_by_expert(expert, num_experts, align, multiple))
 
 
 def check_layout(expert_TK: np.ndarray, num_experts: int, align: int) -> None:
@@ -195,3 +195,10 @@ def test_sorting_places_by_value_is_stable(num_values):
     values = np.random.default_rng(0).integers(min(num_values, 7), size=41).astype(np.int32)
     order = routing._stable_argsort(jnp.asarray(values), num_values)
     np.testing.assert_array_equal(order, np.argsort(values, kind="stable"))
+
+
+def test_the_number_of_slots_is_the_multiple_that_is_asked_for():
+    """26 assignments and up to 7 rows of padding for each of 3 experts are 47: 48 by eights, 128 by 128."""
+    expert_TK = jnp.zeros((13, 2), jnp.int32)
+    assert [len(layout_of(3, 8, multiple)(expert_TK).assignment_S) for multiple in (1, 8, 128)] == [48, 48, 128]
+    assert len(layout_of(3, 1)(expert_TK).assignment_S) == 26

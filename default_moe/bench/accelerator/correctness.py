@@ -14,7 +14,7 @@ from default_moe.bench.report import Row
 from default_moe.bench.workload import LayerShape
 from default_moe.config import MATMUL_BACKENDS
 from default_moe.experts import run_experts
-from default_moe.grouped_matmul import available_backends, group_alignment, resolve_backend
+from default_moe.grouped_matmul import available_backends, group_alignment, resolve_backend, slots_multiple
 from default_moe.routing import group_by_expert
 from default_moe.swiglu import ExpertWeights
 
@@ -56,7 +56,7 @@ def _check(shape: LayerShape, backend: str, dtype: str, seed: int) -> Row:
 
     @jax.jit
     def both(x: Any, weight: Any, weights: ExpertWeights) -> Any:
-        layout = group_by_expert(jnp.asarray(index), num_experts, group_alignment(backend))
+        layout = group_by_expert(jnp.asarray(index), num_experts, group_alignment(backend), slots_multiple(backend))
 
         def objective(x: Any, weight: Any, weights: ExpertWeights) -> Any:
             y, sums = run_experts(x, weight, weight, weights, layout, num_experts, backend)
