@@ -142,8 +142,14 @@ def test_the_inputs_would_show_statistics_of_one_device():
     assert np.abs(local - whole.ema).max() > 1e-3 * np.abs(whole.ema).max()
 
 
-@pytest.mark.parametrize("matmul", MATMUL_BACKENDS)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes,matmul",
+    [
+        *((sizes, matmul) for sizes in MESHES for matmul in ("ragged", "blocks")),
+        *((m, "tokamax") for m in MESHES[:3:2]),
+    ],
+    ids=str,
+)
 def test_every_mesh_equals_the_loops(sizes, matmul):
     check_step(mesh_of(sizes), make_config(matmul=matmul))
 
@@ -251,7 +257,7 @@ def test_no_token_leaves_its_device_without_an_expert_axis(matmul):
         assert {math.prod(shape) for shape in shapes} <= weights, line
 
 
-@pytest.mark.parametrize("matmul", MATMUL_BACKENDS)
+@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 1, 4), (1, 1, 8)], ids=str)
 def test_tokens_are_gathered_over_the_expert_axis_alone(sizes, matmul):
     size = sizes[2]
@@ -263,7 +269,7 @@ def test_tokens_are_gathered_over_the_expert_axis_alone(sizes, matmul):
     assert not exchanges(sizes, matmul, "collective-permute")
 
 
-@pytest.mark.parametrize("matmul", MATMUL_BACKENDS)
+@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_sorting_and_choosing_stay_within_a_device_and_its_expert_group(sizes, matmul):
     """A device sorts and chooses for its own eighth of the tokens, times the devices along the expert axis."""
