@@ -105,8 +105,8 @@ def make_train_step(
         old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
         new = {**update(old, grads), "variables": result.variables}
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new)
-        # The update is computed once more, in place, now that it is known to be good. Kept until then it would take
-        # the memory of a second state; without the barrier XLA would do just that.
+        # The update is computed once more, now that it is known to be good. On GPU and TPU that saves the memory in
+        # which XLA would keep most of a second state until then, which it does without the barrier.
         good, old, grads = jax.lax.optimization_barrier((good, old, grads))
         new |= update(old, grads)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

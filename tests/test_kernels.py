@@ -66,7 +66,9 @@ def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(mo
         check(lhs, rhs, [8, 0, 16, 8], g, "tokamax")
     messages = [str(w.message) for w in caught if "tokamax" in str(w.message)]
     assert len(messages) == 1
-    assert "no kernel for float32 [40, 5] x [4, 5, 3] here (" in messages[0]
+    # The second is what a version says that has no Triton kernels without triton.
+    reasons = ("Not supported on cpu.", "Unknown implementation: triton")
+    assert any(f"no kernel for float32 [40, 5] x [4, 5, 3] here ({reason})" in messages[0] for reason in reasons)
     assert "jax.lax.ragged_dot computes this product" in messages[0]
 
 
