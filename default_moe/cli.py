@@ -12,33 +12,44 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from default_moe import distributed
 from default_moe.config import Config
 from default_moe.config_dict import to_config_dict
-from default_moe.errors import CheckpointError, ConfigError, TrainingFailed
+from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed
 from default_moe.huge_pages import restart_with_huge_pages
 
 BAD_INPUT = 2
 _FILE_FLAGS = ("--config=", "-config=")
 
 
-def run(main: Callable[[list[str]], int]) -> None:
+def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
     """Run a program on the command line's arguments and exit with its code.
 
-    Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130.
+    many_processes: join those that were started with this one, by flags or on a cluster.
+    Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130; all processes do if one does.
     """
     if main.__module__ == "__main__":
         restart_with_huge_pages()
     sys.argv = _file_first(sys.argv)  # where config_flags looks too
     try:
+        if many_processes:
+            _join_processes(sys.argv)
         code = main(sys.argv)
+        distributed.finish()
     except (ConfigError, CheckpointError, flags.Error) as error:
         code = _report(error, BAD_INPUT)
     except TrainingFailed as error:
         code = _report(error, 1)
+    except AnotherProcessFailed:
+        distributed.end_after_another()
     except KeyboardInterrupt:
         _report(KeyboardInterrupt("interrupted; the same command starts again or goes on"), 128 + signal.SIGINT)
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)  # an orderly exit crashes if a compilation was interrupted
+    except Exception as error:
+        if not distributed.several():
+            raise
+        distributed.fail_after(error)
     sys.exit(code)
 
 
@@ -99,6 +110,21 @@ def config_name(argv: list[str], default: str) -> str:
     return Path((names or [default])[-1].split(":")[0]).stem
 
 
+def _join_processes(argv: list[str]) -> None:
+    """Start as one of several processes if `argv` or a cluster says so. Raises ConfigError or flags.Error."""
+    # Parsed before all others, so that what is wrong with those in one process can be told to the other processes.
+    own = flags.FlagValues()
+    for values in (own, flags.FLAGS):
+        to: dict[str, Any] = {"flag_values": values, "module_name": argv[0]}
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, any free port, if no cluster tells it.", **to)
+        flags.DEFINE_integer("num_processes", None, "How many processes train as one, with --coordinator.", **to)
+        flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", **to)
+        flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes at the start.", 1, **to)
+    own.set_gnu_getopt(True)
+    own(argv, known_only=True)
+    distributed.start(own.coordinator, own.num_processes, own.process_id, own.start_timeout)
+
+
 def _file_first(argv: list[str]) -> list[str]:
     """`argv` with its --config=FILE (or --config FILE) before all else: config_flags takes overrides after it only."""
     joined: list[str] = []
@@ -134,5 +160,7 @@ def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
 def _report(error: BaseException, code: int) -> int:
     # A ConfigError raised in a config file reaches us inside absl's error, after the traceback of the file.
     message = str(error).rstrip().rsplit("ConfigError: ", 1)[-1]
+    if distributed.several():
+        distributed.fail(message, code)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code

@@ -11,3 +11,11 @@ class CheckpointError(RuntimeError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on. The last checkpoint is intact."""
+
+
+class AnotherProcessFailed(RuntimeError):
+    """One of the processes that train as one has failed, so this one cannot go on. code: what all exit with."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line)
+        self.code = code
