@@ -26,13 +26,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from default_moe import distributed
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
+from default_moe.errors import TrainingFailed
 from default_moe.files import find_damage, io_failure, sync_folder, write_atomically, write_manifest
 
 BEST_METRIC = "eval/loss"
@@ -80,7 +80,9 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        # What others of several processes have no part in any more is not waited for.
+        if error is None or not distributed.several():
+            self.close()
 
     def close(self) -> None:
         """Waits for the save under way, then frees Orbax's threads."""
@@ -103,11 +105,12 @@ class CheckpointStore:
         meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept.
         Waits for the save before this one. Returns whether a save was started: not if the step is there and whole,
         nor if it failed at once. An input/output error is reported and sets `needs_retry`; any other error is raised.
+        With several processes an input/output error raises TrainingFailed: the others may wait for this one.
         """
         if self._read_only:
             raise ValueError("this CheckpointStore is read-only")
         self.wait()
-        if _process_zero_says(jax.process_index() == 0 and self._has_whole(step)):
+        if distributed.share(jax.process_index() == 0 and self._has_whole(step))[0]:
             return False
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -128,19 +131,17 @@ class CheckpointStore:
         return True
 
     def wait(self) -> None:
-        """Returns when no save is under way: the last one is whole on the disk, or has failed.
-
-        With several processes, the first one may still be writing digests when the others return.
-        """
+        """Returns when no save is under way, in no process: the last one is whole on the disk, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             self._settle()
+            distributed.wait_for_all()
 
     @property
     def needs_retry(self) -> bool:
-        """Whether the last save failed. Always False with several processes: they retry when the next save is due."""
-        if jax.process_count() > 1:
+        """Whether the last save failed. Always False with several processes, which do not outlive that."""
+        if distributed.several():
             return False
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
@@ -176,6 +177,11 @@ class CheckpointStore:
         reason = io_failure(error)
         if reason is None:
             raise error
+        if distributed.several():
+            raise TrainingFailed(
+                f"the checkpoint of step {self._saving} could not be saved ({reason}): make room, and "
+                + distributed.GOES_ON
+            )
         self._report(f"checkpoint of step {self._saving} not saved ({reason}): training goes on, the save is retried")
 
     def _delete_old(self) -> None:
@@ -246,9 +252,9 @@ class CheckpointStore:
 
     def _newest_whole(self) -> int | None:
         """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
-        found = -1
-        steps = self.steps()
+        found, steps = None, []
         if jax.process_index() == 0:
+            steps = self.steps()
             damaged = []
             for step in reversed(steps):
                 problem = find_damage(self._folder(step))
@@ -258,13 +264,13 @@ class CheckpointStore:
                     break
                 damaged.append(step)
                 self._report(f"checkpoint of step {step} is damaged ({problem}): trying the one before")
-            if found >= 0 and not self._read_only:
+            if found is not None and not self._read_only:
                 for step in damaged:
                     self._move_aside(step)
-        found = _process_zero_says(found)
-        if found < 0 and steps:
+        found, some = distributed.share([found, bool(steps)])[0]
+        if found is None and some:
             raise self._none_whole()
-        return found if found >= 0 else None
+        return found
 
     def _check_step(self, step: int, names: list[str] | None = None) -> None:
         steps = self.steps()
@@ -323,13 +329,6 @@ class CheckpointStore:
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs each failure as several pages of traceback; the store reports it in a line."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _process_zero_says(value: Any) -> Any:
-    """`value` (bool or int) as process 0 has it."""
-    if jax.process_count() == 1:
-        return value
-    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -306,6 +306,8 @@ class MeshConfig:
 class CheckpointConfig:
     """Save every every_steps steps and every every_minutes minutes (0: not by the clock) and at the end.
 
+    With several processes the clock is looked at when a step is logged.
+
     keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss of those steps that were
     both evaluated and saved.
     """

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from default_moe import distributed
 from default_moe.checkpoint import CheckpointStore
-from default_moe.config import Config, ConfigError
+from default_moe.config import Config, ConfigError, flat_items
 from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.evaluation import Evaluation, evaluate
 from default_moe.files import write_atomically
 from default_moe.generate import sample_text
+from default_moe.metrics import Progress
 from default_moe.program import Program
 
 
@@ -27,16 +29,22 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
 
     Returns:
       the exit code, 0. Raises ConfigError or CheckpointError on bad input.
+
+    With several processes only the first one prints and writes.
     """
+    say = Progress(0).message
     with CheckpointStore(workdir, read_only=True) as store:
         meta = store.read_meta(step)
         saved = Config.from_mapping(meta["config"])
         whole_split = dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, num_batches=0))
         config = override(whole_split)
+        asked = {"--workdir": str(workdir.absolute()), "--step": step, "--prompt": prompt}
+        distributed.check_same_start({**asked, **dict(flat_items(config.to_dict()))})
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        data = open_data(config.data, tokenizer=tokenizer)
+        data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
+        distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
         if data.corpus_hash != meta["corpus_hash"]:
-            print("note: this is not the text that the run was trained on, or another version of it", flush=True)
+            say("note: this is not the text that the run was trained on, or another version of it")
         program = Program(config, tokenizer.vocab_size, training=False)
         state = program.abstract_state()
         wanted = {"params": state.params, "variables": state.variables}
@@ -45,8 +53,10 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
     result = evaluate(program, restored["params"], restored["variables"], rows, config.eval.num_batches)
     prompt = config.eval.prompt if prompt is None else prompt
     text = sample_text(program, restored["params"], restored["variables"], tokenizer, prompt)
-    print(_table(result, step, config))
-    print(f"\nfrom the prompt {prompt!r}:\n{text}")
+    say(_table(result, step, config))
+    say(f"\nfrom the prompt {prompt!r}:\n{text}")
+    if distributed.process_index() > 0:
+        return 0
     path = workdir / "eval" / f"step_{step}.json"
     report = _finite_or_null({"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text})
     try:
@@ -54,7 +64,7 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
         write_atomically(path, json.dumps(report, indent=1))
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {path}: {error.strerror}") from error
-    print(f"\nwritten to {path}", flush=True)
+    say(f"\nwritten to {path}")
     return 0
 
 

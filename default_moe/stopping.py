@@ -1,14 +1,18 @@
-"""Being asked to stop: SIGTERM and Ctrl-C end a run after the step under way, its state saved."""
+"""Being asked to stop: SIGTERM and Ctrl-C end a run after the step under way, its state saved.
+
+With several processes JAX's runtime takes SIGTERM, tells all of them, and finds a step after which all can stop.
+"""
 
 import contextlib
+import os
 import signal
 import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import jax
-import numpy as np
 from jax.experimental import multihost_utils
+
+from default_moe import distributed
 
 
 class StopRequest:
@@ -19,7 +23,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if distributed.several():
+            distributed.listen_for_sigterm()  # a handler of Python's would take its place
+        for number in (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -32,22 +38,19 @@ class StopRequest:
         """What the process should exit with: 0 after SIGTERM (all is saved), 130 after Ctrl-C, 0 without either."""
         return 130 if self._signal == signal.SIGINT else 0
 
-    def received(self) -> bool:
-        """Whether any process was asked to stop; the same answer in all of them."""
-        return any_process(self._signal != 0)
+    def received(self, step: int) -> bool:
+        """Whether to stop after `step`, since a process was asked to; the same answer in all. To be asked each step."""
+        if distributed.several():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal != 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT and self._signal:
             raise KeyboardInterrupt
         self._signal = number
+        if distributed.several():
+            os.kill(os.getpid(), signal.SIGTERM)
         name = signal.Signals(number).name
         with contextlib.suppress(RuntimeError):  # where it interrupts another print to the same stream
             print(f"{name} received: the step under way is finished and saved", file=sys.stderr, flush=True)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process. With several, all must call this at the same point."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from default_moe import distributed
 from default_moe.checkpoint import CheckpointStore
-from default_moe.config import Config
+from default_moe.config import Config, flat_items
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
-from default_moe.errors import ConfigError, TrainingFailed
+from default_moe.errors import AnotherProcessFailed, ConfigError, TrainingFailed
 from default_moe.evaluation import evaluate
 from default_moe.generate import sample_text
 from default_moe.hardware import peak_flops
@@ -20,7 +21,7 @@ from default_moe.memory import out_of_memory_in_one_line, step_memory
 from default_moe.metrics import MetricsWriter, Progress
 from default_moe.model_size import parameter_counts, train_flops_per_token
 from default_moe.program import Program, mesh_for
-from default_moe.stopping import StopRequest, any_process
+from default_moe.stopping import StopRequest
 from default_moe.train_state import TrainState
 from default_moe.train_step import Batch
 from default_moe.workdir import Run, check_ours, open_run
@@ -35,14 +36,17 @@ def train(config: Config, workdir: Path) -> int:
     Raises:
       ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
     """
+    distributed.check_same_start({"--workdir": str(workdir.absolute()), **dict(flat_items(config.to_dict()))})
     progress = Progress(config.train.num_steps)
     mesh_for(config)  # this and the next fail early, before any data is prepared
     check_ours(workdir)
-    data = open_data(config.data, progress.message)
+    data = distributed.in_turn(lambda: open_data(config.data, progress.message))
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
     program = Program(config, data.tokenizer.vocab_size)
     identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
+    names = ("corpus_hash", "vocab_size", "tokenizer_hash")
+    distributed.check_same(dict(zip(names, identity, strict=True)), "data must be the same on every host")
     with (
         open_run(workdir, config, *identity) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
@@ -81,11 +85,12 @@ def train(config: Config, workdir: Path) -> int:
 
 
 def _compile(program: Program, rows: Rows, run: Run, progress: Progress) -> Any:
-    """The training step. Raises ConfigError, leaving no new run behind, if it does not fit the memory of a device."""
+    """The training step. Raises, leaving no new run behind, if it does not fit the memory of a device."""
     began = time.monotonic()
     try:
         train_step = program.compile_train_step(rows.batch(0, 1))
-    except ConfigError:
+        distributed.wait_for_all()
+    except (ConfigError, AnotherProcessFailed):
         run.discard()
         raise
     seconds = time.monotonic() - began
@@ -134,15 +139,12 @@ class _Loop:
                 self.progress.step(step)
 
                 finished = step == train.num_steps
-                stopping = stop.received()
+                stopping = stop.received(step)
                 if finished or step % config.eval.every_steps == 0:
                     self._record(*pending)
                     pending = None
                     held_out = self._evaluate(state, step)
-                minutes_due = config.checkpoint.every_minutes and any_process(
-                    time.monotonic() - last_save > 60 * config.checkpoint.every_minutes
-                )
-                due = step % config.checkpoint.every_steps == 0 or minutes_due
+                due = step % config.checkpoint.every_steps == 0 or self._minutes_are_over(step, last_save)
                 if finished or stopping or due or (step % train.log_every_steps == 0 and self.store.needs_retry):
                     if pending:
                         self._record(*pending)
@@ -159,6 +161,13 @@ class _Loop:
             speed = steps_per_second * batch_size * train.sequence_length
             self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
         return state, finished
+
+    def _minutes_are_over(self, step: int, last_save: float) -> bool:
+        """Whether checkpoint.every_minutes have passed: by process 0's clock, looked at when a step is logged."""
+        config = self.program.config
+        if not config.checkpoint.every_minutes or (distributed.several() and step % config.train.log_every_steps):
+            return False
+        return distributed.share(time.monotonic() - last_save > 60 * config.checkpoint.every_minutes)[0]
 
     def _make_sure_of_the_last_save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
         """Wait for it, and try once more if it failed. Raises TrainingFailed if it cannot be saved."""

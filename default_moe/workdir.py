@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import Any, Self
 
 import jax
 
+from default_moe import distributed
 from default_moe.config import Config, ConfigError, flat_items
 from default_moe.files import write_atomically
 
 RUN_FILE = "run.json"
 _FORMAT = 1
+_UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
 _MAY_CHANGE = (
     "model.attention",
     "model.remat",
@@ -87,13 +90,14 @@ def open_run(
 
     tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
     Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
-    trains in it, or if it cannot be written. With several processes only the first one locks and writes.
+    trains in it, or if it cannot be written. With several processes only the first one locks and writes; the others
+    raise it if they do not see what that one wrote.
     """
     folder = Path(workdir).absolute()
+    if distributed.process_index() > 0:
+        return _join_run(folder)
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
     resumed, notes = _compare(folder, config, identity)
-    if jax.process_index() > 0:
-        return Run(folder, resumed, notes)
     lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,7 @@ def open_run(
         if not resumed or notes:
             content = {"format": _FORMAT, **identity, "config": config.to_dict(), "versions": _versions()}
             write_atomically(folder / RUN_FILE, json.dumps(content, indent=1))
+        distributed.share((folder / RUN_FILE).read_text())
     except BaseException as error:
         if lock is not None:
             os.close(lock)
@@ -111,6 +116,27 @@ def open_run(
             ) from error
         raise
     return Run(folder, resumed, notes, lock)
+
+
+def _join_run(folder: Path) -> Run:
+    """The run that process 0 opens. Raises ConfigError if it is not to be seen in `folder`."""
+    written = distributed.share("")[0]
+    last = time.monotonic() + _UNTIL_SEEN
+    while _text(folder / RUN_FILE) != written:
+        if time.monotonic() > last:
+            raise ConfigError(
+                f"the work directory {folder} does not hold the {RUN_FILE} that process 0 wrote there: choose a "
+                "--workdir on a file system that all hosts share"
+            )
+        time.sleep(0.5)
+    return Run(folder, resumed=True, notes=[])
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple[bool, list[str]]:

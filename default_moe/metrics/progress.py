@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from default_moe import distributed
+
 _SHOWN = (
     ("train/loss", "loss {:.4f}"),
     ("train/bits_per_byte", "bits/byte {:.2f}"),
@@ -17,18 +19,20 @@ _SHOWN = (
 class Progress:
     """Shows how far a run of `total_steps` has come, from `start` on. Before that it prints messages alone.
 
-    The time left is reckoned from the steps after the first, which compiles.
+    The time left is reckoned from the steps after the first, which compiles. With several processes only the first one
+    shows anything.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total = total_steps
         self._stream = stream or sys.stdout
+        self._active = distributed.process_index() == 0
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
 
     def start(self, step: int) -> None:
         """Begins after `step`, with a bar if the stream is a terminal that has a width."""
-        if self._stream.isatty() and shutil.get_terminal_size(fallback=(0, 0)).columns:
+        if self._active and self._stream.isatty() and shutil.get_terminal_size(fallback=(0, 0)).columns:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -61,7 +65,7 @@ class Progress:
         """Prints lines of text, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
-        else:
+        elif self._active:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
