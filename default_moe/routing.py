@@ -80,7 +80,7 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int, multiple: in
     num_assignments = expert_TK.size
     num_slots = num_assignments
     if align > 1:
-        num_slots = _round_up(num_assignments + num_experts * (align - 1), max(align, multiple))
+        num_slots = round_up(num_assignments + num_experts * (align - 1), max(align, multiple))
     here = (expert_TK >= 0) & (expert_TK < num_experts)
     expert_TK = jnp.where(here, expert_TK, num_experts)
     expert_A = expert_TK.reshape(-1)
@@ -88,7 +88,7 @@ def group_by_expert(expert_TK: Array, num_experts: int, align: int, multiple: in
     rank_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(num_assignments, dtype=order_A.dtype))
     # Where each expert's assignments start among the sorted ones, and where its slots do.
     sorted_start_M = jnp.searchsorted(expert_A[order_A], jnp.arange(num_experts + 1)).astype(jnp.int32)
-    sizes_M = _round_up(jnp.diff(sorted_start_M), align)
+    sizes_M = round_up(jnp.diff(sorted_start_M), align)
     slot_start_M = jnp.cumsum(sizes_M) - sizes_M
     shift_M = jnp.append(slot_start_M - sorted_start_M[:-1], 0)
     slot_A = jnp.where(expert_A < num_experts, rank_A + shift_M[expert_A], num_slots)
@@ -106,7 +106,8 @@ def _stable_argsort(values_A: Array, num_values: int) -> Array:
     return jax.lax.sort(values_A * size + jnp.arange(size, dtype=jnp.int32), is_stable=False) % size
 
 
-def _round_up(size: Any, multiple: int) -> Any:
+def round_up(size: Any, multiple: int) -> Any:
+    """The next multiple."""
     return -(-size // multiple) * multiple
 
 

@@ -39,19 +39,25 @@ def sorted_experts(
 
     align: of the layout.  backend: one of `grouped_matmul`.
     """
+    out_SD = row_experts(dispatch(x_TD, layout), weights, layout.group_sizes_M, backend)
+    sums_MD = None if counted_TK is None else counted_sums(out_SD, counted_TK, layout, align)
+    return weigh(out_SD, weight_TK, layout), sums_MD
+
+
+def row_experts(x_SD: Array, weights: ExpertWeights, group_sizes_M: Array, backend: str) -> Array:
+    """The expert of each row's group applied to it: [S, D], in the dtype of `x_SD`. Arguments as `grouped_matmul`'s."""
 
     def product(lhs_SD: Array, rhs_MDF: Array) -> Array:
-        return grouped_matmul(lhs_SD, rhs_MDF, layout.group_sizes_M, backend)
+        return checkpoint_name(grouped_matmul(lhs_SD, rhs_MDF, group_sizes_M, backend), EXPERT_PRODUCT)
 
-    x_SD = dispatch(x_TD, layout)
-    gate_SF = checkpoint_name(product(x_SD, weights.gate), EXPERT_PRODUCT)
-    up_SF = checkpoint_name(product(x_SD, weights.up), EXPERT_PRODUCT)
-    out_SD = checkpoint_name(product(swiglu_hidden(gate_SF, up_SF).astype(x_TD.dtype), weights.down), EXPERT_PRODUCT)
-    sums_MD = None
-    if counted_TK is not None:
-        counted_S = take_or_zeros(counted_TK.reshape(-1), layout.assignment_S)
-        sums_MD = _group_sums(jax.lax.stop_gradient(out_SD), counted_S, layout.group_sizes_M, align)
-    return weigh(out_SD, weight_TK, layout), sums_MD
+    hidden_SF = swiglu_hidden(product(x_SD, weights.gate), product(x_SD, weights.up))
+    return product(hidden_SF.astype(x_SD.dtype), weights.down)
+
+
+def counted_sums(out_SD: Array, counted_TK: Array, layout: Layout, align: int) -> Array:
+    """Per expert the sum of its outputs, each weighted by `counted_TK`: float32 [M, D], without a gradient."""
+    counted_S = take_or_zeros(counted_TK.reshape(-1), layout.assignment_S)
+    return _group_sums(jax.lax.stop_gradient(out_SD), counted_S, layout.group_sizes_M, align)
 
 
 @jax.custom_vjp
