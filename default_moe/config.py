@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 MATMUL_BACKENDS = ("blocks", "ragged", "tokamax")
+EXPERT_PARALLEL_FORMS = ("gather", "exchange")
 
 
 def _dtype_name(name: str, value: Any) -> str:
@@ -56,6 +57,8 @@ class MoEConfig:
       router and the default vectors are float32 always.
     matmul: how experts are computed, "blocks", "ragged" or "tokamax", see `grouped_matmul.py`; "auto" picks by
       platform.
+    expert_parallel: how devices that hold different experts share tokens, "gather" or "exchange", see
+      `expert_parallel.py`; "auto" picks by platform and by what is moved.
     """
 
     num_experts: int = 8
@@ -71,6 +74,7 @@ class MoEConfig:
     router_z_weight: float = 0.0
     dtype: str | None = None
     matmul: str = "auto"
+    expert_parallel: str = "auto"
 
     def __post_init__(self) -> None:
         check_at_least("moe.num_experts", self.num_experts, 1)
@@ -87,6 +91,7 @@ class MoEConfig:
         check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
         check_at_least("moe.router_z_weight", self.router_z_weight, 0)
         check_choice("moe.matmul", self.matmul, ("auto", *MATMUL_BACKENDS))
+        check_choice("moe.expert_parallel", self.expert_parallel, ("auto", *EXPERT_PARALLEL_FORMS))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _dtype_name("moe.dtype", self.dtype))
 

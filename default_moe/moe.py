@@ -9,7 +9,8 @@ from jax import Array
 
 from default_moe import routing
 from default_moe.config import MoEConfig
-from default_moe.experts import DefaultVectors, Routing, choose_experts, sparse_experts
+from default_moe.device_experts import DefaultVectors, Routing
+from default_moe.experts import choose_experts, sparse_experts
 from default_moe.sharding import with_axes
 from default_moe.swiglu import ExpertWeights
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from default_moe import sharding
 from default_moe.attention import attention_implementation
 from default_moe.config import Config, ConfigError
+from default_moe.expert_parallel import resolve_expert_parallel
 from default_moe.grouped_matmul import resolve_backend
 from default_moe.memory import check_fits, out_of_memory_in_one_line, step_memory
 from default_moe.optimizer import make_optimizer
@@ -50,6 +51,7 @@ class Program:
     Attributes:
       config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
       matmul, attention: how experts and attention are computed here, "auto" resolved.
+      expert_parallel: how tokens of training batches reach experts on other devices, None if experts are not split.
       num_batch_shards: devices that each hold a part of a batch.
       new_state: `()` to the state before the first step, every array created where it belongs.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
@@ -75,6 +77,10 @@ class Program:
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
+            microbatch_tokens = config.train.batch_size // config.train.grad_accum_steps * config.train.sequence_length
+            self.expert_parallel = resolve_expert_parallel(
+                config.moe, microbatch_tokens // self.num_batch_shards, config.model.d_model
+            )
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
         self.new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)

@@ -298,11 +298,12 @@ def _description(program: Program, data: Data) -> str:
     devices = jax.devices()
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     reading = measure_reading(data, config.train.sequence_length, config.train.batch_size, seconds=0.2)
+    form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
     return (
         f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
         f"router {config.moe.router!r}, {config.moe.num_experts} experts, top {config.moe.top_k}\n"
         f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
         f"tokens, read at {reading:,.0f} tokens/s\n"
-        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}, attention by "
-        f"{program.attention!r}"
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}{form}, "
+        f"attention by {program.attention!r}"
     )

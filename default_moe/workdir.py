@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "moe.load_balance_weight",
     "moe.router_z_weight",
     "moe.matmul",
+    "moe.expert_parallel",
     "data.files",  # the corpus hash says whether it is the same text
     "data.dir",
     "data.prefetch",

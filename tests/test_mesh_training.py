@@ -1,10 +1,12 @@
 """Training on eight devices is training on one."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
+from emulation import emulate_exchange
 from test_train_step import CONFIG, VOCAB, change, ema_of, make_batch
 
 from default_moe.config import ConfigError, MeshConfig
@@ -29,15 +31,15 @@ def train(mesh, num_devices, steps=20, **sections):
     return program, state, np.array(losses), np.array(balance)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return train(MeshConfig(1, 1, 1), 1)
+@functools.cache
+def trained(sizes):
+    return train(MeshConfig(*sizes), int(np.prod(sizes)))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 1, 8), (1, 8, 1)])
-def test_losses_vectors_and_balance_are_those_of_one_device(one_device, sizes):
-    _, state, losses, balance = train(MeshConfig(*sizes), 8)
-    _, expected_state, expected_losses, expected_balance = one_device
+def test_losses_vectors_and_balance_are_those_of_one_device(sizes):
+    _, state, losses, balance = trained(sizes)
+    _, expected_state, expected_losses, expected_balance = trained((1, 1, 1))
     np.testing.assert_allclose(losses[0], expected_losses[0], rtol=1e-6)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     np.testing.assert_allclose(balance, expected_balance, rtol=1e-4)
@@ -45,14 +47,20 @@ def test_losses_vectors_and_balance_are_those_of_one_device(one_device, sizes):
     np.testing.assert_allclose(ema_of(state), ema_of(expected_state), atol=1e-4 * scale)
 
 
-def test_accumulation_works_on_a_mesh():
+def test_accumulation_works_on_a_mesh(monkeypatch):
     single = train(MeshConfig(1, 1, 1), 1, steps=3, train={"grad_accum_steps": 2})
     spread = train(MeshConfig(1, 2, 2), 4, steps=3, train={"grad_accum_steps": 2})
     np.testing.assert_allclose(spread[2], single[2], rtol=1e-5)
+    emulate_exchange(monkeypatch)
+    sections = {"train": {"grad_accum_steps": 2}, "model": {"remat": "dots"}, "moe": {"expert_parallel": "exchange"}}
+    program, state, losses, _ = train(MeshConfig(1, 2, 2), 4, steps=3, **sections)
+    assert program.expert_parallel == "exchange"
+    np.testing.assert_allclose(losses, single[2], rtol=1e-5)
+    np.testing.assert_allclose(ema_of(state), ema_of(single[1]), atol=1e-5 * np.abs(ema_of(single[1])).max())
 
 
 def test_state_is_split_as_the_rules_say():
-    _, state, _, _ = train(MeshConfig(2, 2, 2), 8, steps=1)
+    _, state, _, _ = trained((2, 2, 2))
 
     def parts(array):
         """How many ways each axis is split."""
@@ -79,6 +87,7 @@ def test_state_is_split_as_the_rules_say():
         (MeshConfig(-1, 1, 1), {"train": {"batch_size": 16, "grad_accum_steps": 4}}, "grad_accum_steps is 4"),
         (MeshConfig(-1, 1, 1), {"eval": {"batch_size": 3}}, "eval.batch_size is 3"),
         (MeshConfig(-1, 1, 8), {"moe": {"num_experts": 6}}, "moe.num_experts is 6"),
+        (MeshConfig(-1, 1, 2), {"moe": {"expert_parallel": "exchange"}}, "moe.expert_parallel is 'exchange'"),
         (MeshConfig(-1, 8, 1), {"model": {"d_model": 36}}, "mesh.fsdp"),
         (MeshConfig(), {"model": {"vocab_size": 7}}, "model.vocab_size is 7"),
     ],

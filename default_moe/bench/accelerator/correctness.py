@@ -13,7 +13,7 @@ from default_moe.bench.accelerator.scale import scale
 from default_moe.bench.report import Row
 from default_moe.bench.workload import LayerShape
 from default_moe.config import MATMUL_BACKENDS
-from default_moe.experts import run_experts
+from default_moe.device_experts import run_experts
 from default_moe.grouped_matmul import available_backends, group_alignment, resolve_backend, slots_multiple
 from default_moe.routing import group_by_expert
 from default_moe.swiglu import ExpertWeights

@@ -1,0 +1,215 @@
+"""What one device computes of the sparse layer, and the collectives around it. Pure functions, run inside `shard_map`.
+
+`gathered_experts` serves one device and meshes of any kind, `exchanged_experts` only meshes that split experts, and
+tokens along with them; `expert_parallel.py` chooses. Sorting and gathering of rows never leave the device in either.
+The default vectors stay with their experts; across the other axes only their [M, D] sums and [M] weights are added up.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from default_moe.block_experts import block_experts, block_rows
+from default_moe.config import MoEConfig
+from default_moe.default_vectors import combine, update_ema
+from default_moe.exchange import exchange, received_slots, slices
+from default_moe.grouped_matmul import group_alignment, largest_block, slots_multiple
+from default_moe.routing import Layout, active_experts, choice_weights, dispatch, group_by_expert
+from default_moe.sorted_experts import counted_sums, row_experts, sorted_experts, weigh
+from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights
+
+
+class DefaultVectors(NamedTuple):
+    """Default vectors, and the sums since they were last updated, all float32.
+
+    ema: [M, D].  sum: [M, D], weighted expert outputs of the global batch.  weight: [M], the sum of those weights.
+    Sums are not empty at the start only when a batch is processed in several microbatches.
+    """
+
+    ema: Array
+    sum: Array
+    weight: Array
+
+
+class Routing(NamedTuple):
+    """probs: float32 [B, L, N].  expert_index: int32 [B, L, K].  mask: [B, L] or None, 0 where a token is no sample."""
+
+    probs: Array
+    expert_index: Array
+    mask: Array | None
+
+
+class Axes(NamedTuple):
+    """The mesh axes that tokens are split over, and those that experts are."""
+
+    tokens: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Those over which devices hold other tokens, but the same experts."""
+        return tuple(axis for axis in self.tokens if axis not in self.experts)
+
+
+def gathered_experts(
+    x_BLD: Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    defaults: DefaultVectors | None,
+    *,
+    axes: Axes,
+    config: MoEConfig,
+    backend: str,
+    update: bool,
+) -> tuple[Array, DefaultVectors | None]:
+    """`experts.sparse_experts` on one device: its tokens, its M experts.
+
+    If tokens are split over the expert axes too, they are gathered over them first and their outputs scattered after.
+    """
+    num_experts = weights.gate.shape[0]
+    gathered = bool(axes.experts) and set(axes.experts) <= set(axes.tokens)
+
+    def tokens(a: Array) -> Array:
+        return jax.lax.all_gather(_flat(a), axes.experts, tiled=True) if gathered else _flat(a)
+
+    x_TD, probs_TN, index_TK = (tokens(a) for a in (x_BLD, routing.probs, routing.expert_index))
+    mask_T = None if routing.mask is None else tokens(routing.mask)
+    weights = _varying(weights, axes.others)
+    if axes.experts and not gathered:
+        x_TD = jax.lax.pcast(x_TD, axes.experts, to="varying")
+    first = jax.lax.axis_index(axes.experts) * num_experts if axes.experts else 0
+    probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if axes.experts else probs_TN
+
+    layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend), slots_multiple(backend))
+    weight_TK = choice_weights(probs_TM, layout.expert_TK)
+    active_TM = active_experts(layout.expert_TK, num_experts)
+    counted_TM = counted_TK = None
+    if defaults is not None and update:
+        counted_TM = _counted_weights(probs_TM, active_TM, mask_T, config.ema_weighted, x_TD.dtype)
+        counted_TK = choice_weights(counted_TM, layout.expert_TK)
+    y_TD, sum_MD = run_experts(x_TD, weight_TK, counted_TK, weights, layout, config.num_experts, backend)
+    if defaults is not None and sum_MD is not None and counted_TM is not None:
+        defaults = _updated(defaults, sum_MD, counted_TM.sum(axis=0), axes, config)
+    if defaults is not None:
+        y_TD = combine(y_TD, probs_TM, jax.lax.stop_gradient(defaults.ema), active_TM, config.substitute)
+    if gathered:
+        y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)
+    elif axes.experts:
+        y_TD = jax.lax.psum(y_TD, axes.experts)
+    return y_TD.reshape(x_BLD.shape), defaults
+
+
+def exchanged_experts(
+    x_BLD: Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    defaults: DefaultVectors | None,
+    *,
+    axes: Axes,
+    config: MoEConfig,
+    backend: str,
+    update: bool,
+) -> tuple[Array, DefaultVectors | None]:
+    """`experts.sparse_experts` on one device: the choices of its tokens travel to their experts, and outputs back.
+
+    All but the experts themselves happens where the tokens are, over all N experts, sums for the default vectors
+    included: these are summed and scattered to the experts' devices, and the default vectors gathered to be used.
+    """
+    x_TD, probs_TN, index_TK = (_flat(a) for a in (x_BLD, routing.probs, routing.expert_index))
+    mask_T = None if routing.mask is None else _flat(routing.mask)
+    weights = _varying(weights, axes.others)
+    align = group_alignment(backend)
+    layout = group_by_expert(index_TK, config.num_experts, align)
+    sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
+    num_devices, device = len(sizes_GN), jax.lax.axis_index(axes.experts)
+    there, back = slices(sizes_GN, device)
+    sizes_M = sizes_GN.sum(axis=0).reshape(num_devices, -1)[device]
+    num_received = received_slots(
+        len(index_TK), config.top_k, len(sizes_M), num_devices, align, slots_multiple(backend)
+    )
+
+    # What arrives is named: recomputing it would send it again.
+    x_SD = dispatch(x_TD, layout)
+    x_QD = checkpoint_name(exchange(x_SD, there, back, num_received, axes.experts), EXPERT_PRODUCT)
+    if backend == "blocks":
+        rows = block_rows(num_devices * index_TK.size, config.num_experts, largest_block())
+        out_QD = _block_row_experts(x_QD, weights, sizes_M, rows)
+    else:
+        out_QD = row_experts(x_QD, weights, sizes_M, backend)
+    out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
+
+    y_TD = weigh(out_SD, choice_weights(probs_TN, index_TK), layout)
+    if defaults is not None:
+        active_TN = active_experts(index_TK, config.num_experts)
+        if update:
+            counted_TN = _counted_weights(probs_TN, active_TN, mask_T, config.ema_weighted, x_TD.dtype)
+            sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align)
+            sum_MD, weight_M = (
+                jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0))
+            )
+            defaults = _updated(defaults, sum_MD, weight_M, axes, config)
+        ema_ND = jax.lax.all_gather(jax.lax.stop_gradient(defaults.ema), axes.experts, tiled=True)
+        y_TD = combine(y_TD, probs_TN, checkpoint_name(ema_ND, EXPERT_PRODUCT), active_TN, config.substitute)
+    return y_TD.reshape(x_BLD.shape), defaults
+
+
+def run_experts(
+    x_TD: Array,
+    weight_TK: Array,
+    counted_TK: Array | None,
+    weights: ExpertWeights,
+    layout: Layout,
+    num_experts: int,
+    backend: str,
+) -> tuple[Array, Array | None]:
+    """What `block_experts` gives, which says what arguments and results are, by any backend.
+
+    The layout has the backend's `group_alignment` and `slots_multiple`. num_experts: N, over which assignments spread.
+    """
+    if backend == "blocks":
+        rows = block_rows(layout.slot_TK.size, num_experts, largest_block())
+        return block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
+    return sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, group_alignment(backend), backend)
+
+
+def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array, rows: int) -> Array:
+    """What `row_experts` gives, by `block_experts`, to which every row is a token that lies in its slot already."""
+    slot_Q = jnp.arange(len(x_QD), dtype=jnp.int32)
+    expert_Q = jnp.searchsorted(jnp.cumsum(group_sizes_M), slot_Q, side="right").astype(jnp.int32)
+    layout = Layout(slot_Q, slot_Q[:, None], expert_Q[:, None], group_sizes_M)
+    weight_Q1 = jnp.ones_like(x_QD, jnp.float32, shape=(len(x_QD), 1))
+    out_QD, _ = block_experts(x_QD, weight_Q1, None, weights, layout, rows)
+    return out_QD.astype(x_QD.dtype)
+
+
+def _flat(a: Array) -> Array:
+    """[B, L, ...] to [T, ...]."""
+    return a.reshape((-1, *a.shape[2:]))
+
+
+def _varying(weights: ExpertWeights, axes: tuple[str, ...]) -> Any:
+    """The weights, said to vary over these axes, so that their gradients are added up over them."""
+    return jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights) if axes else weights
+
+
+def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, axes: Axes, config: MoEConfig) -> DefaultVectors:
+    """The default vectors after a batch of which these sums are one device's, or one expert group's."""
+    if axes.others:
+        sum_MD, weight_M = jax.lax.psum((sum_MD, weight_M), axes.others)
+    sum_MD, weight_M = defaults.sum + sum_MD, defaults.weight + weight_M
+    # Named: recomputing it would take the products over again.
+    ema_MD = checkpoint_name(update_ema(defaults.ema, sum_MD, weight_M, config.ema_decay), EXPERT_PRODUCT)
+    return DefaultVectors(ema_MD, sum_MD, weight_M)
+
+
+def _counted_weights(
+    probs_TM: Array, active_TM: Array, mask_T: Array | None, weighted: bool, dtype: jnp.dtype
+) -> Array:
+    """float32 [T, M], how much each token's output of each expert counts in the moving average: 0 where inactive."""
+    counted_TM = active_TM if mask_T is None else active_TM & (mask_T != 0)[:, None]
+    weight_TM = jax.lax.stop_gradient(probs_TM) if weighted else jnp.ones_like(probs_TM)
+    # Rounded as in the sum of outputs: else the sum of the weights would not match the weighted sum.
+    return jnp.where(counted_TM, weight_TM.astype(dtype).astype(jnp.float32), 0)

@@ -1,0 +1,77 @@
+"""How experts over several devices are computed: the choice between two forms, and what each moves.
+
+  "gather"    Tokens are gathered over the expert axis, every device computes its own experts' part of their outputs,
+              and the parts are summed and scattered. On any platform.
+  "exchange"  Each choice of a token travels to the device that holds the expert, and its output back, by
+              `jax.lax.ragged_all_to_all`, which XLA has for TPUs and GPUs.
+
+`device_experts.py` computes both. Neither drops a token or gathers experts.
+"""
+
+import jax.numpy as jnp
+
+from default_moe import sharding
+from default_moe.config import MoEConfig
+from default_moe.errors import ConfigError
+from default_moe.hardware import is_nvidia, platform
+
+
+def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) -> str | None:
+    """ "gather" or "exchange" under the mesh in use, None if it does not split experts.
+
+    "auto" takes what moves less, where the platform has both.
+
+    num_tokens: T of a device.
+
+    Raises ConfigError if "exchange" was asked for by name and cannot be.
+    """
+    num_devices = sharding.num_shards("expert")
+    if num_devices == 1:
+        return None
+    missing = _exchange_is_missing()
+    if config.expert_parallel == "exchange" and missing:
+        raise ConfigError(f"moe.expert_parallel is 'exchange', but {missing}: use 'auto' or 'gather'")
+    if config.expert_parallel != "auto":
+        return config.expert_parallel
+    gather, exchange = (f(config, num_tokens, d_model, num_devices) for f in (gather_bytes, exchange_bytes))
+    return "gather" if missing or gather <= exchange else "exchange"
+
+
+def _exchange_is_missing() -> str | None:
+    """Why "exchange" cannot be under the mesh in use, None if it can."""
+    if not (platform() == "tpu" or is_nvidia()):
+        return f"XLA has the collective that it needs on TPUs and NVIDIA GPUs alone, and this is {platform()!r}"
+    if not tokens_are_split_over_experts():
+        return "mesh.rules do not split the batch over the axis that experts are split over"
+    return None
+
+
+def tokens_are_split_over_experts() -> bool:
+    """Whether devices that hold different experts hold different tokens, under the mesh in use."""
+    return set(sharding.mesh_axes("expert")) <= set(sharding.mesh_axes("batch"))
+
+
+def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
+    """What a device receives from the others along the expert axis, forward and backward.
+
+    Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
+    gradient, the float32 probabilities and their gradient, and the int32 choices.
+    """
+    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.top_k
+    return (num_devices - 1) * num_tokens * a_token
+
+
+def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
+    """What a device receives from the others along the expert axis, forward and backward, on the mean.
+
+    Of its own choices' rows, T K, and as many for its experts, the share that crosses, (G - 1) / G: each row, its
+    output, and the gradients of both, in the compute dtype. Of the float32 default vectors and their sums, N D each,
+    the same share. And G - 1 times the int32 sizes of N groups.
+    """
+    rows = 4 * num_tokens * config.top_k * d_model * _itemsize(config)
+    vectors = 2 * config.num_experts * d_model * 4 if config.router == "default" else 0
+    return (num_devices - 1) * ((rows + vectors) / num_devices + 4 * config.num_experts)
+
+
+def _itemsize(config: MoEConfig) -> int:
+    return jnp.dtype(config.dtype or "float32").itemsize
