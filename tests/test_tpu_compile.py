@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from default_moe import memory, program, sharding
 from default_moe.bench.candidate import random_batch
 from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.expert_parallel import exchange_bytes
 from default_moe.memory import step_memory
 from default_moe.moe import MoELayer
 from default_moe.program import Program
@@ -39,9 +40,9 @@ def tokamax_sees_a_tpu(devices, monkeypatch):
     monkeypatch.setattr(jax_backend, "get_default_device", lambda: devices[0])
 
 
-def compiled_layer(devices, mesh_config: MeshConfig, matmul: str):
+def compiled_layer(devices, mesh_config: MeshConfig, **fields):
     """The layer's gradient of a sum of squares, in bfloat16."""
-    layer = MoELayer(MoEConfig(num_experts=N, top_k=K, expert_dim=F, dtype="bfloat16", matmul=matmul))
+    layer = MoELayer(MoEConfig(num_experts=N, top_k=K, expert_dim=F, dtype="bfloat16", **fields))
     mesh = sharding.make_mesh(mesh_config, devices)
 
     def init():
@@ -73,26 +74,53 @@ PRODUCT = 2 * 1152 * D * F
 
 def test_tokamaxs_kernels_cost_what_the_active_experts_do(devices):
     """Its kernels say how many operations they take. Router and default vectors take 4 products of [T, D, N]."""
-    layer = compiled_layer(devices, MeshConfig(data=4), "auto")
+    layer = compiled_layer(devices, MeshConfig(data=4))
     assert layer.cost_analysis()["flops"] == pytest.approx(9 * PRODUCT, rel=0.05)
     assert "tpu_custom_call" in layer.as_text()
 
 
 def test_ragged_dot_computes_the_weights_gradients_with_all_experts(devices):
     """Six of the nine products are kernels of XLA's; the other three are masked products with all N."""
-    layer = compiled_layer(devices, MeshConfig(data=4), "ragged")
+    layer = compiled_layer(devices, MeshConfig(data=4), matmul="ragged")
     assert layer.cost_analysis()["flops"] == pytest.approx((6 + 3 * N) * RAGGED_PRODUCT, rel=0.05)
 
 
 def test_experts_over_devices_gather_tokens_and_scatter_outputs(devices):
     """Two devices hold four experts each: they never gather those."""
-    layer = compiled_layer(devices, MeshConfig(data=2, expert=2), "auto")
+    layer = compiled_layer(devices, MeshConfig(data=2, expert=2), expert_parallel="gather")
     text = layer.as_text()
     gathered = re.findall(r"= \(?(?:\w+\[[\d,]*\][^ ]*,? ?)+\)? all-gather(?:-start)?\(", text)
     assert gathered and not [line for line in gathered if f"{N},{D},{F}" in line or f"{N},{F},{D}" in line]
     assert "reduce-scatter" in text
     # Each device keeps room for the assignments of two devices, of which it computes those that it holds.
     assert layer.cost_analysis()["flops"] == pytest.approx(2 * 9 * PRODUCT, rel=0.1)
+
+
+def along_the_expert_axis(text: str) -> list[tuple[str, str, list[int]]]:
+    """(operation, dtype, sizes of its results) of every collective operation between devices 0 and 1, and 2 and 3."""
+    found = []
+    for results, name, line in re.findall(r"= (.+?) ([a-z][a-z-]*?)(?:-start)?\((.*)", text):
+        if "replica_groups={{0,1},{2,3}}" in line:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", results)
+            sizes = [math.prod(int(n) for n in shape.split(",") if n) for _, shape in shapes]
+            found.append((name, shapes[0][0], sizes))
+    return found
+
+
+def test_exchanged_tokens_are_all_that_moves(devices):
+    """Each device sends the rows of 1,024 assignments, with padding 1,080, and has room for those of two devices."""
+    layer = compiled_layer(devices, MeshConfig(data=2, expert=2))
+    room = 2176  # 2 devices x (1,024 assignments + 4 experts x 7 rows of padding), at the next multiple of 128
+    moved = along_the_expert_axis(layer.as_text())
+    # Rows there and back, and the gradients there and back: 2 bytes each for half of 4 x 1,024 x D numbers on the mean.
+    rows = [(dtype, size) for name, dtype, size in moved if name == "ragged-all-to-all"]
+    assert sorted(rows) == [("bf16", [1080 * D])] * 2 + [("bf16", [room * D])] * 2
+    config = MoEConfig(num_experts=N, top_k=K, dtype="bfloat16", router="topk")
+    assert exchange_bytes(config, 512, D, 2) == 2 * 4 * 1024 * D / 2 + 4 * N
+    # Beside them numbers of rows, default vectors and their sums: neither tokens nor experts.
+    others = [sizes for name, _, sizes in moved if name != "ragged-all-to-all"]
+    assert others and max(max(sizes) for sizes in others) == N * D
+    assert layer.cost_analysis()["flops"] == pytest.approx(9 * PRODUCT * room / 1152, rel=0.05)
 
 
 def test_the_training_step_compiles(devices, monkeypatch):
@@ -104,8 +132,11 @@ def test_the_training_step_compiles(devices, monkeypatch):
         mesh=MeshConfig(data=1, fsdp=2, expert=2),
     )
     made = Program(config, 1024, devices)
-    assert (made.matmul, made.attention) == ("tokamax", "xla")
+    assert (made.matmul, made.expert_parallel, made.attention) == ("tokamax", "exchange", "xla")
     compiled = made.compile_train_step(jax.tree.map(lambda a: a[:1], random_batch(config, 1024)))
+    # Twice forward and twice backward: what the forward pass received is kept.
+    exchanges = [name for name, *_ in along_the_expert_axis(compiled.as_text()) if name == "ragged-all-to-all"]
+    assert len(exchanges) == 4
     state = made.abstract_state()
     shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     needed = step_memory(compiled)
