@@ -17,7 +17,9 @@ from default_moe.routing import round_up
 
 
 class Slices(NamedTuple):
-    """What one device sends and receives, N slices each: M to or from every device, in the order of devices. int32.
+    """What one device sends and receives, N slices each: M to or from every device, in the order of devices.
+
+    All int32, in the order in which `jax.lax.ragged_all_to_all` takes them.
 
     send_start_N, send_size_N: where a slice lies among this device's rows, and how many rows it has.
     put_start_N: where the receiver of each slice sent puts it.  received_size_N: rows of the slices received.
@@ -64,14 +66,10 @@ def received_slots(num_tokens: int, top_k: int, experts_here: int, num_devices: 
 def exchange(rows_SD: Array, there: Slices, back: Slices, num_slots: int, axes: tuple[str, ...]) -> Array:
     """The rows that other devices along `axes` send here, where they put them: [num_slots, D], else zeros.
 
-    Sending is a permutation of the rows sent, so its transpose is to return them: the same with `there` and `back`
-    changed over.
+    Sending moves every row to a place of its own, so its transpose is to return it: `there` and `back` change places.
     """
     received = jnp.zeros_like(rows_SD, shape=(num_slots, rows_SD.shape[1]))
-    return jax.lax.ragged_all_to_all(
-        rows_SD, received, there.send_start_N, there.send_size_N, there.put_start_N, there.received_size_N,
-        axis_name=axes,
-    )  # fmt: skip
+    return jax.lax.ragged_all_to_all(rows_SD, received, *there, axis_name=axes)
 
 
 def _forward(rows_SD: Array, there: Slices, back: Slices, num_slots: int, axes: tuple[str, ...]) -> tuple:

@@ -28,27 +28,22 @@ def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) ->
     num_devices = sharding.num_shards("expert")
     if num_devices == 1:
         return None
-    missing = _exchange_is_missing()
-    if config.expert_parallel == "exchange" and missing:
-        raise ConfigError(f"moe.expert_parallel is 'exchange', but {missing}: use 'auto' or 'gather'")
+    reason = _why_no_exchange()
+    if config.expert_parallel == "exchange" and reason:
+        raise ConfigError(f"moe.expert_parallel is 'exchange', but {reason}: use 'auto' or 'gather'")
     if config.expert_parallel != "auto":
         return config.expert_parallel
     gather, exchange = (f(config, num_tokens, d_model, num_devices) for f in (gather_bytes, exchange_bytes))
-    return "gather" if missing or gather <= exchange else "exchange"
+    return "gather" if reason or gather <= exchange else "exchange"
 
 
-def _exchange_is_missing() -> str | None:
-    """Why "exchange" cannot be under the mesh in use, None if it can."""
+def _why_no_exchange() -> str | None:
+    """What keeps "exchange" from being used under the mesh in use, None if nothing does."""
     if not (platform() == "tpu" or is_nvidia()):
         return f"XLA has the collective that it needs on TPUs and NVIDIA GPUs alone, and this is {platform()!r}"
-    if not tokens_are_split_over_experts():
+    if not set(sharding.mesh_axes("expert")) <= set(sharding.mesh_axes("batch")):
         return "mesh.rules do not split the batch over the axis that experts are split over"
     return None
-
-
-def tokens_are_split_over_experts() -> bool:
-    """Whether devices that hold different experts hold different tokens, under the mesh in use."""
-    return set(sharding.mesh_axes("expert")) <= set(sharding.mesh_axes("batch"))
 
 
 def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
@@ -64,9 +59,10 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
 def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
     """What a device receives from the others along the expert axis, forward and backward, on the mean.
 
-    Of its own choices' rows, T K, and as many for its experts, the share that crosses, (G - 1) / G: each row, its
-    output, and the gradients of both, in the compute dtype. Of the float32 default vectors and their sums, N D each,
-    the same share. And G - 1 times the int32 sizes of N groups.
+    With balanced routing its experts run T K choices, and so do its tokens, of which (G - 1) / G come from, or go to,
+    other devices: rows and their outputs' gradients arrive for its experts, outputs and the rows' gradients for its
+    tokens, all in the compute dtype. The same share of the float32 default vectors and of their sums, [N, D] each. And
+    the int32 sizes of N groups from G - 1 devices.
     """
     rows = 4 * num_tokens * config.top_k * d_model * _itemsize(config)
     vectors = 2 * config.num_experts * d_model * 4 if config.router == "default" else 0

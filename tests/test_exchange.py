@@ -5,8 +5,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from emulation import emulate_exchange
-from test_moe_sharded import check_step, make_config, mesh_of, tokamax_everywhere  # noqa: F401
+from reference import Settings, assert_close
+from test_moe_sharded import (
+    BALANCE_WEIGHT,
+    TOKENS,
+    TOP_K,
+    Z_WEIGHT,
+    arrays,
+    check_step,
+    compiled_step,
+    make_config,
+    mesh_of,
+    skewed_inputs,
+    tokamax_everywhere,  # noqa: F401
+)
 
 from default_moe.config import ConfigError, MeshConfig, MoEConfig
 from default_moe.exchange import received_slots, slices
@@ -86,6 +100,28 @@ def test_every_row_reaches_its_expert_and_returns_to_its_slot(num_devices, align
 def test_exchanged_tokens_give_what_the_loops_do(monkeypatch, sizes, matmul, fields, options):
     emulate_exchange(monkeypatch)
     check_step(mesh_of(sizes), make_config(matmul=matmul, expert_parallel="exchange", **fields), **options)
+
+
+def test_all_tokens_on_one_device(monkeypatch):
+    """Experts 0 and 1, which the first of four devices holds, get every token: the room for what arrives is filled."""
+    emulate_exchange(monkeypatch)
+    x, params, ema, g = skewed_inputs()
+    kernel = 0.05 * params.kernel
+    kernel[0, :2] += [3, 2]
+    params = params._replace(kernel=np.float64(np.float32(kernel)))
+    expected = reference.forward(x, params, ema, Settings(TOP_K))
+    assert expected.counts.tolist() == [TOKENS, TOKENS, 0, 0, 0, 0, 0, 0]
+    grads = reference.gradients(x, params, expected, Settings(TOP_K), g, BALANCE_WEIGHT, Z_WEIGHT)
+    mesh, config = mesh_of((2, 1, 4)), make_config(matmul="tokamax", expert_parallel="exchange")
+    variables, *inputs = arrays(config, mesh, "sharded")
+    router = variables["params"]["router"]
+    router["kernel"] = jax.device_put(jnp.asarray(params.kernel, jnp.float32), router["kernel"].sharding)
+    (d_variables, d_x), (y, _, state) = compiled_step(mesh, config, "sharded", False, True)(variables, *inputs)
+    assert_close(y.reshape(TOKENS, -1), expected.y, "y")
+    assert_close(state["default_vectors"]["ema"], expected.ema, "ema")
+    assert_close(d_x.reshape(TOKENS, -1), grads.x, "gradient of x")
+    assert_close(d_variables["params"]["router"]["kernel"], grads.kernel, "gradient of the router")
+    assert_close(d_variables["params"]["experts"]["down"], grads.down, "gradient of down")
 
 
 def test_the_choice_is_what_moves_less(monkeypatch):

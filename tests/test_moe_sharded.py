@@ -16,6 +16,7 @@ from reference import Settings, assert_close
 
 from default_moe import grouped_matmul
 from default_moe.config import MATMUL_BACKENDS, ConfigError, MeshConfig, MoEConfig
+from default_moe.expert_parallel import gather_bytes
 from default_moe.moe import MoELayer
 from default_moe.sharding import make_mesh
 
@@ -264,8 +265,12 @@ def test_tokens_are_gathered_over_the_expert_axis_alone(sizes, matmul):
     along_expert = {frozenset(group) for group in np.arange(8).reshape(-1, size).tolist()}
     gathers = exchanges(sizes, matmul, "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter")
     assert gathers
-    for _, _, line in gathers:
+    received = 0
+    for name, shapes, line in gathers:
         assert device_groups(line) == along_expert, line
+        numbers = sum(math.prod(shape) for shape in shapes)  # all of 4 bytes
+        received += 4 * numbers * (size - 1) / (size if name.startswith("all-gather") else 1)
+    assert received == gather_bytes(make_config(), TOKENS // 8, D_MODEL, size)
     assert not exchanges(sizes, matmul, "collective-permute")
 
 
