@@ -17,9 +17,7 @@ from default_moe.hardware import is_nvidia, platform
 
 
 def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) -> str | None:
-    """ "gather" or "exchange" under the mesh in use, None if it does not split experts.
-
-    "auto" takes what moves less, where the platform has both.
+    """The form under the mesh in use, None if it does not split experts. "auto" takes the one that moves less.
 
     num_tokens: T of a device.
 
