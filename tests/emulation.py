@@ -19,9 +19,11 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
         jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
     )
     starts, sizes, puts = (a.reshape(len(a), len(a), -1)[:, device] for a in (starts, sizes, puts))
+    source = jnp.arange(starts.size) // starts.shape[1]
+    starts, sizes, puts = (a.reshape(-1) for a in (starts, sizes, puts))
     row = jnp.arange(len(output))
-    for source in range(len(sent)):
-        for start, size, put in zip(starts[source], sizes[source], puts[source], strict=True):
-            here = ((row >= put) & (row < put + size))[:, None]
-            output = jnp.where(here, sent[source].at[start + row - put].get(mode="clip"), output)
-    return jnp.where((sizes.reshape(-1) == recv_sizes).all(), output, jnp.nan)
+    here = (row[:, None] >= puts) & (row[:, None] < puts + sizes)
+    which = here.argmax(axis=1)
+    received = sent[source[which], starts[which] + row - puts[which]]
+    output = jnp.where(here.any(axis=1)[:, None], received, output)
+    return jnp.where((sizes == recv_sizes).all(), output, jnp.nan)
