@@ -53,9 +53,12 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
     sys.exit(code)
 
 
-def parse_config(argv: list[str], flag: Any, default: str) -> Config:
+def parse_config(
+    argv: list[str], flag: Any, default: str, adjust: Callable[[Any], None] = lambda config_dict: None
+) -> Config:
     """The Config of a `--config` flag made with `DEFINE_config_file`, after parsing all flags of `argv`.
 
+    adjust: may change the ConfigDict before it is checked.
     `default` is the config file when none is given. (As the flag's own default it would be loaded, and checked against
     the overrides, even when another file is asked for.) Raises ConfigError or flags.Error.
     """
@@ -66,6 +69,7 @@ def parse_config(argv: list[str], flag: Any, default: str) -> Config:
         raise ConfigError(f"there is no config file {str(path)!r} (looked from {Path.cwd()})")
     try:
         parse_flags(argv)
+        adjust(flag.value)
         return Config.from_config_dict(flag.value)
     except SyntaxError as error:
         raise ConfigError(f"the config file {error.filename} is not Python: {error.msg}, line {error.lineno}") from None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MATMUL_BACKENDS = ("blocks", "ragged", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
+REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
 
 
 def _dtype_name(name: str, value: Any) -> str:
@@ -141,7 +142,7 @@ class ModelConfig:
                 check_at_least(f"model.{name}", getattr(self, name), 1)
         check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
-        check_choice("model.remat", self.remat, ("none", "full", "dots"))
+        check_choice("model.remat", self.remat, REMATS)
         object.__setattr__(self, "dtype", _dtype_name("model.dtype", self.dtype))
 
     @property

@@ -108,19 +108,20 @@ class Program:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
         )
 
+    def abstract_batch(self, row: Batch) -> Batch:
+        """Shapes, dtypes and shardings of a training batch of rows like `row`, arrays [1, ...]."""
+        rows = self.config.train.batch_size
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=self.batch_sharding), row
+        )
+
     def compile_train_step(self, row: Batch) -> Any:
         """The training step, compiled ahead of time for batches of rows like `row`, arrays [1, ...].
 
         Nothing but the code is allocated. Raises ConfigError if it would not fit the memory of a device.
         """
-        batch = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                (self.config.train.batch_size, *a.shape[1:]), a.dtype, sharding=self.batch_sharding
-            ),
-            row,
-        )
         with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config, self.num_batch_shards):
-            compiled = self.train_step.compile(self.abstract_state(), batch)
+            compiled = self.train_step.compile(self.abstract_state(), self.abstract_batch(row))
         check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)
         return compiled
 

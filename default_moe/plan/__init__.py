@@ -1,0 +1,1 @@
+"""What a training step will take on devices that need not be there: `python -m default_moe.plan`."""

@@ -1,0 +1,117 @@
+"""What a step will take, before renting anything: `python -m default_moe.plan --config=... --topology=v5e:4x4`.
+
+Compiles the very training step of a config for TPUs or GPUs that need not be there, and prints for a device: memory,
+operations, exchanges, and an estimate of the step's time. --search tries meshes, microbatches and remat policies.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from default_moe import cli
+from default_moe.config import Config, DataConfig
+from default_moe.data.tokenizer import open_tokenizer_file, tokenizer_from_dict
+from default_moe.errors import ConfigError
+from default_moe.plan import report
+from default_moe.plan.search import largest_by_proportion, largest_microbatch, search, sequences_a_device
+from default_moe.plan.step_plan import StepPlan, make_plan
+from default_moe.plan.topologies import known, open_topology
+
+_DEFAULT_CONFIG = "configs/quickstart.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAULT_CONFIG} if not given.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"What to compile for: {known()}.")
+_LARGEST = flags.DEFINE_bool("largest", False, "Find the largest microbatch that fits by compiling, a few times.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, microbatches and remat policies of the same global batch.")
+_COMPILE = flags.DEFINE_integer("compile", 12, "How many candidates --search compiles at most.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File to write the plan to, or the plans that --search found.")
+
+
+def main(argv: list[str]) -> int:
+    config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG, adjust=_without_data)
+    if not _TOPOLOGY.value:
+        raise ConfigError(f"--topology is missing: what to compile for, one of {known()}")
+    if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {_JSON.value}: there is no directory {Path(_JSON.value).absolute().parent}")
+    jax.config.update("jax_platforms", "cpu")  # accelerators of this machine stay free
+    topology = open_topology(_TOPOLOGY.value)
+    vocab_size = config.model.vocab_size or _vocab_size(config.data)
+
+    def make(config: Config) -> StepPlan:
+        return make_plan(config, vocab_size, topology)
+
+    if _SEARCH.value:
+        plans = search(config, vocab_size, topology, _COMPILE.value, lambda plan: _say(_one_line(plan)))
+        _say(_ranking(plans))
+        _write([report.as_json(plan) for plan in plans])
+        return 0 if plans else 1
+    plan = make(config)
+    _say(report.text(plan))
+    if topology.hardware and _LARGEST.value:
+        _say(_largest_line(largest_microbatch(plan, make)))
+    elif topology.hardware and (size := largest_by_proportion(plan)) is not None:
+        _say(f"by proportion about {size} sequences a device fit at a time; --largest finds out by compiling")
+    _write(report.as_json(plan))
+    return 0 if plan.fits else 1
+
+
+def _without_data(config_dict: Any) -> None:
+    """Which text a run reads matters to no plan, and may not be there yet."""
+    if config_dict.data.name == "text_files" and not config_dict.data.files:
+        config_dict.data.files = "*.txt"
+
+
+def _vocab_size(config: DataConfig) -> int:
+    if config.tokenizer == "bytes":
+        return tokenizer_from_dict({"kind": "bytes"}).vocab_size
+    if config.tokenizer.startswith("bpe:"):
+        return int(config.tokenizer.removeprefix("bpe:"))
+    return open_tokenizer_file(Path(config.tokenizer)).vocab_size
+
+
+def _one_line(plan: StepPlan) -> str:
+    memory = f"{plan.memory.total / 2**30:.1f} GiB" if plan.memory else "too much memory"
+    return f"{_settings(plan)}: {memory}, {report.speed(plan) if plan.fits else 'does not fit'}"
+
+
+def _settings(plan: StepPlan) -> str:
+    mesh = plan.program.mesh.shape
+    flags_ = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    flags_ += [
+        f"--config.model.remat={plan.config.model.remat}",
+        f"--config.train.grad_accum_steps={plan.config.train.grad_accum_steps}",
+    ]
+    return " ".join(flags_)
+
+
+def _ranking(plans: list[StepPlan]) -> str:
+    if not plans:
+        return "\nnothing that was tried fits: more devices, a smaller train.batch_size or more --compile may help"
+    lines = [f"{number}. {_one_line(plan)}\n   limited by {report.limit(plan)}" for number, plan in enumerate(plans, 1)]
+    return "\n".join(["", "those that fit, the fastest by their estimates first:", *lines])
+
+
+def _largest_line(plan: StepPlan | None) -> str:
+    if plan is None:
+        return "largest microbatch: not even one sequence a device fits"
+    a_device = sequences_a_device(plan)
+    return (
+        f"largest microbatch that fits: {a_device} sequence{'s' if a_device > 1 else ''} a device, "
+        f"{a_device * plan.program.num_batch_shards:,} at a time (train.batch_size / train.grad_accum_steps)"
+    )
+
+
+def _write(content: Any) -> None:
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,161 @@
+"""What devices exchange in a compiled program: each kind of collective, over which mesh axes, how often, how much."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from default_moe.plan.hlo import Hlo, Instruction
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    kind: one of KINDS.  axes: of the mesh, along which devices exchange; ("?",) if they are no axes of it.
+    group: some devices that exchange with each other, by their number in the mesh.  runs: in one call of the program.
+    bytes: that a device sends each time in the usual ring algorithm. For ragged-all-to-all it is the most there could
+      be: all rows to other devices.
+    instruction: of the program.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: frozenset[int]
+    runs: int
+    bytes: int
+    instruction: Instruction
+
+
+def collectives(hlo: Hlo, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """Of a program compiled for a mesh of this shape; none of groups of one device.
+
+    TPU programs show a collective in each of the fusions that it overlaps with, some of them in other loops: it counts
+    where it begins.
+    """
+    started: list[Collective] = []
+    others: list[Collective] = []
+    for name, runs in hlo.runs.items():
+        computation = hlo.computations[name]
+        begins = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
+        for instruction in computation.values():
+            if instruction.opcode.removesuffix("-start") not in KINDS:
+                continue
+            one = _collective(instruction, runs, mesh_shape)
+            (started if begins or name not in hlo.fused else others).append(one)
+    channels = {_channel(one) for one in started}
+    found = started + [one for one in others if _channel(one) not in channels]
+    return [one for one in found if len(one.group) > 1]
+
+
+def _collective(instruction: Instruction, runs: int, mesh_shape: Mapping[str, int]) -> Collective:
+    kind = instruction.opcode.removesuffix("-start")
+    groups = device_groups(instruction.attributes, math.prod(mesh_shape.values()))
+    size = max(map(len, groups))
+    result = _result_bytes(instruction, size)
+    whole = result * size if kind == "reduce-scatter" else result
+    sent = {"all-reduce": 2 * whole * (size - 1) / size, "collective-permute": whole, "collective-broadcast": whole}
+    return Collective(
+        kind=kind,
+        axes=_axes(groups, mesh_shape),
+        group=min(groups, key=min),
+        runs=runs,
+        bytes=round(sent.get(kind, whole * (size - 1) / size)),
+        instruction=instruction,
+    )
+
+
+def _channel(one: Collective) -> str | None:
+    found = re.search(r"channel_id=(\d+)", one.instruction.attributes)
+    return found[1] if found else None
+
+
+def summary(found: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
+    """(kind, axes, how often, bytes that a device sends) of all with a kind and axes in common, most bytes first."""
+    totals: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for one in found:
+        total = totals.setdefault((one.kind, one.axes), [0, 0])
+        total[0] += one.runs
+        total[1] += one.runs * one.bytes
+    rows = [(kind, axes, count, size) for (kind, axes), (count, size) in totals.items()]
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def device_groups(attributes: str, num_devices: int) -> set[frozenset[int]]:
+    """The devices that exchange with each other, by their number in the mesh.
+
+    Read from replica_groups={{0,1},{2,3}}, or [4,2]<=[8], or mesh['a'=4,'b'=2] {'b'}, which extend along axis b, or
+    from source_target_pairs={{0,1},{1,0}}.
+    """
+    ids = np.arange(num_devices)
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+        return {frozenset(group) for group in _connected(_listed(pairs[1]))}
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
+        return {frozenset(group) for group in _listed(listed[1])}
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[3])
+        axes = [i for i, name in enumerate(sizes) if name not in along]
+        axes += [list(sizes).index(name) for name in along]
+        group_size = math.prod(sizes[name] for name in along)
+        ids = (_permuted(ids, named[2]) if named[2] else ids).reshape(list(sizes.values())).transpose(axes)
+        return {frozenset(group) for group in ids.reshape(-1, group_size).tolist()}
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        shape = [int(n) for n in iota[1].split(",")]
+        return {frozenset(group) for group in _permuted(ids, iota[2]).reshape(shape).tolist()}
+    if re.search(r"replica_groups=\{\}", attributes):  # all of them
+        return {frozenset(ids.tolist())}
+    raise ValueError(f"a collective whose replica groups have an unknown form: {attributes[:200]}")
+
+
+def _permuted(ids: np.ndarray, order: str) -> np.ndarray:
+    """The ids in the order that "[4,2]T(1,0)" stands for: reshaped, and transposed if it says so."""
+    shape, axes = ([int(n) for n in part.split(",") if n] for part in re.findall(_ORDER, order)[0])
+    return ids.reshape(shape).transpose(axes) if axes else ids.reshape(shape)
+
+
+def _listed(text: str) -> list[list[int]]:
+    return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+
+
+def _connected(pairs: list[list[int]]) -> Iterator[set[int]]:
+    groups: dict[int, set[int]] = {}
+    for source, target in pairs:
+        merged = groups.get(source, {source}) | groups.get(target, {target})
+        groups |= dict.fromkeys(merged, merged)
+    yield from {id(group): group for group in groups.values()}.values()
+
+
+def _axes(groups: set[frozenset[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the groups extend, if they are all devices along these and no others."""
+    sizes = list(mesh_shape.values())
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    places = np.array([np.unravel_index(device, ids.shape) for device in sorted(min(groups, key=min))])
+    along = [axis for axis in range(len(sizes)) if len(set(places[:, axis])) > 1]
+    order = [axis for axis in range(len(sizes)) if axis not in along] + along
+    size = math.prod(sizes[axis] for axis in along)
+    expected = {frozenset(group) for group in ids.transpose(order).reshape(-1, size).tolist()}
+    return tuple(list(mesh_shape)[axis] for axis in along) if groups == expected else ("?",)
+
+
+def _result_bytes(instruction: Instruction, group_size: int) -> int:
+    """Of what the collective gives on one device. An asynchronous start gives its operands too, and handles."""
+    arrays = [a for a in instruction.results if a.shape or instruction.opcode == "all-reduce"]
+    total = sum(a.bytes for a in arrays)
+    if instruction.opcode == "all-gather-start":
+        return total * group_size // (group_size + 1)
+    if instruction.opcode == "collective-permute-start":
+        return total // 2
+    return total
