@@ -117,7 +117,7 @@ def _work(plan: StepPlan) -> list[str]:
     lines = [
         "",
         f"operations of a device and a step: {plan.model_flops / 1e12:,.2f} TFLOP of the model, "
-        f"{costs.flops / 1e12:,.2f} as compiled (with padding and recomputation; without kernels that do not say theirs)",
+        f"{costs.flops / 1e12:,.2f} as compiled (with padding and recomputation, without kernels that do not tell)",
         f"memory traffic: {costs.bytes / 1e9:,.1f} GB",
     ]
     if costs.open_loops:
