@@ -5,7 +5,7 @@ tokens along with them; `expert_parallel.py` chooses. Sorting and gathering of r
 The default vectors stay with their experts; across the other axes only their [M, D] sums and [M] weights are added up.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,6 @@ def gathered_experts(
 
     x_TD, probs_TN, index_TK = (tokens(a) for a in (x_BLD, routing.probs, routing.expert_index))
     mask_T = None if routing.mask is None else tokens(routing.mask)
-    weights = _varying(weights, axes.others)
     if axes.experts and not gathered:
         x_TD = jax.lax.pcast(x_TD, axes.experts, to="varying")
     first = jax.lax.axis_index(axes.experts) * num_experts if axes.experts else 0
@@ -120,7 +119,6 @@ def exchanged_experts(
     """
     x_TD, probs_TN, index_TK = (_flat(a) for a in (x_BLD, routing.probs, routing.expert_index))
     mask_T = None if routing.mask is None else _flat(routing.mask)
-    weights = _varying(weights, axes.others)
     align = group_alignment(backend)
     layout = group_by_expert(index_TK, config.num_experts, align)
     sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
@@ -188,11 +186,6 @@ def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array
 def _flat(a: Array) -> Array:
     """[B, L, ...] to [T, ...]."""
     return a.reshape((-1, *a.shape[2:]))
-
-
-def _varying(weights: ExpertWeights, axes: tuple[str, ...]) -> Any:
-    """The weights, said to vary over these axes, so that their gradients are added up over them."""
-    return jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights) if axes else weights
 
 
 def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, axes: Axes, config: MoEConfig) -> DefaultVectors:

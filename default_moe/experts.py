@@ -5,9 +5,12 @@ forms of `device_experts.py` inside `shard_map`.
 """
 
 import functools
+import itertools
+from typing import Any
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
@@ -15,10 +18,12 @@ from default_moe.config import ConfigError, MoEConfig
 from default_moe.device_experts import Axes, DefaultVectors, Routing, exchanged_experts, gathered_experts
 from default_moe.expert_parallel import resolve_expert_parallel
 from default_moe.grouped_matmul import resolve_backend
-from default_moe.swiglu import ExpertWeights
+from default_moe.swiglu import WEIGHT_AXES, ExpertWeights
 
 # shard_map checks which values vary over which mesh axes, where every operation says so. tokamax's kernels do not.
 _KERNELS_SAY_WHERE_THEY_VARY = ("blocks", "ragged")
+
+_WHOLE_WEIGHTS = "whole_expert_weights"
 
 
 def choose_experts(probs_BLN: Array, top_k: int) -> Array:
@@ -69,11 +74,25 @@ def sparse_experts(
     share = functools.partial(share, axes=axes, config=config, backend=backend, update=update)
     if not axes.tokens and not axes.experts:
         return share(x_BLD, routing, weights, defaults)
-    _check_divisible("experts", config.num_experts, "expert")
+    for what, size, axis in (
+        ("experts", config.num_experts, "expert"),
+        ("values of a token", x_BLD.shape[2], "embed"),
+        ("hidden values of an expert", config.expert_dim, "mlp"),
+    ):
+        _check_divisible(what, size, axis)
     tokens, experts = P(axes.tokens or None), P(axes.experts or None)
+    weight_specs = jax.tree.unflatten(jax.tree.structure(weights), itertools.starmap(sharding.weight_spec, WEIGHT_AXES))
+
+    def with_whole_weights(x_BLD: Array, routing: Routing, weights: ExpertWeights, defaults: Any) -> tuple:
+        whole = [sharding.whole_weight(w, *names) for w, names in zip(weights, WEIGHT_AXES, strict=True)]
+        weights = ExpertWeights(*checkpoint_name(whole, _WHOLE_WEIGHTS))
+        return share(x_BLD, routing, weights, defaults)
+
+    # The backward pass gathers weights again: kept, those of all layers would lie on every device.
+    policy = jax.checkpoint_policies.save_anything_except_these_names(_WHOLE_WEIGHTS)
     return jax.shard_map(
-        share,
-        in_specs=(tokens, tokens, experts, experts),
+        jax.checkpoint(with_whole_weights, policy=policy, prevent_cse=False),
+        in_specs=(tokens, tokens, weight_specs, experts),
         out_specs=(tokens, experts),
         check_vma=backend in _KERNELS_SAY_WHERE_THEY_VARY,
     )(x_BLD, routing, weights, defaults)

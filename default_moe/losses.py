@@ -37,8 +37,8 @@ def token_sums(unembedding: Unembedding, batch: dict[str, Array], logits_per_chu
     token_axes = sharding.mesh_axes("batch")
 
     def local(x_BLD: Array, head_DV: Array, target_BL: Array, counted_BL: Array) -> Array:
-        if token_axes:  # said here, so that the gradient of the head is added up over these axes, once
-            head_DV = jax.lax.pcast(head_DV, token_axes, to="varying")
+        if token_axes:
+            head_DV = sharding.whole_weight(head_DV, "embed", "vocab")
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         num_tokens = x_TD.shape[0]
         num_chunks = min(num_tokens, -(-num_tokens * head_DV.shape[1] // logits_per_chunk))
@@ -47,7 +47,9 @@ def token_sums(unembedding: Unembedding, batch: dict[str, Array], logits_per_chu
 
     if token_axes:
         tokens = P(token_axes)
-        local = jax.shard_map(local, in_specs=(tokens, P(), tokens, tokens), out_specs=P())
+        local = jax.shard_map(
+            local, in_specs=(tokens, sharding.weight_spec("embed", "vocab"), tokens, tokens), out_specs=P()
+        )
     return TokenSums(
         nll=local(x_BLD, head_DV, batch["targets"], counted_BL),
         tokens=jnp.sum(counted_BL.astype(jnp.float32)),

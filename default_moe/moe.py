@@ -12,7 +12,7 @@ from default_moe.config import MoEConfig
 from default_moe.device_experts import DefaultVectors, Routing
 from default_moe.experts import choose_experts, sparse_experts
 from default_moe.sharding import with_axes
-from default_moe.swiglu import ExpertWeights
+from default_moe.swiglu import INTO_EXPERT, OUT_OF_EXPERT, ExpertWeights
 
 # Collections. The sums exist only while a batch is processed in several microbatches (see `train_step`).
 DEFAULT_VECTORS = "default_vectors"
@@ -49,8 +49,7 @@ class Experts(nn.Module):
         n, f = self.config.num_experts, self.config.expert_dim
         init = nn.initializers.normal(small_init_std(d_model))
         down_init = init if self.down_init_std is None else nn.initializers.normal(self.down_init_std)
-        into = with_axes(init, "expert", "embed", "mlp")
-        out_of = with_axes(down_init, "expert", "mlp", "embed")
+        into, out_of = with_axes(init, *INTO_EXPERT), with_axes(down_init, *OUT_OF_EXPERT)
         return ExpertWeights(
             gate=self.param("gate", into, (n, d_model, f), jnp.float32).astype(dtype),
             up=self.param("up", into, (n, d_model, f), jnp.float32).astype(dtype),

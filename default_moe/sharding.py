@@ -59,6 +59,35 @@ def num_shards(logical_axis: str) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
 
 
+def weight_spec(*logical_axes: str | None) -> PartitionSpec:
+    """How a weight of these logical axes enters `shard_map`, to be made whole there by `whole_weight`.
+
+    It stays split over the mesh axes that tokens are split over too, and over those of "expert".
+    """
+    return PartitionSpec(*(_split_axes(axis) or None for axis in logical_axes))
+
+
+def whole_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Inside `shard_map`, the weight of which each device has a part by `weight_spec`, whole but for "expert".
+
+    It varies over all axes that tokens are split over. So its gradient, summed over their devices, is scattered as it
+    is summed, where XLA left to itself may give every device all of it.
+    """
+    split = tuple(axis for name in logical_axes for axis in _split_axes(name))
+    others = tuple(axis for axis in mesh_axes("batch") if axis not in split)
+    if others:
+        x = jax.lax.pcast(x, others, to="varying")
+    for dimension, name in enumerate(logical_axes):
+        if name != "expert" and (axes := _split_axes(name)):
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return x
+
+
+def _split_axes(logical_axis: str | None) -> tuple[str, ...]:
+    axes = mesh_axes(logical_axis) if logical_axis else ()
+    return axes if logical_axis == "expert" else tuple(axis for axis in axes if axis in mesh_axes("batch"))
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Ask for `x` to be laid out by its logical axes; nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -18,6 +18,11 @@ class ExpertWeights(NamedTuple):
     down: Array
 
 
+# Their logical axes, in this order.
+INTO_EXPERT, OUT_OF_EXPERT = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+WEIGHT_AXES = (INTO_EXPERT, INTO_EXPERT, OUT_OF_EXPERT)
+
+
 def swiglu_hidden(gate: Array, up: Array) -> Array:
     """silu(gate) * up, computed and given in float32."""
     return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)

@@ -1,8 +1,8 @@
 """The layer on meshes of eight devices against naive loops over the global batch, and what the devices exchange."""
 
+import collections
 import functools
 import math
-import re
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 from reference import Settings, assert_close
 
 from default_moe import grouped_matmul
-from default_moe.config import MATMUL_BACKENDS, ConfigError, MeshConfig, MoEConfig
+from default_moe.config import ConfigError, MeshConfig, MoEConfig
 from default_moe.expert_parallel import gather_bytes
 from default_moe.moe import MoELayer
-from default_moe.sharding import make_mesh
+from default_moe.plan.collectives import collectives, summary
+from default_moe.plan.hlo import Hlo
+from default_moe.sharding import AXES, make_mesh
 
 BATCH, LENGTH, D_MODEL, EXPERT_DIM, NUM_EXPERTS, TOP_K = 8, 5, 12, 10, 8, 2
 TOKENS = BATCH * LENGTH
@@ -193,85 +195,50 @@ def test_sizes_that_do_not_divide_are_errors_of_one_line():
     with jax.set_mesh(mesh_of((2, 1, 4))), pytest.raises(ConfigError, match=r"6 experts .* 4 devices") as error:
         jax.eval_shape(lambda x: MoELayer(config).init(jax.random.key(0), x, train=False), jnp.ones((8, 5, D_MODEL)))
     assert "\n" not in str(error.value)
+    with jax.set_mesh(mesh_of((1, 8, 1))), pytest.raises(ConfigError, match=r"12 values of a token .* 8 devices"):
+        jax.eval_shape(lambda x: MoELayer(config).init(jax.random.key(0), x, train=False), jnp.ones((8, 5, D_MODEL)))
 
 
 # What the devices exchange, read from the compiled program
 
 
 @functools.cache
-def compiled_operations(sizes: tuple[int, int, int], matmul: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
-    """(operation, shapes of its results, its line) of every instruction of the compiled training step."""
-    text = compiled_step(mesh_of(sizes), make_config(matmul=matmul), "sharded", False, True).as_text()
-    found = []
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
-        if match:
-            shapes = [tuple(int(n) for n in s.split(",") if n) for s in re.findall(r"\w+\[([\d,]*)\]", match[1])]
-            found.append((match[2], shapes, line))
-    return found
+def compiled_program(sizes: tuple[int, int, int], matmul: str) -> Hlo:
+    return Hlo(compiled_step(mesh_of(sizes), make_config(matmul=matmul), "sharded", False, True).as_text())
 
 
-def exchanges(sizes, matmul, *names: str):
-    """The collective operations of these names, in their plain and their asynchronous form, between devices."""
-    found = [op for op in compiled_operations(sizes, matmul) if op[0].removesuffix("-start") in names]
-    return [op for op in found if max(map(len, device_groups(op[2]))) > 1]
+def designed_exchanges(sizes: tuple[int, int, int]) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a device sends by each kind of collective along each set of axes; all numbers have 4 bytes."""
+    sent: dict[tuple[str, tuple[str, ...]], float] = collections.Counter()
+    weights = 3 * NUM_EXPERTS * D_MODEL * EXPERT_DIM // sizes[2]
 
+    def add(kind: str, along: tuple[int, ...], numbers: float) -> None:
+        size = math.prod(sizes[axis] for axis in along)
+        axes = tuple(AXES[axis] for axis in along if sizes[axis] > 1)
+        if axes:
+            sent[kind, axes] += 4 * numbers * (size - 1) / size * (2 if kind == "all-reduce" else 1)
 
-def device_groups(line: str) -> set[frozenset[int]]:
-    """Of replica_groups={{0,1},{2,3}}, or [4,2]<=[8], or mesh['a'=4,'b'=2] {'b'}, which extend along axis b."""
-    ids = np.arange(8)
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return {frozenset(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1])}
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}, ", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        along = re.findall(r"'(\w+)'", named[2])
-        axes = [i for i, name in enumerate(sizes) if name not in along]
-        axes += [i for i, name in enumerate(sizes) if name in along]
-        group_size = math.prod(sizes[name] for name in along)
-        return {frozenset(g) for g in ids.reshape(*sizes.values()).transpose(axes).reshape(-1, group_size).tolist()}
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    assert iota, f"unknown form of replica groups: {line}"
-    shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-    ids = ids.reshape(source)
-    return {frozenset(g) for g in (ids.transpose(order) if order else ids).reshape(shape).tolist()}
-
-
-def test_device_groups_by_hand():
-    pairs = {frozenset(pair) for pair in ((0, 1), (2, 3), (4, 5), (6, 7))}
-    assert device_groups("replica_groups={{0,1},{2,3},{4,5},{6,7}}, x") == pairs
-    assert device_groups("replica_groups=[4,2]<=[8], x") == pairs
-    assert device_groups("replica_groups=mesh['a'=4,'b'=2] {'b'}, x") == pairs
-    apart = {frozenset(range(i, 8, 2)) for i in (0, 1)}  # 0, 2, 4, 6 and 1, 3, 5, 7
-    assert device_groups("replica_groups=[2,4]<=[4,2]T(1,0), x") == apart
-    assert device_groups("replica_groups=mesh['a'=4,'b'=2] {'a'}, x") == apart
-
-
-@pytest.mark.parametrize("matmul", MATMUL_BACKENDS)
-def test_no_token_leaves_its_device_without_an_expert_axis(matmul):
-    sizes = (8, 1, 1)
-    assert not exchanges(sizes, matmul, "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute")
-    # What is summed over devices are statistics and gradients of weights: nothing with an axis of tokens or sequences.
-    summed = exchanges(sizes, matmul, "all-reduce", "reduce-scatter")
-    assert summed
-    weights = {D_MODEL * NUM_EXPERTS, NUM_EXPERTS * D_MODEL * EXPERT_DIM, NUM_EXPERTS, 1}
-    for _, shapes, line in summed:
-        assert {math.prod(shape) for shape in shapes} <= weights, line
+    group_tokens = TOKENS // 8 * sizes[2]
+    add("all-gather", (2,), group_tokens * (2 * D_MODEL + NUM_EXPERTS + TOP_K))  # x, probabilities, choices; gradient
+    add("reduce-scatter", (2,), group_tokens * (2 * D_MODEL + NUM_EXPERTS))  # outputs; gradients of x, probabilities
+    add("all-gather", (1,), weights)
+    add("reduce-scatter", (1,), weights)
+    add("all-reduce", (0,), weights // sizes[1])
+    add("all-reduce", (0, 1), NUM_EXPERTS // sizes[2] * (D_MODEL + 1))  # sums for the default vectors
+    # Tokens of each expert; the router's gradient, mean probabilities and two means of logits.
+    add("all-reduce", (0, 1, 2), NUM_EXPERTS + D_MODEL * NUM_EXPERTS + NUM_EXPERTS + 2)
+    return sent
 
 
 @pytest.mark.parametrize("matmul", ["ragged", "blocks"])
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 1, 4), (1, 1, 8)], ids=str)
-def test_tokens_are_gathered_over_the_expert_axis_alone(sizes, matmul):
-    size = sizes[2]
-    along_expert = {frozenset(group) for group in np.arange(8).reshape(-1, size).tolist()}
-    gathers = exchanges(sizes, matmul, "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter")
-    assert gathers
-    received = 0
-    for name, shapes, line in gathers:
-        assert device_groups(line) == along_expert, line
-        numbers = sum(math.prod(shape) for shape in shapes)  # all of 4 bytes
-        received += 4 * numbers * (size - 1) / (size if name.startswith("all-gather") else 1)
-    assert received == gather_bytes(make_config(), TOKENS // 8, D_MODEL, size)
-    assert not exchanges(sizes, matmul, "collective-permute")
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (2, 1, 4), (1, 1, 8)], ids=str)
+def test_devices_exchange_what_the_design_says_and_nothing_else(sizes, matmul):
+    """Tokens along the expert axis alone, weights and their gradients along fsdp, sums and gradients along data."""
+    found = collectives(compiled_program(sizes, matmul), dict(zip(AXES, sizes, strict=True)))
+    sent = {(kind, axes): size for kind, axes, _, size in summary(found)}
+    assert sent == pytest.approx(designed_exchanges(sizes), abs=len(found))  # each is rounded to bytes
+    received = sum(sent.get((kind, ("expert",)), 0) for kind in ("all-gather", "reduce-scatter"))
+    assert received == (gather_bytes(make_config(), TOKENS // 8, D_MODEL, sizes[2]) if sizes[2] > 1 else 0)
 
 
 @pytest.mark.parametrize("matmul", ["ragged", "blocks"])
@@ -279,9 +246,9 @@ def test_tokens_are_gathered_over_the_expert_axis_alone(sizes, matmul):
 def test_sorting_and_choosing_stay_within_a_device_and_its_expert_group(sizes, matmul):
     """A device sorts and chooses for its own eighth of the tokens, times the devices along the expert axis."""
     tokens_of_group = TOKENS // 8 * sizes[2]
-    operations = compiled_operations(sizes, matmul)
-    sorts = {shape for name, shapes, line in operations if name == "sort" and "/top_k" not in line for shape in shapes}
+    operations = [one for one, _ in compiled_program(sizes, matmul).instructions()]
+    sorts = {a.shape for one in operations if one.opcode == "sort" and "/top_k" not in one.op_name for a in one.results}
     assert sorts == {(TOP_K * tokens_of_group,)}
-    choices = [shapes[0] for name, shapes, line in operations if name in ("sort", "custom-call") and "/top_k" in line]
+    choices = [one for one in operations if one.opcode in ("sort", "custom-call") and "/top_k" in one.op_name]
     assert choices
-    assert all(math.prod(shape[:-1]) <= tokens_of_group for shape in choices), choices
+    assert all(math.prod(one.results[0].shape[:-1]) <= tokens_of_group for one in choices), choices

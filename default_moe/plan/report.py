@@ -78,11 +78,12 @@ def _what(plan: StepPlan) -> list[str]:
     counts = parameter_counts(config, program.vocab_size)
     devices = plan.topology.devices
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
     train = config.train
     a_device = train.batch_size // train.grad_accum_steps // program.num_batch_shards
     return [
         f"{plan.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, remat {config.model.remat!r}, "
-        f"experts by {program.matmul!r}, attention by {program.attention!r}",
+        f"experts by {program.matmul!r}{form}, attention by {program.attention!r}",
         f"model: {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active, "
         f"{config.moe.num_experts} experts, top {config.moe.top_k}",
         f"batch: {train.batch_size:,} sequences of {train.sequence_length:,} tokens"
