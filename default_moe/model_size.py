@@ -1,5 +1,6 @@
 """How large a model is, and how many operations a token costs."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from default_moe.config import Config
+from default_moe.model import LanguageModel
 from default_moe.train_state import build_model
 
 
@@ -20,14 +22,18 @@ class ParameterCounts(NamedTuple):
 
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     """Counted on the shapes of the very model, of which nothing is created."""
-    model = build_model(config, vocab_size)
+    return _parameter_counts(build_model(config, vocab_size))
+
+
+@functools.cache
+def _parameter_counts(model: LanguageModel) -> ParameterCounts:
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), train=False))
     total = experts = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         size = math.prod(leaf.shape)
         total += size
         experts += size if any(getattr(key, "key", None) == "experts" for key in path) else 0
-    active = total - experts + experts * config.moe.top_k // config.moe.num_experts
+    active = total - experts + experts * model.moe.top_k // model.moe.num_experts
     return ParameterCounts(total, active, experts)
 
 

@@ -92,8 +92,8 @@ def search(
     for _ in range(most):
         if not queue:
             break
-        candidate = min(queue, key=lambda c: _rough_seconds(c, vocab_size, topology))
-        queue.remove(candidate)
+        queue.sort(key=lambda c: _rough_seconds(c, vocab_size, topology), reverse=True)
+        candidate = queue.pop()
         plan = make_plan(candidate, vocab_size, topology)
         report(plan)
         if plan.fits:
