@@ -16,6 +16,7 @@ from default_moe.errors import ConfigError
 from default_moe.hardware import is_nvidia, platform
 from default_moe.moe import small_init_std
 from default_moe.sharding import with_axes
+from default_moe.tpu_attention import LENGTH_MULTIPLE, splash_attention
 
 CACHE = "cache"
 
@@ -38,27 +39,44 @@ def residual_init_std(config: ModelConfig) -> float:
     return 2 / (config.num_layers * config.d_model**0.5)
 
 
-def attention_implementation(config: ModelConfig, masked_length: int = 0) -> Literal["xla", "cudnn"]:
-    """How `jax.nn.dot_product_attention` is to compute: cuDNN's kernel never holds the [H, L, L] scores.
+def attention_implementation(config: ModelConfig, length: int, masked: bool) -> Literal["xla", "cudnn", "splash"]:
+    """How attention over whole sequences is computed here: kernels never hold the [H, L, L] scores.
 
-    "auto" takes it for bfloat16 on an NVIDIA GPU with heads of a size it has kernels for. masked_length: of sequences
-    with a mask, 0 without one. Raises ConfigError if it is asked for where it cannot run.
+    "auto" takes cuDNN's on an NVIDIA GPU and JAX's splash attention on a TPU where they run, else XLA.
+    length: of the sequences.  masked: whether there are documents to keep apart.
+    Raises ConfigError if a kernel is asked for where it cannot run.
     """
+    reasons = {"cudnn": _why_no_cudnn(config, length, masked), "splash": _why_no_splash(length)}
+    if reasons.get(config.attention):
+        raise ConfigError(
+            f"model.attention is {config.attention!r}, but {reasons[config.attention]}: use 'auto' or 'xla'"
+        )
+    if config.attention == "xla":
+        return "xla"
+    return "cudnn" if not reasons["cudnn"] else "splash" if not reasons["splash"] else "xla"
+
+
+def _why_no_cudnn(config: ModelConfig, length: int, masked: bool) -> str | None:
     size = config.d_model // config.num_heads
-    reason = None
     if not is_nvidia():
-        reason = f"it runs on NVIDIA GPUs, but this is {platform()!r}"
-    elif config.dtype != "bfloat16":
-        reason = f"it takes bfloat16, but model.dtype is {config.dtype!r}"
-    elif size % 8 or size > 128:
-        reason = f"it takes heads of 8, 16, ... 128, but model.d_model / model.num_heads is {size}"
-    elif masked_length % 2:
-        reason = f"with data.mask_documents it takes sequences of even length, but this is {masked_length}"
-    elif float(getattr(jax.devices()[0], "compute_capability", 8)) < 8:
-        reason = f"it runs on GPUs of compute capability 8.0 and above, but a {jax.devices()[0].device_kind} is older"
-    if config.attention == "cudnn" and reason:
-        raise ConfigError(f"model.attention is 'cudnn', but {reason}: use 'auto' or 'xla'")
-    return "xla" if reason or config.attention == "xla" else "cudnn"
+        return f"it runs on NVIDIA GPUs, but this is {platform()!r}"
+    if config.dtype != "bfloat16":
+        return f"it takes bfloat16, but model.dtype is {config.dtype!r}"
+    if size % 8 or size > 128:
+        return f"it takes heads of 8, 16, ... 128, but model.d_model / model.num_heads is {size}"
+    if masked and length % 2:
+        return f"with data.mask_documents it takes sequences of even length, but this is {length}"
+    if float(getattr(jax.devices()[0], "compute_capability", 8)) < 8:
+        return f"it runs on GPUs of compute capability 8.0 and above, but a {jax.devices()[0].device_kind} is older"
+    return None
+
+
+def _why_no_splash(length: int) -> str | None:
+    if platform() != "tpu":
+        return f"it runs on TPUs, but this is {platform()!r}"
+    if length % LENGTH_MULTIPLE:
+        return f"it takes sequences of a multiple of {LENGTH_MULTIPLE} tokens, but train.sequence_length is {length}"
+    return None
 
 
 def rotary_embedding(x_BLHC: Array, positions_BL: Array, theta: float) -> Array:
@@ -100,11 +118,7 @@ class Attention(nn.Module):
         q = rotary_embedding(q, tokens.positions, config.rope_theta)
         k = rotary_embedding(k, tokens.positions, config.rope_theta)
         if self.cache_length is None:
-            mask = None
-            if tokens.segment_ids is not None:
-                mask = (tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None, :])[:, None]
-            implementation = attention_implementation(config, 0 if mask is None else x_BLD.shape[1])
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+            out = self._attend(q, k, v, tokens.segment_ids)
         else:
             k, v, mask = self._extend_cache(k, v, self.cache_length)
             out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
@@ -117,6 +131,19 @@ class Attention(nn.Module):
             kernel_init=with_axes(merge, "heads", None, "embed"),
             name="out",
         )(out)
+
+    def _attend(self, q: Array, k: Array, v: Array, segment_ids_BL: Array | None) -> Array:
+        """Of whole sequences."""
+        # Shapes alone matter while variables are made, of sequences that are too short for kernels.
+        implementation: Literal["xla", "cudnn", "splash"] = "xla"
+        if not self.is_initializing():
+            implementation = attention_implementation(self.config, q.shape[1], segment_ids_BL is not None)
+        if implementation == "splash":
+            return splash_attention(q, k, v, segment_ids_BL)
+        mask = None
+        if segment_ids_BL is not None:
+            mask = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
     def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
         """All keys and values so far [B, S, H, C], and the mask [1, 1, L, S] of those that each new token may see."""

@@ -102,9 +102,9 @@ class ModelConfig:
     """The decoder-only language model around the MoE layers.
 
     vocab_size: None takes the tokenizer's.  num_dense_layers: leading layers with a dense feed-forward network of
-    width dense_dim (None: as wide as one expert).  attention: "xla", "cudnn" (an NVIDIA GPU and bfloat16), or "auto",
-    which takes cuDNN's where it runs.  remat: what the backward pass recomputes, "none", "full" or "dots" (all but
-    products with weights).  scan_unroll: layers unrolled per step of the scan over layers; speed alone.
+    width dense_dim (None: as wide as one expert).  attention: "xla", "cudnn" (an NVIDIA GPU and bfloat16), "splash"
+    (a TPU), or "auto", which takes a kernel where it runs.  remat: what the backward pass recomputes, "none", "full" or
+    "dots" (all but products with weights and kernels).  scan_unroll: layers unrolled per step of the scan over layers.
     """
 
     vocab_size: int | None = None
@@ -141,7 +141,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 check_at_least(f"model.{name}", getattr(self, name), 1)
         check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
-        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         check_choice("model.remat", self.remat, REMATS)
         object.__setattr__(self, "dtype", _dtype_name("model.dtype", self.dtype))
 

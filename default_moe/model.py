@@ -16,6 +16,7 @@ from default_moe.config import ModelConfig, MoEConfig
 from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, MoELayer, small_init_std
 from default_moe.sharding import constrain, with_axes
 from default_moe.swiglu import EXPERT_PRODUCT
+from default_moe.tpu_attention import ATTENTION_OUTPUT
 
 
 @flax.struct.dataclass
@@ -171,7 +172,8 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
     if config.remat != "none":
         policies = jax.checkpoint_policies
         products = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(EXPERT_PRODUCT)
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(EXPERT_PRODUCT, ATTENTION_OUTPUT),
         )
         policy = products if config.remat == "dots" else None
         block = nn.remat(Block, prevent_cse=False, policy=policy)

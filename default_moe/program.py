@@ -72,8 +72,9 @@ class Program:
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
             self.matmul = resolve_backend(config.moe.matmul)
-            masked_length = config.train.sequence_length if config.data.mask_documents else 0
-            self.attention = attention_implementation(config.model, masked_length)
+            self.attention = attention_implementation(
+                config.model, config.train.sequence_length, config.data.mask_documents
+            )
             self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")

@@ -1,5 +1,6 @@
 """Which kernels are chosen where, and that no fault known of them reaches a result."""
 
+import contextlib
 import warnings
 
 import jax
@@ -10,9 +11,11 @@ from reference import assert_close
 from test_grouped_matmul import UNITS, check, random_arrays
 
 from default_moe import attention, grouped_matmul
-from default_moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from default_moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from default_moe.grouped_matmul import MATRICES_GRADIENT, available_backends, resolve_backend
 from default_moe.program import Program
+from default_moe.sharding import make_mesh
+from default_moe.tpu_attention import splash_attention
 
 
 @pytest.fixture
@@ -124,12 +127,44 @@ def test_a_program_refuses_what_cannot_run_here_before_anything_is_compiled():
         Program(Config(moe=MoEConfig(matmul="tokamax")), 257)
     with pytest.raises(ConfigError, match=r"model\.attention is 'cudnn', but it runs on NVIDIA GPUs, .* 'cpu'"):
         Program(Config(model=ModelConfig(attention="cudnn")), 257)
+    with pytest.raises(ConfigError, match=r"model\.attention is 'splash', but it runs on TPUs, .* 'cpu'"):
+        Program(Config(model=ModelConfig(attention="splash")), 257)
 
 
 def test_cudnn_is_not_asked_for_a_mask_of_odd_length(on):
     on("gpu", nvidia=True)
     config = ModelConfig(dtype="bfloat16")
-    assert [attention.attention_implementation(config, length) for length in (0, 16, 17)] == ["cudnn", "cudnn", "xla"]
+    chosen = [attention.attention_implementation(config, length, masked=True) for length in (16, 17)]
+    assert chosen == ["cudnn", "xla"]
+
+
+def test_the_choice_of_attention_on_a_tpu(on):
+    on("tpu")
+    chosen = [attention.attention_implementation(ModelConfig(), length, masked=True) for length in (128, 640, 200)]
+    assert chosen == ["splash", "splash", "xla"]
+    with pytest.raises(ConfigError, match=r"a multiple of 128 tokens, but train\.sequence_length is 200: use 'auto'"):
+        attention.attention_implementation(ModelConfig(attention="splash"), 200, masked=False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_splash_attention_is_attention(masked):
+    """The kernel, interpreted, on two meshes and none: its value and gradients."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, (4, 256, 2, 8)) for key in keys)
+    documents = jnp.cumsum(jax.random.bernoulli(keys[0], 0.02, (4, 256)), axis=1) if masked else None
+
+    def expected(q, k, v):
+        mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
+        return (g * jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)).sum()
+
+    def actual(q, k, v):
+        return (g * splash_attention(q, k, v, documents)).sum()
+
+    wanted = jax.value_and_grad(expected, argnums=(0, 1, 2))(q, k, v)
+    for mesh in (None, MeshConfig(2, 2, 1)):
+        with jax.set_mesh(make_mesh(mesh, jax.devices()[:4])) if mesh else contextlib.nullcontext():
+            got = jax.jit(jax.value_and_grad(actual, argnums=(0, 1, 2)))(q, k, v)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +179,7 @@ def test_cudnn_is_not_asked_for_a_mask_of_odd_length(on):
 )
 def test_the_choice_of_attention_on_an_nvidia_gpu(on, settings, chosen):
     on("gpu", nvidia=True)
-    assert attention.attention_implementation(ModelConfig(**settings)) == chosen
+    assert attention.attention_implementation(ModelConfig(**settings), 16, masked=False) == chosen
     if chosen == "xla" and "attention" not in settings:
         with pytest.raises(ConfigError, match="use 'auto' or 'xla'"):
-            attention.attention_implementation(ModelConfig(**settings, attention="cudnn"))
+            attention.attention_implementation(ModelConfig(**settings, attention="cudnn"), 16, masked=False)

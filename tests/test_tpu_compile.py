@@ -132,7 +132,7 @@ def test_the_training_step_compiles(devices, monkeypatch):
         mesh=MeshConfig(data=1, fsdp=2, expert=2),
     )
     made = Program(config, 1024, devices)
-    assert (made.matmul, made.expert_parallel, made.attention) == ("tokamax", "exchange", "xla")
+    assert (made.matmul, made.expert_parallel, made.attention) == ("tokamax", "exchange", "splash")
     compiled = made.compile_train_step(jax.tree.map(lambda a: a[:1], random_batch(config, 1024)))
     # Twice forward and twice backward: what the forward pass received is kept.
     exchanges = [name for name, *_ in along_the_expert_axis(compiled.as_text()) if name == "ragged-all-to-all"]

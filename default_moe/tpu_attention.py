@@ -1,0 +1,60 @@
+"""Causal attention by JAX's Pallas kernel for TPUs, splash attention, which never holds the [H, L, L] scores."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
+
+from default_moe import sharding
+from default_moe.hardware import platform
+
+LENGTH_MULTIPLE = 128  # sequences that the kernel takes
+_LARGEST_BLOCK = 512
+
+# The checkpoint name of its outputs, so that rematerialisation can keep them.
+ATTENTION_OUTPUT = "attention_output"
+
+
+def splash_attention(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Array | None) -> Array:
+    """What `jax.nn.dot_product_attention` gives with is_causal=True, in the dtype of q: [B, L, H, C].
+
+    segment_ids_BL: int32, if given, tokens attend to those of equal ids. L is a multiple of LENGTH_MULTIPLE.
+    On other platforms than TPUs the kernel is interpreted, which is slow. Under a mesh each device takes its sequences,
+    and its heads if these are split.
+    """
+    axes = (sharding.mesh_axes("batch"), sharding.mesh_axes("heads"))
+    if not any(axes):
+        return _on_device(q_BLHC, k_BLHC, v_BLHC, segment_ids_BL)
+    sequences, heads = (axis or None for axis in axes)
+    spec = P(sequences, None, heads)
+    # Kernels do not say over which axes their results vary.
+    mapped = jax.shard_map(_on_device, in_specs=(spec, spec, spec, P(sequences)), out_specs=spec, check_vma=False)
+    return mapped(q_BLHC, k_BLHC, v_BLHC, segment_ids_BL)
+
+
+def _on_device(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Array | None) -> Array:
+    _, length, num_heads, size = q_BLHC.shape
+    block = math.gcd(length, _LARGEST_BLOCK)
+    kernel: Any = splash.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
+        interpret=platform() != "tpu",
+    )
+    q_BHLC, k_BHLC, v_BHLC = (jnp.swapaxes(a, 1, 2) for a in (q_BLHC * size**-0.5, k_BLHC, v_BLHC))
+    segments = None if segment_ids_BL is None else splash.SegmentIds(segment_ids_BL, segment_ids_BL)
+    out_BHLC = jax.vmap(kernel)(q_BHLC.astype(q_BLHC.dtype), k_BHLC, v_BHLC, segments)
+    return jnp.swapaxes(out_BHLC, 1, 2).astype(q_BLHC.dtype)
