@@ -101,4 +101,7 @@ def sparse_experts(
 def _check_divisible(what: str, size: int, logical_axis: str) -> None:
     shards = sharding.num_shards(logical_axis)
     if size % shards:
-        raise ConfigError(f"{size} {what} cannot be split over {shards} devices: make the number a multiple of that")
+        axes = " and ".join(f"mesh.{axis}" for axis in sharding.mesh_axes(logical_axis))
+        raise ConfigError(
+            f"{size} {what} cannot be split over {shards} devices by {axes}: make the number a multiple of that"
+        )

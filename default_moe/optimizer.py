@@ -1,8 +1,9 @@
-"""AdamW with warm-up and cosine decay, from optax."""
+"""AdamW with warm-up and cosine decay, and what takes less memory than its moments, from optax."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from default_moe.config import OptimConfig
@@ -33,15 +34,38 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW."""
+    """Clipping by global norm, then AdamW, or Adafactor's second moment in the place of Adam's."""
+    if config.factored:
+        moments = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=64),  # the size of a head
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1) if config.b1 else optax.identity(),
+        )
+    else:
+        moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=None if config.decay_all else decay_mask,
+        optax.chain(
+            moments if config.moment_dtype == "float32" else _kept_in(jnp.dtype(config.moment_dtype), moments),
+            optax.add_decayed_weights(config.weight_decay, None if config.decay_all else decay_mask),
+            optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
         ),
     )
+
+
+def _kept_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, its float32 state rounded to `dtype` between updates, which compute in float32."""
+
+    def cast(state: Any, before: jnp.dtype, after: jnp.dtype) -> Any:
+        return jax.tree.map(lambda a: a.astype(after) if a.dtype == before else a, state)
+
+    float32 = jnp.dtype(jnp.float32)
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), float32, dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, dtype, float32), params)
+        return updates, cast(state, float32, dtype)
+
+    return optax.GradientTransformation(init, update)

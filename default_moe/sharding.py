@@ -128,6 +128,10 @@ def shardings_of(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args:
         annotated = jax.eval_shape(lambda *a: init(*a), *args)
         shapes = nn.unbox(annotated)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(annotated), mesh, mesh_rules)
+    # What an optimizer derives from a parameter by leaving out axes has its names, but not its axes. It is small.
+    shardings = jax.tree.map(
+        lambda leaf, s: NamedSharding(mesh, PartitionSpec()) if len(s.spec) > len(leaf.shape) else s, shapes, shardings
+    )
     jax.tree_util.tree_map_with_path(_check_divisible, shapes, shardings)
     return shardings
 

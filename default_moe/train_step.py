@@ -57,30 +57,35 @@ def make_gradient(
 
     def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
         num_tokens = jnp.maximum((batch["loss_mask"] != 0).sum(), 1).astype(jnp.float32)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if num_microbatches == 1:
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
             (loss, result), grads = grad_fn(state.params, state.variables, batch, num_tokens, rng)
             return grads, loss, result
+        # Added up in place, layer by layer as the backward pass gets there: a microbatch's own never exist as a whole.
+        grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
         def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, StepResult]:
-            grads, loss, vector_sums = carry
+            loss, vector_sums = carry
             index, microbatch = inputs
             variables = {**state.variables, **vector_sums}
-            (micro_loss, result), micro_grads = grad_fn(
-                state.params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index)
-            )
+
+            def micro_loss_fn(params: Any) -> tuple[Array, StepResult]:
+                return loss_fn(params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index))
+
+            pull_back: Any
+            micro_loss, pull_back, result = jax.vjp(micro_loss_fn, state.params, has_aux=True)
+            pull_back.with_refs(grads)(jnp.ones_like(micro_loss))
             new_variables = dict(result.variables)
             vector_sums = {name: new_variables.pop(name) for name in vector_sums}
-            carry = (jax.tree.map(jnp.add, grads, micro_grads), loss + micro_loss, vector_sums)
-            return carry, dataclasses.replace(result, variables=new_variables)
+            return (loss + micro_loss, vector_sums), dataclasses.replace(result, variables=new_variables)
 
         vector_sums = {}
         if DEFAULT_VECTORS in state.variables:
             vector_sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
-        start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), vector_sums)
+        start = (jnp.zeros(()), vector_sums)
         inputs = (jnp.arange(num_microbatches), _split_batch(batch, num_microbatches))
-        (grads, loss, _), passes = jax.lax.scan(microstep, start, inputs)
-        return grads, loss, _merge_passes(passes)
+        (loss, _), passes = jax.lax.scan(microstep, start, inputs)
+        return jax.tree.map(jax.freeze, grads), loss, _merge_passes(passes)
 
     return gradient
 

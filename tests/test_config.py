@@ -29,7 +29,7 @@ from default_moe.config_dict import default_config, to_config_dict
         ("model.num_heads", 3, "must divide model.d_model = 128"),
         ("model.num_heads", 128, "rotary"),
         ("model.num_dense_layers", 5, "between 0 and model.num_layers = 4"),
-        ("model.remat", "some", "'none', 'full', 'dots'"),
+        ("model.remat", "some", "'none', 'dots', 'full'"),
         ("model.dtype", "int8", "'float32', 'bfloat16'"),
         ("data.name", "text_files", "data.files is not set"),
         ("data.validation_fraction", 0.0, "between 0 and 1"),
