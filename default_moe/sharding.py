@@ -75,12 +75,22 @@ def whole_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """
     split = tuple(axis for name in logical_axes for axis in _split_axes(name))
     others = tuple(axis for axis in mesh_axes("batch") if axis not in split)
+    x = _finish_gradient(x)
     if others:
         x = jax.lax.pcast(x, others, to="varying")
     for dimension, name in enumerate(logical_axes):
         if name != "expert" and (axes := _split_axes(name)):
             x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
+
+
+@jax.custom_vjp
+def _finish_gradient(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is finished before it is added to others: XLA for TPU fails where it tries to add first."""
+    return x
+
+
+_finish_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def _split_axes(logical_axis: str | None) -> tuple[str, ...]:
