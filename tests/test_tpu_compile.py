@@ -4,14 +4,15 @@ Nothing runs. What the compiler says of operations, collectives and memory is co
 """
 
 import math
-import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.extend import backend as jax_backend
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -21,6 +22,9 @@ from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, Train
 from default_moe.expert_parallel import exchange_bytes
 from default_moe.memory import step_memory
 from default_moe.moe import MoELayer
+from default_moe.plan.costs import costs
+from default_moe.plan.hlo import Hlo
+from default_moe.plan.topologies import open_topology
 from default_moe.program import Program
 
 pytestmark = pytest.mark.tpu
@@ -30,8 +34,7 @@ B, L, D, F, N, K = 8, 256, 512, 1024, 8, 2
 
 @pytest.fixture(scope="module")
 def devices():
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host to ask
-    return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    return open_topology("v5e:2x2").devices
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +146,18 @@ def test_the_training_step_compiles(devices, monkeypatch):
     # Float32 parameters and two moments.
     assert needed.state == pytest.approx(3 * 4 * sum(shards), rel=0.02)
     assert needed.total < 2**30
+    # The planner counts what XLA does, which takes every loop for one turn and counts more than products.
+    hlo = Hlo(compiled.as_text())
+    assert hlo.open_loops == 0
+    repeated = costs(hlo, 1, 1).flops
+    hlo.runs = dict.fromkeys(hlo.runs, 1)
+    assert costs(hlo, 1, 1).flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.06)
+    assert repeated > 3 * costs(hlo, 1, 1).flops  # 2 microbatches of 2 MoE layers, but for what is outside of loops
+
+
+def test_the_planners_command():
+    command = [sys.executable, "-m", "default_moe.plan", "--topology=v5e:2x2", "--config.model.num_layers=2"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "v5e:2x2: 4 x TPU v5 lite, mesh data 4" in done.stdout and "of 15.75 GiB: fits" in done.stdout
+    assert "limited by memory traffic" in done.stdout and done.stderr == ""

@@ -26,8 +26,8 @@ class Collective(NamedTuple):
 
     kind: one of KINDS.  axes: of the mesh, along which devices exchange; ("?",) if they are no axes of it.
     group: some devices that exchange with each other, by their number in the mesh.  runs: in one call of the program.
-    bytes: that a device sends each time in the usual ring algorithm. For ragged-all-to-all it is the most there could
-      be: all rows to other devices.
+    bytes: that a device sends each time in the usual ring algorithm. For ragged-all-to-all, whose rows depend on
+      routing, as if all were the same for each device and none of the smaller of its two arrays were left empty.
     instruction: of the program.
     """
 
@@ -53,18 +53,23 @@ def collectives(hlo: Hlo, mesh_shape: Mapping[str, int]) -> list[Collective]:
         for instruction in computation.values():
             if instruction.opcode.removesuffix("-start") not in KINDS:
                 continue
-            one = _collective(instruction, runs, mesh_shape)
+            one = _collective(computation, instruction, runs, mesh_shape)
             (started if begins or name not in hlo.fused else others).append(one)
     channels = {_channel(one) for one in started}
     found = started + [one for one in others if _channel(one) not in channels]
     return [one for one in found if len(one.group) > 1]
 
 
-def _collective(instruction: Instruction, runs: int, mesh_shape: Mapping[str, int]) -> Collective:
+def _collective(
+    computation: Mapping[str, Instruction], instruction: Instruction, runs: int, mesh_shape: Mapping[str, int]
+) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
     groups = device_groups(instruction.attributes, math.prod(mesh_shape.values()))
     size = max(map(len, groups))
     result = _result_bytes(instruction, size)
+    if kind == "ragged-all-to-all":  # from and into arrays of which one has room for the worst case
+        rows = [computation[name].results[0].bytes for name in instruction.operands[:2] if name in computation]
+        result = min([result, *rows])
     whole = result * size if kind == "reduce-scatter" else result
     sent = {"all-reduce": 2 * whole * (size - 1) / size, "collective-permute": whole, "collective-broadcast": whole}
     return Collective(

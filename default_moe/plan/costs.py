@@ -26,6 +26,8 @@ _FREE = {
     "while",
 }
 
+_GROUPED_KERNEL = r"t?gmm_"  # tokamax's on TPU, by their names
+
 
 class Costs(NamedTuple):
     """Of one call, on one device.
@@ -44,8 +46,11 @@ class Costs(NamedTuple):
     open_loops: int
 
 
-def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float) -> Costs:
-    """Counts instruction by instruction, each as often as it runs, one after another."""
+def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fill: float = 1.0) -> Costs:
+    """Counts instruction by instruction, each as often as it runs, one after another.
+
+    grouped_fill: the share of rows that are not empty in kernels for grouped products, which skip empty ones.
+    """
     total_flops = total_bytes = computing = 0.0
     seconds_of: dict[str, float] = {}
     for name, runs in hlo.runs.items():
@@ -53,8 +58,9 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float) -> Costs:
             continue
         computation = hlo.computations[name]
         for instruction in computation.values():
-            flops = _flops(hlo, computation, instruction)
-            moved = _bytes(hlo, computation, instruction)
+            share = grouped_fill if re.match(_GROUPED_KERNEL, instruction.name) else 1.0
+            flops = share * _flops(hlo, computation, instruction)
+            moved = share * _bytes(hlo, computation, instruction)
             total_flops += runs * flops
             total_bytes += runs * moved
             seconds = runs * max(flops / flops_per_second, moved / bytes_per_second)

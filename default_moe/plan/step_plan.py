@@ -123,7 +123,7 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
         state=State(parameters, optimizer, everything - parameters - optimizer),
         memory=step_memory(compiled) if compiled else None,
         too_large=too_large,
-        costs=costs(hlo, *speeds) if hlo else None,
+        costs=costs(hlo, *speeds, grouped_fill=_filled(config, program)) if hlo else None,
         exchanges=tuple(collectives(hlo, program.mesh.shape)) if hlo else (),
         model_flops=tokens * train_flops_per_token(config, program.vocab_size) / program.mesh.size,
     )
@@ -133,6 +133,14 @@ def state_bytes(config: Config, vocab_size: int, topology: Topology) -> int:
     """Of parameters and optimizer on each device, without compiling. Raises ConfigError as `make_plan` does."""
     with traced_for(topology.devices[0]):
         return _device_bytes(Program(config, vocab_size, topology.devices).abstract_state())
+
+
+def _filled(config: Config, program: Program) -> float:
+    """Of the rows for which a device that holds some of the experts has room, the share that balanced routing fills."""
+    devices = program.mesh.shape["expert"] if program.expert_parallel else 1
+    here = config.moe.num_experts // devices
+    most = config.moe.top_k if program.expert_parallel == "gather" else min(config.moe.top_k, here)
+    return config.moe.top_k / (devices * most)
 
 
 def _device_bytes(tree: Any) -> int:
