@@ -4,9 +4,10 @@
     python train.py --config=configs/moe_100b.py --workdir=/shared/runs/moe_100b \\
         --config.data.files='fineweb_edu/*.parquet' --config.data.tokenizer=llama3/tokenizer.json
 
-64 experts, top 4, in 47 of 48 layers. Experts are split 16 ways, so that tokens are exchanged along one side of the
-torus, and all parameters 64 ways besides. The batch is 8.4 M tokens; 2 T tokens are 238,419 steps. Nothing here has
-been trained; what the step takes is what the planner says.
+64 experts, top 4, in 47 of 48 layers. All parameters are split 128 ways, over one plane of the torus, of which there
+are 8 copies; a device takes 4 sequences. (Experts split over devices would need less gathering of weights, but room
+for all tokens of a group on each device, which costs more time here.) The batch is 16.8 M tokens; 2 T tokens are
+119,209 steps. Nothing here has been trained; what the step takes is what the planner says.
 """
 
 from ml_collections import ConfigDict
@@ -34,13 +35,12 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 1e-4
 
     config.train.sequence_length = 4096
-    config.train.batch_size = 2048
-    config.train.num_steps = 238_419
+    config.train.batch_size = 4096
+    config.train.num_steps = 119_209
     config.optim.peak_lr = 3e-4
 
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.mesh.expert = 16
+    config.mesh.data = 8
+    config.mesh.fsdp = 128
     config.checkpoint.every_steps = 500
     config.eval.every_steps = 1000
     config.eval.num_batches = 4

@@ -71,6 +71,10 @@ def what_reduces(config: Config, num_batch_shards: int, state_too_large: bool = 
     """Which settings would need less memory, those that cost least first."""
     advice = [] if config.mesh.fsdp == -1 else ["mesh.data=1 and mesh.fsdp=-1 on more devices"]
     if state_too_large:
+        if config.optim.moment_dtype == "float32":
+            advice.append("optim.moment_dtype='bfloat16'")
+        if not config.optim.factored:
+            advice.append("optim.factored=True")
         return ", ".join([*(advice or ["more devices"]), "or a smaller model would need less"])
     if config.model.remat != "full":
         advice.insert(0, "model.remat='full'")

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from default_moe.config import ConfigError, MeshConfig
@@ -35,7 +36,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"{asked} does not fit {len(devices)} device{'s' if len(devices) > 1 else ''}: the product of the three "
             "must be the number of devices (-1 stands for the rest)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:  # a TPU's torus has no sides of these sizes: take parts of its sides
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def rules() -> tuple[tuple[str, Any], ...]:

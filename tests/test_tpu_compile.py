@@ -161,3 +161,10 @@ def test_the_planners_command():
     assert done.returncode == 0, done.stderr
     assert "v5e:2x2: 4 x TPU v5 lite, mesh data 4" in done.stdout and "of 15.75 GiB: fits" in done.stdout
     assert "limited by memory traffic" in done.stdout and done.stderr == ""
+
+
+def test_a_mesh_may_take_parts_of_the_toruss_sides():
+    """1,024 chips lie in 8 x 8 x 16: no side has four, and none are 256 together with others' wholes."""
+    mesh = sharding.make_mesh(MeshConfig(1, 256, 4), open_topology("v5p:8x8x16").devices)
+    assert mesh.devices.shape == (1, 256, 4)
+    assert len({device.id for device in mesh.devices.flat}) == 1024
