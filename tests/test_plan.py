@@ -254,6 +254,7 @@ def test_the_command(tmp_path):
         ([], "--topology is missing"),
         (["--topology=cpu:8", "--config.mesh.data=3"], "does not fit 8 devices"),
         (["--topology=cpu:2", "--json=/nowhere/plan.json"], "there is no directory /nowhere"),
+        (["--topology=cpu:2", "--largest"], "--largest needs a device whose memory is known"),
     ],
 )
 def test_bad_input_is_one_line(flags, words):

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"cannot write {_JSON.value}: there is no directory {Path(_JSON.value).absolute().parent}")
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine stay free
     topology = open_topology(_TOPOLOGY.value)
+    if _LARGEST.value and topology.hardware is None:
+        raise ConfigError(f"--largest needs a device whose memory is known, which that of {topology.name} is not")
     vocab_size = config.model.vocab_size or _vocab_size(config.data)
 
     def make(config: Config) -> StepPlan:
