@@ -1,6 +1,7 @@
 """The language model: causality, initialisation, equivalence of its many ways to run, size."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -80,25 +81,26 @@ def test_masked_documents_do_not_see_each_other():
     assert np.abs(across[:, 6:] - alone).max() > 1e-3
 
 
+@functools.cache
+def value_and_gradient(config):
+    """Variables, the value of a loss, default vectors after it, and its gradient."""
+    model = LanguageModel(config, MOE, VOCAB)
+    variables = init(model)
+    params, vectors = variables["params"], noise(variables["default_vectors"])
+
+    def loss(params):
+        (logits, stats), mutated = model.apply(
+            {"params": params, "default_vectors": vectors}, some_tokens(), train=True, mutable=["default_vectors"]
+        )
+        return jnp.square(logits).sum() + stats.load_balance_loss.sum(), mutated
+
+    (value, mutated), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return variables, value, mutated, grads
+
+
 @pytest.mark.parametrize("change", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
 def test_unrolling_and_rematerialisation_change_neither_results_nor_names(change):
-    tokens = some_tokens()
-
-    def run(config):
-        model = LanguageModel(config, MOE, VOCAB)
-        variables = init(model)
-        params, vectors = variables["params"], noise(variables["default_vectors"])
-
-        def loss(params):
-            (logits, stats), mutated = model.apply(
-                {"params": params, "default_vectors": vectors}, tokens, train=True, mutable=["default_vectors"]
-            )
-            return jnp.square(logits).sum() + stats.load_balance_loss.sum(), mutated
-
-        (value, mutated), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        return variables, value, mutated, grads
-
-    plain, changed = run(MODEL), run(dataclasses.replace(MODEL, **change))
+    plain, changed = value_and_gradient(MODEL), value_and_gradient(dataclasses.replace(MODEL, **change))
     assert paths(plain[0]) == paths(changed[0])
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * (1 + float(np.abs(a).max())))
