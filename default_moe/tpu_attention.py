@@ -56,5 +56,5 @@ def _on_device(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Arra
     )
     q_BHLC, k_BHLC, v_BHLC = (jnp.swapaxes(a, 1, 2) for a in (q_BLHC * size**-0.5, k_BLHC, v_BLHC))
     segments = None if segment_ids_BL is None else splash.SegmentIds(segment_ids_BL, segment_ids_BL)
-    out_BHLC = jax.vmap(kernel)(q_BHLC.astype(q_BLHC.dtype), k_BHLC, v_BHLC, segments)
-    return jnp.swapaxes(out_BHLC, 1, 2).astype(q_BLHC.dtype)
+    out_BHLC = jax.vmap(kernel)(q_BHLC, k_BHLC, v_BHLC, segments)
+    return jnp.swapaxes(out_BHLC, 1, 2)

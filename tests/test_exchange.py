@@ -19,13 +19,14 @@ from test_moe_sharded import (
     make_config,
     mesh_of,
     skewed_inputs,
-    tokamax_everywhere,  # noqa: F401
 )
 
 from default_moe.config import ConfigError, MeshConfig, MoEConfig
 from default_moe.exchange import received_slots, slices
 from default_moe.expert_parallel import exchange_bytes, gather_bytes, resolve_expert_parallel
 from default_moe.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
 
 
 def exchange_by_loops(rows_GS, offsets, num_slots):

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import Settings, assert_close
 
-from default_moe import grouped_matmul
 from default_moe.config import ConfigError, MeshConfig, MoEConfig
 from default_moe.expert_parallel import gather_bytes
 from default_moe.moe import MoELayer
@@ -28,10 +27,7 @@ BALANCE_WEIGHT, Z_WEIGHT = 30.0, 3.0
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 1, 8), (2, 1, 4), (1, 2, 4)]
 
 
-@pytest.fixture(autouse=True)
-def tokamax_everywhere(monkeypatch):
-    """Everything about that backend but its kernels, in the place of which `jax.lax.ragged_dot` computes on a CPU."""
-    monkeypatch.setattr(grouped_matmul, "_tokamax_runs", lambda: True)
+pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
 
 
 def mesh_of(sizes: tuple[int, int, int]):

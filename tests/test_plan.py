@@ -156,7 +156,7 @@ def test_the_state_is_counted_as_it_is_split(plan):
     assert plan.state.parameters == 4 * sum(held)
     assert plan.state.optimizer == 8 * sum(held) + 2 * 4  # and two counts
     assert sum(plan.state) == pytest.approx(plan.memory.state, rel=0.01)
-    assert state_bytes(CONFIG, 257, cpus()) == pytest.approx(sum(plan.state), abs=8192)  # all but the batch
+    assert state_bytes(plan.program) == pytest.approx(sum(plan.state), abs=8192)  # all but the batch
 
 
 def test_the_plan_is_of_the_step_that_trains(plan):
@@ -208,13 +208,21 @@ def test_search_compiles_what_promises_most_and_ranks_what_fits(plan, monkeypatc
         return dataclasses.replace(made, costs=costs)
 
     monkeypatch.setattr(search, "make_plan", fake_plan)
-    plans = search.search(CONFIG, 257, cpus(2**20), 12, tried.append)
+    # In so many microbatches there would be too few sequences for the devices: the search begins with one.
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, grad_accum_steps=32))
+    plans = search.search(config, 257, cpus(2**20), 12, tried.append)
     assert len(tried) == 12
     assert {id(p) for p in plans} == {id(p) for p in tried if p.fits}
     assert plans and [sum(p.seconds) for p in plans] == sorted(sum(p.seconds) for p in plans)
     assert all(p.config.train.batch_size == 32 for p in tried)
     # No config twice; the first needs no more microbatches or recomputation than any other.
     assert len({(p.config.mesh, p.config.model.remat, p.config.train.grad_accum_steps) for p in tried}) == 12
+
+
+def test_a_search_without_a_mesh_to_try_says_why():
+    train = dataclasses.replace(CONFIG.train, batch_size=12)
+    with pytest.raises(ConfigError, match=r"train\.batch_size, 12, must be a multiple of its 8 devices"):
+        search.search(dataclasses.replace(CONFIG, train=train), 257, cpus(), 3, print)
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "h100:9", "h100:0x8", "cpu:0", "cpu:x", "", "tpu"])

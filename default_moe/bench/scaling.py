@@ -14,7 +14,7 @@ from default_moe.config import Config
 from default_moe.program import mesh_for
 
 NUM_EXPERTS = (8, 16, 32, 64, 128)
-NUM_LAYERS = (2, 6, 12, 24)
+NUM_LAYERS = (6, 12, 24)
 BATCHES = (0.25, 0.5, 1, 2, 4)
 _VOCAB_SIZE = 257
 _COLUMNS = (

@@ -9,8 +9,9 @@ from default_moe.config import REMATS, Config
 from default_moe.errors import ConfigError
 from default_moe.hardware import peak_flops
 from default_moe.model_size import parameter_counts, train_flops_per_token
-from default_moe.plan.step_plan import StepPlan, make_plan, state_bytes
+from default_moe.plan.step_plan import StepPlan, make_plan, program_for, state_bytes
 from default_moe.plan.topologies import Topology
+from default_moe.program import Program
 
 _ATTEMPTS = 5
 
@@ -86,8 +87,14 @@ def search(
 
     Varies the mesh, what is recomputed and the number of microbatches. What a rough formula takes for the fastest is
     compiled first; what does not fit is tried again in more microbatches. report: is told each plan as it is made.
+    Raises ConfigError if there is no mesh that `config` could be tried on.
     """
     queue = list(_candidates(config, vocab_size, topology))
+    if not queue:
+        raise ConfigError(
+            f"no mesh of {topology.name} can be tried: train.batch_size, {config.train.batch_size}, must be a multiple "
+            f"of its {len(topology.devices)} devices, and the state must fit them"
+        )
     found: list[StepPlan] = []
     for _ in range(most):
         if not queue:
@@ -106,23 +113,21 @@ def search(
 def _candidates(config: Config, vocab_size: int, topology: Topology) -> Iterator[Config]:
     """One for each mesh whose state fits and each remat, in as few microbatches as a rough formula says would fit."""
     count = len(topology.devices)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=1))
     for fsdp, expert in itertools.product(_divisors(count), repeat=2):
         if count % (fsdp * expert):
             continue
         mesh = dataclasses.replace(config.mesh, data=count // (fsdp * expert), fsdp=fsdp, expert=expert)
         on_mesh = dataclasses.replace(config, mesh=mesh)
         try:
-            state = state_bytes(on_mesh, vocab_size, topology)
+            program = program_for(on_mesh, vocab_size, topology)
         except ConfigError:  # an axis that does not divide the model or the batch
             continue
-        room = topology.hardware.memory - state if topology.hardware else math.inf
+        room = topology.hardware.memory - state_bytes(program) if topology.hardware else math.inf
         for remat in REMATS:
-            candidate: Config | None = dataclasses.replace(
-                on_mesh,
-                model=dataclasses.replace(config.model, remat=remat),
-                train=dataclasses.replace(config.train, grad_accum_steps=1),
-            )
-            while candidate and room < _rough_temporaries(candidate, vocab_size, count):
+            model = dataclasses.replace(config.model, remat=remat)
+            candidate: Config | None = dataclasses.replace(on_mesh, model=model)
+            while candidate and room < _rough_temporaries(candidate, program, count):
                 candidate = _in_more_microbatches(candidate, count)
             if candidate:
                 yield candidate
@@ -131,26 +136,23 @@ def _candidates(config: Config, vocab_size: int, topology: Topology) -> Iterator
 def _in_more_microbatches(config: Config, num_devices: int) -> Config | None:
     """With the next number of microbatches that divides the batch; None if a device holds one sequence already."""
     train = config.train
-    larger = [
-        n
-        for n in _divisors(train.batch_size // num_devices)
-        if n > train.grad_accum_steps and train.batch_size % (n * num_devices) == 0
-    ]
-    if not larger:
+    larger = (n for n in _divisors(train.batch_size // num_devices) if n > train.grad_accum_steps)
+    number = next(larger, None)
+    if number is None:
         return None
-    return dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=larger[0]))
+    return dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=number))
 
 
-def _rough_temporaries(config: Config, vocab_size: int, num_devices: int) -> float:
+def _rough_temporaries(config: Config, program: Program, num_devices: int) -> float:
     """Bytes of a device: gradients, what the backward pass keeps of each layer, and what one layer needs meanwhile."""
     model, moe, train = config.model, config.moe, config.train
     sequences = train.batch_size // train.grad_accum_steps / num_devices
     tokens = sequences * train.sequence_length
-    scores = 6 * sequences * model.num_heads * train.sequence_length**2
+    scores = 6 * sequences * model.num_heads * train.sequence_length**2 if program.attention == "xla" else 0
     products = 2 * tokens * (5 * model.d_model + moe.top_k * (2 * moe.expert_dim + model.d_model))
     kept = {"full": 2 * tokens * model.d_model, "dots": products, "none": 2 * products + scores}[model.remat]
-    logits = 6 * min(tokens * vocab_size, train.logits_per_chunk)
-    gradients = 4 * parameter_counts(config, vocab_size).total / (config.mesh.fsdp * config.mesh.expert)
+    logits = 6 * min(tokens * program.vocab_size, train.logits_per_chunk)
+    gradients = 4 * parameter_counts(config, program.vocab_size).total / (config.mesh.fsdp * config.mesh.expert)
     return gradients + model.num_layers * kept + 2 * products + 2 * scores + logits
 
 

@@ -96,10 +96,16 @@ class StepPlan:
         return hardware.link if len(hosts) == 1 else hardware.network
 
 
-def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
-    """Compiles the training step that `config` stands for. Raises ConfigError if config and topology do not fit."""
+def program_for(config: Config, vocab_size: int, topology: Topology) -> Program:
+    """Raises ConfigError if config and topology do not fit."""
     with traced_for(topology.devices[0]):
-        program = Program(config, vocab_size, topology.devices)
+        return Program(config, vocab_size, topology.devices)
+
+
+def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
+    """Compiles the training step that `config` stands for. Raises ConfigError as `program_for` does."""
+    program = program_for(config, vocab_size, topology)
+    with traced_for(topology.devices[0]):
         state = program.abstract_state()
         batch = program.abstract_batch(pack([], 1, config.train.sequence_length, 0, np.zeros(1, np.int32)))
         compiled, too_large = None, None
@@ -129,10 +135,9 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
     )
 
 
-def state_bytes(config: Config, vocab_size: int, topology: Topology) -> int:
-    """Of parameters and optimizer on each device, without compiling. Raises ConfigError as `make_plan` does."""
-    with traced_for(topology.devices[0]):
-        return _device_bytes(Program(config, vocab_size, topology.devices).abstract_state())
+def state_bytes(program: Program) -> int:
+    """Of the state on each device, without compiling."""
+    return _device_bytes(program.abstract_state())
 
 
 def _filled(config: Config, program: Program) -> float:
