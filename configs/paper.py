@@ -47,8 +47,7 @@ def get_config(arguments: str = "8c1") -> ConfigDict:
     config.moe.num_experts = num_experts
     config.moe.top_k = top_k
     config.moe.expert_dim = 22_528 * d_model // (1024 * num_experts)
-    config.moe.ema_decay = 0.9
-    config.moe.load_balance_weight = 0.01
+    config.moe.default.ema_decay = 0.9
 
     config.data.name = "text_files"
     config.data.tokenizer = "tokenizer.json"

@@ -147,6 +147,21 @@ def _backward(rows: int, residuals: tuple, cotangents: tuple) -> tuple:
 block_experts.defvjp(_forward, _backward)
 
 
+def block_output_products(x_TD: Array, g_TD: Array, weights: ExpertWeights, layout: Layout, rows: int) -> Array:
+    """float32 [T, K], <g_t, E_i(x_t)> of each assignment. Arguments as `block_experts` has them."""
+    num_choices = layout.slot_TK.shape[1]
+
+    def one_block(w: ExpertWeights, block: _Block, products_A: Array) -> Array:
+        token_R = block.assignment_R // num_choices
+        x_RD, g_RD = take_or_zeros(x_TD, token_R), take_or_zeros(g_TD, token_R).astype(x_TD.dtype)
+        hidden_RF = swiglu_hidden(x_RD @ w.gate, x_RD @ w.up)
+        g_hidden_RF = jnp.matmul(g_RD, w.down.T, preferred_element_type=jnp.float32)
+        return products_A.at[block.assignment_R].set((g_hidden_RF * hidden_RF).sum(axis=-1), mode="drop")
+
+    products_A = _over_blocks(one_block, _zeros((layout.slot_TK.size,), layout, 0), weights, layout, rows)
+    return products_A.reshape(layout.slot_TK.shape)
+
+
 class _Block(NamedTuple):
     """Some rows of one expert.
 
@@ -160,20 +175,20 @@ class _Block(NamedTuple):
     assignment_R: Array
 
 
-def _over_blocks(one_block: Callable, carry: tuple, weights: ExpertWeights, layout: Layout, rows: int) -> tuple:
+def _over_blocks(one_block: Callable, carry: Any, weights: ExpertWeights, layout: Layout, rows: int) -> Any:
     """Carry through `one_block(w, block, carry)` for each block of each expert, in ascending order; w: its weights."""
     sizes_M = layout.group_sizes_M
     start_M = jnp.cumsum(sizes_M) - sizes_M
     used_M = jnp.nonzero(sizes_M, size=sizes_M.shape[0], fill_value=0)[0]
     few = tail_rows(rows)
 
-    def one_expert(index: Array, carry: tuple) -> tuple:
+    def one_expert(index: Array, carry: Any) -> Any:
         expert = used_M[index]
         size, start = sizes_M[expert], start_M[expert]
         w = jax.tree.map(lambda a: a[expert], weights)
 
-        def blocks(begin: Array, rows: int, count: Array, carry: tuple) -> tuple:
-            def turn(index: Array, carry: tuple) -> tuple:
+        def blocks(begin: Array, rows: int, count: Array, carry: Any) -> Any:
+            def turn(index: Array, carry: Any) -> Any:
                 first = begin + index * rows
                 row_R = first + jnp.arange(rows)
                 assignment_R = layout.assignment_S.at[start + row_R].get(mode="clip")

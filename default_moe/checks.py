@@ -40,13 +40,13 @@ def check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> Non
 
 def optional_type(annotation: Any) -> type | None:
     """int for `int | None`; None for any other annotation."""
-    if isinstance(annotation, types.UnionType):
-        return next(t for t in typing.get_args(annotation) if t is not type(None))
-    return None
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+    return next(t for t in kinds if t is not type(None)) if type(None) in kinds else None
 
 
 def section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) -> Any:
     """The dataclass `section`, called `name` in messages, of a mapping of its fields. Raises ConfigError."""
+    check(isinstance(mapping, Mapping), f"{name} is {mapping!r}, but must be a group of settings")
     fields = {f.name: f for f in dataclasses.fields(section)}
     check_keys(mapping, list(fields), prefix=f"{name}.")
     values = {}

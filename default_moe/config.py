@@ -18,10 +18,10 @@ from default_moe.checks import (
     check_choice,
     check_fraction,
     check_keys,
-    closest,
     section_from_mapping,
 )
 from default_moe.errors import ConfigError as ConfigError  # these are part of this module's interface
+from default_moe.mesh_config import MeshConfig as MeshConfig
 from default_moe.model_config import EXPERT_PARALLEL_FORMS as EXPERT_PARALLEL_FORMS
 from default_moe.model_config import MATMUL_BACKENDS as MATMUL_BACKENDS
 from default_moe.model_config import REMATS as REMATS
@@ -123,6 +123,7 @@ class OptimConfig:
     """AdamW with linear warm-up over warmup_fraction of the steps, then cosine decay to peak_lr * final_lr_fraction.
 
     decay_all: apply weight decay to norms, biases, embeddings and the router too, not to the other matrices alone.
+    router_lr_multiplier: what the learning rate of the routers is multiplied by.
     moment_dtype: what both moments are kept in, "float32" or "bfloat16"; they are computed in float32.
     factored: keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern
       2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no first.
@@ -137,6 +138,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     decay_all: bool = False
     clip_norm: float = 1.0
+    router_lr_multiplier: float = 1.0
     moment_dtype: str = "float32"
     factored: bool = False
 
@@ -153,52 +155,8 @@ class OptimConfig:
             "0.99: what a step changes would be rounded away",
         )
         check_at_least("optim.weight_decay", self.weight_decay, 0)
+        check_at_least("optim.router_lr_multiplier", self.router_lr_multiplier, 0)
         check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
-
-
-_LOGICAL_AXES = ["batch", "expert", "embed", "heads", "mlp", "vocab"]
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis (-1, once: all that are left), and the mesh axes of each logical axis.
-
-    data: copies of the model.  fsdp: parameters and optimizer state split over it.  expert: experts split over it.
-    The batch is split over all three.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    rules: tuple[tuple[str, Any], ...] = (
-        ("batch", ("data", "fsdp", "expert")),
-        ("expert", "expert"),
-        ("embed", "fsdp"),
-        ("heads", None),
-        ("mlp", None),
-        ("vocab", None),
-    )
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.expert)
-        check(
-            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh.data, mesh.fsdp, mesh.expert are {sizes}, but each must be positive, and at most one of them -1",
-        )
-        check(
-            isinstance(self.rules, list | tuple)
-            and all(isinstance(r, list | tuple) and len(r) == 2 for r in self.rules),
-            f"mesh.rules is {self.rules!r}, but must be pairs of a logical axis and its mesh axes",
-        )
-        rules = tuple((name, tuple(axes) if isinstance(axes, list | tuple) else axes) for name, axes in self.rules)
-        object.__setattr__(self, "rules", rules)
-        for name, axes in rules:
-            check(name in _LOGICAL_AXES, f"mesh.rules has no logical axis {name!r}{closest(str(name), _LOGICAL_AXES)}")
-            for axis in axes if isinstance(axes, tuple) else (axes,):
-                check(
-                    axis in ("data", "fsdp", "expert", None),
-                    f"mesh.rules maps {name!r} to {axis!r}, but the mesh axes are 'data', 'fsdp' and 'expert'",
-                )
 
 
 @dataclass(frozen=True)
@@ -247,8 +205,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run."""
+    """All settings of a run.
 
+    init_from: the work directory of a run with the same model and tokenizer, from whose newest weights this one starts,
+      with another router for instance.
+    """
+
+    init_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -269,12 +232,15 @@ class Config:
         Raises ConfigError on an unknown key, a value of the wrong type, or one that cannot work.
         """
         check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
-        sections = {}
-        for section in dataclasses.fields(cls):
-            values = mapping.get(section.name, {})
-            check(isinstance(values, Mapping), f"{section.name} is {values!r}, but must be a group of settings")
-            sections[section.name] = section_from_mapping(typing.cast(type, section.type), section.name, values)
-        return cls(**sections)
+        values = dict(mapping)
+        for f in dataclasses.fields(cls):
+            if f.name in mapping and dataclasses.is_dataclass(f.type):
+                values[f.name] = _section(typing.cast(type, f.type), f.name, mapping[f.name])
+        check(
+            isinstance(values.get("init_from"), str | None),
+            f"init_from is {values.get('init_from')!r}, but must be the work directory of a run",
+        )
+        return cls(**values)
 
     @classmethod
     def from_config_dict(cls, config: "ConfigDict") -> Self:
@@ -283,7 +249,12 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON can hold them."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "moe": self.moe.to_dict()}
+
+
+def _section(section: type, name: str, mapping: Any) -> Any:
+    check(isinstance(mapping, Mapping), f"{name} is {mapping!r}, but must be a group of settings")
+    return MoEConfig.from_mapping(mapping) if section is MoEConfig else section_from_mapping(section, name, mapping)
 
 
 def flat_items(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

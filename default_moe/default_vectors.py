@@ -5,11 +5,53 @@ forward pass it may stand in for the inactive expert; in the backward pass it al
 it. See `routing.py` for the dimension key.
 """
 
-import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from default_moe.checks import check, check_at_least, check_choice, check_fraction
+
+
+@dataclass(frozen=True)
+class DefaultVectorSettings:
+    """How default vectors are made and used. A method (`methods/`) that inherits these has default vectors.
+
+    ema_decay: beta of the moving average.  ema_weighted: average expert outputs weighted by their weight in the layer's
+      output.  ema_init: "zeros" or "gaussian" (with ema_init_std).
+    ema_update: "before" uses the vectors updated with this very batch, as the paper does, "after" those before it.
+    substitute: "forward" adds the default vectors of the inactive experts to the output, "backward" uses them for the
+      router's gradient alone.
+    substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
+      The gradient is dense from the start. 0: all of it at once.
+    warm_up_batches: batches that the vectors of a model that has none yet are averaged over, before it trains on from
+      another run (`init_from`).
+    """
+
+    ema_decay: float = 0.9
+    ema_weighted: bool = True
+    ema_init: str = "zeros"
+    ema_init_std: float = 0.02
+    ema_update: str = "before"
+    substitute: str = "forward"
+    substitute_ramp_steps: int = 0
+    warm_up_batches: int = 8
+
+    def __post_init__(self) -> None:
+        prefix = f"moe.{getattr(self, 'name', 'default')}"
+        check_fraction(f"{prefix}.ema_decay", self.ema_decay)
+        check_choice(f"{prefix}.ema_init", self.ema_init, ("zeros", "gaussian"))
+        check_at_least(f"{prefix}.ema_init_std", self.ema_init_std, 0)
+        check_choice(f"{prefix}.ema_update", self.ema_update, ("before", "after"))
+        check_choice(f"{prefix}.substitute", self.substitute, ("forward", "backward"))
+        check_at_least(f"{prefix}.substitute_ramp_steps", self.substitute_ramp_steps, 0)
+        check(
+            not self.substitute_ramp_steps or self.substitute == "forward",
+            f"{prefix}.substitute_ramp_steps is {self.substitute_ramp_steps}, but {prefix}.substitute is 'backward': "
+            "nothing is substituted that could be ramped in",
+        )
+        check_at_least(f"{prefix}.warm_up_batches", self.warm_up_batches, 0)
 
 
 def update_ema(ema_MD: Array, sum_MD: Array, weight_M: Array, decay: float) -> Array:
@@ -26,40 +68,41 @@ def update_ema(ema_MD: Array, sum_MD: Array, weight_M: Array, decay: float) -> A
     return jnp.where(seen, decay * ema_MD + (1 - decay) * mean_MD, ema_MD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def combine(active_TD: Array, probs_TM: Array, ema_MD: Array, active_TM: Array, substitute: str) -> Array:
+@jax.custom_vjp
+def combine(active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array, substitution: Array | None) -> Array:
     """Add what inactive experts contribute, and give the router a gradient for them.
 
-    With A_t the active experts of token t, whose weighted outputs are already in active_t:
-      y_t = sum_{i in A_t} p_ti E_i(x_t)  [+ sum_{i not in A_t} p_ti E^_i]      (eq. 2 [eq. 11])
-      dy_t/dp_ti = E_i(x_t) for i in A_t, E^_i otherwise                        (eq. 8)
+    With A_t the active experts of token t, whose weighted outputs are already in active_t, and a the substitution:
+      y_t = sum_{i in A_t} p_ti E_i(x_t)  +  a sum_{i not in A_t} p_ti E^_i      (eq. 2 at a = 0, eq. 11 at a = 1)
+      dy_t/dp_ti = E_i(x_t) for i in A_t, E^_i otherwise, whatever a            (eq. 8)
     The first case of eq. 8 reaches the router through active_t; the second is this function's. No gradient flows into
     E^. It costs one [T, M] x [M, D] product in each direction: beside the factors it reads and writes y once, and
     backward reads g once.
 
     Args:
       active_TD: float32, sum of the active experts' outputs, weighted.
-      probs_TM: float32, router probabilities of the experts held here, not renormalised.
+      weights_TM: float32, of the experts held here: the router probabilities, not renormalised.
       ema_MD: float32, default vectors.
       active_TM: bool, whether the expert runs for the token.
-      substitute: "forward" includes the bracketed term in y, "backward" only its gradient.
+      substitution: a, a scalar; None stands for 0, at no cost in the forward pass.
 
     Returns:
       float32 [T, D], summed over the experts held here.
     """
-    if substitute == "backward":
+    if substitution is None:
         return active_TD
-    return active_TD + jnp.matmul(_inactive(probs_TM, active_TM), ema_MD)
+    return active_TD + jnp.matmul(substitution * _inactive(weights_TM, active_TM), ema_MD)
 
 
-def _combine_fwd(active_TD: Array, probs_TM: Array, ema_MD: Array, active_TM: Array, substitute: str) -> tuple:
-    return combine(active_TD, probs_TM, ema_MD, active_TM, substitute), (ema_MD, active_TM)
+def _combine_fwd(
+    active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array, substitution: Array | None
+) -> tuple:
+    return combine(active_TD, weights_TM, ema_MD, active_TM, substitution), (ema_MD, active_TM)
 
 
-def _combine_bwd(substitute: str, residuals: tuple, g_TD: Array) -> tuple:
-    del substitute  # both variants share the gradient
+def _combine_bwd(residuals: tuple, g_TD: Array) -> tuple:
     ema_MD, active_TM = residuals
-    return g_TD, _inactive(jnp.matmul(g_TD, ema_MD.T), active_TM), None, None
+    return g_TD, _inactive(jnp.matmul(g_TD, ema_MD.T), active_TM), None, None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)

@@ -14,10 +14,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.block_experts import block_experts, block_rows
 from default_moe.config import MoEConfig
-from default_moe.default_vectors import combine, update_ema
+from default_moe.default_vectors import DefaultVectorSettings, combine, update_ema
+from default_moe.dense_gradient import experts_for_gradient
 from default_moe.exchange import exchange, received_slots, slices
 from default_moe.grouped_matmul import group_alignment, largest_block, slots_multiple
-from default_moe.routing import Layout, active_experts, choice_weights, dispatch, group_by_expert
+from default_moe.routing import (
+    Layout,
+    active_experts,
+    choice_weights,
+    dispatch,
+    group_by_expert,
+    inactive_experts,
+)
 from default_moe.sorted_experts import counted_sums, row_experts, sorted_experts, weigh
 from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights
 
@@ -35,10 +43,15 @@ class DefaultVectors(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """probs: float32 [B, L, N].  expert_index: int32 [B, L, K].  mask: [B, L] or None, 0 where a token is no sample."""
+    """What the router decided, and what counts as a sample; the first three as in `methods.Decision`.
 
-    probs: Array
+    weights: float32 [B, L, N].  expert_index: int32 [B, L, K], N for none.  substitution: scalar, or None.
+    mask: [B, L] or None, 0 where a token is no sample.
+    """
+
+    weights: Array
     expert_index: Array
+    substitution: Array | None
     mask: Array | None
 
 
@@ -75,25 +88,31 @@ def gathered_experts(
     def tokens(a: Array) -> Array:
         return jax.lax.all_gather(_flat(a), axes.experts, tiled=True) if gathered else _flat(a)
 
-    x_TD, probs_TN, index_TK = (tokens(a) for a in (x_BLD, routing.probs, routing.expert_index))
+    x_TD, weights_TN, index_TK = (tokens(a) for a in (x_BLD, routing.weights, routing.expert_index))
     mask_T = None if routing.mask is None else tokens(routing.mask)
     if axes.experts and not gathered:
         x_TD = jax.lax.pcast(x_TD, axes.experts, to="varying")
     first = jax.lax.axis_index(axes.experts) * num_experts if axes.experts else 0
-    probs_TM = jax.lax.dynamic_slice_in_dim(probs_TN, first, num_experts, axis=1) if axes.experts else probs_TN
+    weights_TM = jax.lax.dynamic_slice_in_dim(weights_TN, first, num_experts, axis=1) if axes.experts else weights_TN
 
     layout = group_by_expert(index_TK - first, num_experts, group_alignment(backend), slots_multiple(backend))
-    weight_TK = choice_weights(probs_TM, layout.expert_TK)
+    weight_TK = choice_weights(weights_TM, layout.expert_TK)
     active_TM = active_experts(layout.expert_TK, num_experts)
+    vectors = config.default_vectors
     counted_TM = counted_TK = None
-    if defaults is not None and update:
-        counted_TM = _counted_weights(probs_TM, active_TM, mask_T, config.ema_weighted, x_TD.dtype)
+    if vectors and update:
+        counted_TM = _counted_weights(weights_TM, active_TM, mask_T, vectors.ema_weighted, x_TD.dtype)
         counted_TK = choice_weights(counted_TM, layout.expert_TK)
     y_TD, sum_MD = run_experts(x_TD, weight_TK, counted_TK, weights, layout, config.num_experts, backend)
-    if defaults is not None and sum_MD is not None and counted_TM is not None:
-        defaults = _updated(defaults, sum_MD, counted_TM.sum(axis=0), axes, config)
-    if defaults is not None:
-        y_TD = combine(y_TD, probs_TM, jax.lax.stop_gradient(defaults.ema), active_TM, config.substitute)
+    if config.method.dense_gradient and config.top_k < config.num_experts:
+        others_TK = inactive_experts(index_TK, config.num_experts) - first
+        y_TD += experts_for_gradient(x_TD, weights_TM, others_TK, weights, config.num_experts, backend)
+    if vectors and defaults is not None:
+        before = defaults
+        if sum_MD is not None and counted_TM is not None:
+            defaults = _updated(defaults, sum_MD, counted_TM.sum(axis=0), axes, vectors.ema_decay)
+        ema_MD = jax.lax.stop_gradient((before if vectors.ema_update == "after" else defaults).ema)
+        y_TD = combine(y_TD, weights_TM, ema_MD, active_TM, _substitution(routing, vectors))
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)
     elif axes.experts:
@@ -117,7 +136,7 @@ def exchanged_experts(
     All but the experts themselves happens where the tokens are, over all N experts, sums for the default vectors
     included: these are summed and scattered to the experts' devices, and the default vectors gathered to be used.
     """
-    x_TD, probs_TN, index_TK = (_flat(a) for a in (x_BLD, routing.probs, routing.expert_index))
+    x_TD, weights_TN, index_TK = (_flat(a) for a in (x_BLD, routing.weights, routing.expert_index))
     mask_T = None if routing.mask is None else _flat(routing.mask)
     align = group_alignment(backend)
     layout = group_by_expert(index_TK, config.num_experts, align)
@@ -126,7 +145,7 @@ def exchanged_experts(
     there, back = slices(sizes_GN, device)
     sizes_M = sizes_GN.sum(axis=0).reshape(num_devices, -1)[device]
     num_received = received_slots(
-        len(index_TK), config.top_k, len(sizes_M), num_devices, align, slots_multiple(backend)
+        len(index_TK), index_TK.shape[1], len(sizes_M), num_devices, align, slots_multiple(backend)
     )
 
     # What arrives is named: recomputing it would send it again.
@@ -139,18 +158,21 @@ def exchanged_experts(
         out_QD = row_experts(x_QD, weights, sizes_M, backend)
     out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
 
-    y_TD = weigh(out_SD, choice_weights(probs_TN, index_TK), layout)
-    if defaults is not None:
+    y_TD = weigh(out_SD, choice_weights(weights_TN, index_TK), layout)
+    vectors = config.default_vectors
+    if vectors and defaults is not None:
         active_TN = active_experts(index_TK, config.num_experts)
+        before = defaults
         if update:
-            counted_TN = _counted_weights(probs_TN, active_TN, mask_T, config.ema_weighted, x_TD.dtype)
+            counted_TN = _counted_weights(weights_TN, active_TN, mask_T, vectors.ema_weighted, x_TD.dtype)
             sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align)
             sum_MD, weight_M = (
                 jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0))
             )
-            defaults = _updated(defaults, sum_MD, weight_M, axes, config)
-        ema_ND = jax.lax.all_gather(jax.lax.stop_gradient(defaults.ema), axes.experts, tiled=True)
-        y_TD = combine(y_TD, probs_TN, checkpoint_name(ema_ND, EXPERT_PRODUCT), active_TN, config.substitute)
+            defaults = _updated(defaults, sum_MD, weight_M, axes, vectors.ema_decay)
+        ema_MD = jax.lax.stop_gradient((before if vectors.ema_update == "after" else defaults).ema)
+        ema_ND = checkpoint_name(jax.lax.all_gather(ema_MD, axes.experts, tiled=True), EXPERT_PRODUCT)
+        y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, _substitution(routing, vectors))
     return y_TD.reshape(x_BLD.shape), defaults
 
 
@@ -188,21 +210,28 @@ def _flat(a: Array) -> Array:
     return a.reshape((-1, *a.shape[2:]))
 
 
-def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, axes: Axes, config: MoEConfig) -> DefaultVectors:
+def _substitution(routing: Routing, vectors: DefaultVectorSettings) -> Array | None:
+    """The share of default vectors in the output, None for nothing of them."""
+    if vectors.substitute == "backward":
+        return None
+    return jnp.ones((), jnp.float32) if routing.substitution is None else routing.substitution
+
+
+def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, axes: Axes, decay: float) -> DefaultVectors:
     """The default vectors after a batch of which these sums are one device's, or one expert group's."""
     if axes.others:
         sum_MD, weight_M = jax.lax.psum((sum_MD, weight_M), axes.others)
     sum_MD, weight_M = defaults.sum + sum_MD, defaults.weight + weight_M
     # Named: recomputing it would take the products over again.
-    ema_MD = checkpoint_name(update_ema(defaults.ema, sum_MD, weight_M, config.ema_decay), EXPERT_PRODUCT)
+    ema_MD = checkpoint_name(update_ema(defaults.ema, sum_MD, weight_M, decay), EXPERT_PRODUCT)
     return DefaultVectors(ema_MD, sum_MD, weight_M)
 
 
 def _counted_weights(
-    probs_TM: Array, active_TM: Array, mask_T: Array | None, weighted: bool, dtype: jnp.dtype
+    weights_TM: Array, active_TM: Array, mask_T: Array | None, weighted: bool, dtype: jnp.dtype
 ) -> Array:
     """float32 [T, M], how much each token's output of each expert counts in the moving average: 0 where inactive."""
     counted_TM = active_TM if mask_T is None else active_TM & (mask_T != 0)[:, None]
-    weight_TM = jax.lax.stop_gradient(probs_TM) if weighted else jnp.ones_like(probs_TM)
+    weight_TM = jax.lax.stop_gradient(weights_TM) if weighted else jnp.ones_like(weights_TM)
     # Rounded as in the sum of outputs: else the sum of the weights would not match the weighted sum.
     return jnp.where(counted_TM, weight_TM.astype(dtype).astype(jnp.float32), 0)

@@ -19,7 +19,7 @@ class Evaluation:
     loss: nats per token.  perplexity: exp(loss).  bits_per_byte: bits per UTF-8 byte of the text.
     tokens, text_bytes: how many were predicted.
     layers: one dict per MoE layer with load_balance_loss, router_entropy (nats), max_load and min_load (relative to
-      the mean), tokens_per_expert, and default_vector_norm (mean over experts) where there are default vectors.
+      the mean), tokens_per_expert, and more that the method has: see `LayerStats.more`.
     """
 
     loss: float
@@ -72,8 +72,8 @@ def _load(rows: Rows, first: int, start: int, count: int) -> Batch:
 def _layer_arrays(stats: Any) -> dict[str, np.ndarray]:
     if stats is None:
         return {}
-    values = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
-    return {name: value for name, value in values.items() if value is not None}
+    names = ("load_balance_loss", "router_entropy", "tokens_per_expert")
+    return {**{name: getattr(stats, name) for name in names}, **stats.more}
 
 
 def _layer_report(sums: dict[str, np.ndarray], tokens: float) -> list[dict[str, Any]]:
@@ -83,14 +83,12 @@ def _layer_report(sums: dict[str, np.ndarray], tokens: float) -> list[dict[str, 
     load_LN = counts_LN / np.maximum(counts_LN.mean(axis=1, keepdims=True), 1e-9)
     report = []
     for layer in range(counts_LN.shape[0]):
+        means = {name: float(of[layer] / tokens) for name, of in sums.items() if name != "tokens_per_expert"}
         row: dict[str, Any] = {
-            "load_balance_loss": float(sums["load_balance_loss"][layer] / tokens),
-            "router_entropy": float(sums["router_entropy"][layer] / tokens),
+            **means,
             "max_load": float(load_LN[layer].max()),
             "min_load": float(load_LN[layer].min()),
             "tokens_per_expert": [int(c) for c in counts_LN[layer]],
         }
-        if "default_vector_norm" in sums:
-            row["default_vector_norm"] = float(sums["default_vector_norm"][layer].mean() / tokens)
         report.append(row)
     return report

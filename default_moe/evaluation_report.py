@@ -85,10 +85,9 @@ def _table(result: Evaluation, step: int, config: Config) -> str:
         f"  perplexity     {result.perplexity:.4f}",
         f"  bits per byte  {result.bits_per_byte:.4f}",
     ]
-    columns = ("load_balance_loss", "router_entropy", "max_load", "min_load", "default_vector_norm")
-    if result.layers:
+    columns = [name for name in (result.layers or [{}])[0] if name != "tokens_per_expert"]
+    if columns:
         lines.append("  layer" + "".join(f"{name:>21}" for name in columns))
     for index, row in enumerate(result.layers, config.model.num_dense_layers):
-        values = (f"{row[name]:.4f}" if name in row else "-" for name in columns)
-        lines.append(f"  {index:5}" + "".join(f"{value:>21}" for value in values))
+        lines.append(f"  {index:5}" + "".join(f"{row[name]:21.4g}" for name in columns))
     return "\n".join(lines)

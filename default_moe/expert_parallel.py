@@ -26,7 +26,7 @@ def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) ->
     num_devices = sharding.num_shards("expert")
     if num_devices == 1:
         return None
-    reason = _why_no_exchange()
+    reason = _why_no_exchange(config)
     if config.expert_parallel == "exchange" and reason:
         raise ConfigError(f"moe.expert_parallel is 'exchange', but {reason}: use 'auto' or 'gather'")
     if config.expert_parallel != "auto":
@@ -35,8 +35,10 @@ def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) ->
     return "gather" if reason or gather <= exchange else "exchange"
 
 
-def _why_no_exchange() -> str | None:
+def _why_no_exchange(config: MoEConfig) -> str | None:
     """What keeps "exchange" from being used under the mesh in use, None if nothing does."""
+    if config.method.dense_gradient:
+        return f"with moe.router={config.method.name!r} every expert needs every token"
     if not (platform() == "tpu" or is_nvidia()):
         return f"XLA has the collective that it needs on TPUs and NVIDIA GPUs alone, and this is {platform()!r}"
     if not set(sharding.mesh_axes("expert")) <= set(sharding.mesh_axes("batch")):
@@ -50,7 +52,7 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
     gradient, the float32 probabilities and their gradient, and the int32 choices.
     """
-    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.top_k
+    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * _choices(config)
     return (num_devices - 1) * num_tokens * a_token
 
 
@@ -62,9 +64,13 @@ def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices
     tokens, all in the compute dtype. The same share of the float32 default vectors and of their sums, [N, D] each. And
     the int32 sizes of N groups from G - 1 devices.
     """
-    rows = 4 * num_tokens * config.top_k * d_model * _itemsize(config)
-    vectors = 2 * config.num_experts * d_model * 4 if config.router == "default" else 0
+    rows = 4 * num_tokens * _choices(config) * d_model * _itemsize(config)
+    vectors = 2 * config.num_experts * d_model * 4 if config.default_vectors else 0
     return (num_devices - 1) * ((rows + vectors) / num_devices + 4 * config.num_experts)
+
+
+def _choices(config: MoEConfig) -> int:
+    return config.method.experts_per_token(config)
 
 
 def _itemsize(config: MoEConfig) -> int:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
-from default_moe.config import ConfigError, MoEConfig
+from default_moe.config import MoEConfig
 from default_moe.device_experts import Axes, DefaultVectors, Routing, exchanged_experts, gathered_experts
 from default_moe.expert_parallel import resolve_expert_parallel
 from default_moe.grouped_matmul import resolve_backend
@@ -24,24 +24,6 @@ from default_moe.swiglu import WEIGHT_AXES, ExpertWeights
 _KERNELS_SAY_WHERE_THEY_VARY = ("blocks", "ragged")
 
 _WHOLE_WEIGHTS = "whole_expert_weights"
-
-
-def choose_experts(probs_BLN: Array, top_k: int) -> Array:
-    """int32 [B, L, K], the experts of the K largest probabilities of each token, likeliest first, ties to the lower.
-
-    Under a mesh each device chooses for its own tokens: left to itself, XLA gathers all tokens for a top-k.
-    """
-    _check_divisible("sequences", probs_BLN.shape[0], "batch")
-    probs_BLN = jax.lax.stop_gradient(probs_BLN)
-
-    def choose(probs: Array) -> Array:
-        return jax.lax.top_k(probs, top_k)[1]
-
-    token_axes = sharding.mesh_axes("batch")
-    if not token_axes:
-        return choose(probs_BLN)
-    tokens = P(token_axes)
-    return jax.shard_map(choose, in_specs=tokens, out_specs=tokens)(probs_BLN)
 
 
 def sparse_experts(
@@ -59,9 +41,9 @@ def sparse_experts(
       x_BLD: tokens in the compute dtype.
       routing: what the router decided.
       weights: of all N experts.
-      defaults: of all N experts; None for a plain top-k layer.
+      defaults: of all N experts; None where the method has none.
       config: of the layer.
-      update: whether this batch counts towards the default vectors. If so they are updated before they are used.
+      update: whether this batch counts towards the default vectors.
 
     Returns:
       float32 [B, L, D], and the default vectors.
@@ -75,12 +57,14 @@ def sparse_experts(
     if not axes.tokens and not axes.experts:
         return share(x_BLD, routing, weights, defaults)
     for what, size, axis in (
+        ("sequences", x_BLD.shape[0], "batch"),
         ("experts", config.num_experts, "expert"),
         ("values of a token", x_BLD.shape[2], "embed"),
         ("hidden values of an expert", config.expert_dim, "mlp"),
     ):
-        _check_divisible(what, size, axis)
+        sharding.check_divisible(what, size, axis)
     tokens, experts = P(axes.tokens or None), P(axes.experts or None)
+    routing_specs: Any = (tokens, tokens, P(), tokens)
     weight_specs = jax.tree.unflatten(jax.tree.structure(weights), itertools.starmap(sharding.weight_spec, WEIGHT_AXES))
 
     def with_whole_weights(x_BLD: Array, routing: Routing, weights: ExpertWeights, defaults: Any) -> tuple:
@@ -92,16 +76,7 @@ def sparse_experts(
     policy = jax.checkpoint_policies.save_anything_except_these_names(_WHOLE_WEIGHTS)
     return jax.shard_map(
         jax.checkpoint(with_whole_weights, policy=policy, prevent_cse=False),
-        in_specs=(tokens, tokens, weight_specs, experts),
+        in_specs=(tokens, Routing(*routing_specs), weight_specs, experts),
         out_specs=(tokens, experts),
         check_vma=backend in _KERNELS_SAY_WHERE_THEY_VARY,
     )(x_BLD, routing, weights, defaults)
-
-
-def _check_divisible(what: str, size: int, logical_axis: str) -> None:
-    shards = sharding.num_shards(logical_axis)
-    if size % shards:
-        axes = " and ".join(f"mesh.{axis}" for axis in sharding.mesh_axes(logical_axis))
-        raise ConfigError(
-            f"{size} {what} cannot be split over {shards} devices by {axes}: make the number a multiple of that"
-        )

@@ -11,7 +11,6 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
-from default_moe.config import MoEConfig
 from default_moe.model import LayerStats, Unembedding
 
 
@@ -121,10 +120,6 @@ def _over_chunks(chunk: Callable, carry: Any, arrays: tuple[Array, ...], num_chu
     return jax.lax.scan(chunk, carry, tuple(cut(a) for a in arrays))
 
 
-def auxiliary_loss(stats: LayerStats | None, config: MoEConfig) -> Array:
-    """The weighted balance and z-losses, summed over layers as in the authors' code."""
-    if stats is None:
-        return jnp.zeros(())
-    return (
-        config.load_balance_weight * stats.load_balance_loss.sum() + config.router_z_weight * stats.router_z_loss.sum()
-    )
+def auxiliary_loss(stats: LayerStats | None) -> Array:
+    """The weighted losses of the MoE layers, summed over layers as in the authors' code."""
+    return jnp.zeros(()) if stats is None else stats.auxiliary_loss.sum()

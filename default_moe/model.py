@@ -3,6 +3,7 @@
 Dimension key: see `routing.py`; also V vocabulary.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,8 @@ from jax import Array
 
 from default_moe.attention import CACHE, Attention, Tokens, residual_init_std
 from default_moe.config import ModelConfig, MoEConfig
-from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, MoELayer, small_init_std
+from default_moe.feed_forward import FeedForward, small_init_std
+from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, MoELayer
 from default_moe.sharding import constrain, with_axes
 from default_moe.swiglu import EXPERT_PRODUCT
 from default_moe.tpu_attention import ATTENTION_OUTPUT
@@ -21,13 +23,19 @@ from default_moe.tpu_attention import ATTENTION_OUTPUT
 
 @flax.struct.dataclass
 class LayerStats:
-    """What the MoE layers report, each with a leading axis of MoE layers; see `MoELayer` for the fields."""
+    """What the MoE layers report, each with a leading axis of MoE layers; see `MoELayer` for the fields.
 
+    more: scalars of each layer, by name: losses of the method's own, what it keeps of one number a layer, and mean
+      norms of default vectors or shares of dropped choices where there are such.
+    """
+
+    auxiliary_loss: Array
     load_balance_loss: Array
     router_z_loss: Array
     router_entropy: Array
     tokens_per_expert: Array
-    default_vector_norm: Array | None
+    num_tokens: Array
+    more: dict[str, Array]
 
 
 class Unembedding(NamedTuple):
@@ -35,25 +43,6 @@ class Unembedding(NamedTuple):
 
     x_BLD: Array
     head_DV: Array
-
-
-class FeedForward(nn.Module):
-    """A dense SwiGLU feed-forward network."""
-
-    config: ModelConfig
-    hidden_dim: int
-
-    @nn.compact
-    def __call__(self, x_BLD: Array) -> Array:
-        config = self.config
-        init = with_axes(nn.initializers.normal(small_init_std(config.d_model)), "embed", "mlp")
-        merge = with_axes(nn.initializers.normal(residual_init_std(config)), "mlp", "embed")
-        dtype = jnp.dtype(config.dtype)
-        x_TD = x_BLD.reshape(-1, config.d_model)  # plain matrix products: XLA for CPU is twice as fast on them
-        gate = nn.Dense(self.hidden_dim, use_bias=False, dtype=dtype, kernel_init=init, name="gate")(x_TD)
-        up = nn.Dense(self.hidden_dim, use_bias=False, dtype=dtype, kernel_init=init, name="up")(x_TD)
-        down = nn.Dense(config.d_model, use_bias=False, dtype=dtype, kernel_init=merge, name="down")
-        return down(jax.nn.silu(gate) * up).reshape(x_BLD.shape)
 
 
 def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
@@ -84,16 +73,14 @@ class Block(nn.Module):
         x_BLD += attention(layer_norm(config, "attention_norm")(x_BLD), tokens)
         hidden_BLD = layer_norm(config, "ffn_norm")(x_BLD)
         if self.moe is None:
-            return x_BLD + FeedForward(config, self.dense_dim, name="ffn")(hidden_BLD), None
+            dense = FeedForward(self.dense_dim, jnp.dtype(config.dtype), residual_init_std(config), name="ffn")
+            return x_BLD + dense(hidden_BLD), None
         moe_layer = MoELayer(self.moe, down_init_std=residual_init_std(config), name="moe")
         y_BLD, aux = moe_layer(hidden_BLD, train=self.train, mask=tokens.mask)
-        stats = LayerStats(
-            load_balance_loss=aux["load_balance_loss"],
-            router_z_loss=aux["router_z_loss"],
-            router_entropy=aux["router_entropy"],
-            tokens_per_expert=aux["tokens_per_expert"],
-            default_vector_norm=aux.get("default_vector_norm"),
-        )
+        fields = {f.name: aux.pop(f.name) for f in dataclasses.fields(LayerStats) if f.name in aux}
+        if "default_vector_norm" in aux:
+            aux["default_vector_norm"] = aux["default_vector_norm"].mean()
+        stats = LayerStats(**fields, more={name: value for name, value in aux.items() if value.ndim == 0})
         return x_BLD + y_BLD, stats
 
 
@@ -179,8 +166,8 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
         block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0, DEFAULT_VECTORS: 0, DEFAULT_VECTOR_SUMS: 0, CACHE: 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, DEFAULT_VECTORS: 0, DEFAULT_VECTOR_SUMS: 0, ROUTER_STATE: 0, CACHE: 0},
+        split_rngs={"params": True, "router": True},
         in_axes=nn.broadcast,
         length=length,
         unroll=config.scan_unroll,

@@ -10,18 +10,17 @@ from jax import Array
 from default_moe import routing
 from default_moe.config import MoEConfig
 from default_moe.device_experts import DefaultVectors, Routing
-from default_moe.experts import choose_experts, sparse_experts
-from default_moe.sharding import with_axes
+from default_moe.experts import sparse_experts
+from default_moe.feed_forward import FeedForward, small_init_std
+from default_moe.methods import Load
+from default_moe.methods.method import State
+from default_moe.sharding import check_divisible, constrain, with_axes
 from default_moe.swiglu import INTO_EXPERT, OUT_OF_EXPERT, ExpertWeights
 
 # Collections. The sums exist only while a batch is processed in several microbatches (see `train_step`).
 DEFAULT_VECTORS = "default_vectors"
 DEFAULT_VECTOR_SUMS = "default_vector_sums"
-
-
-def small_init_std(d_model: int) -> float:
-    """Standard deviation of "small init": sqrt(2 / (5 D)) (Nguyen and Salazar 2019)."""
-    return (2 / (5 * d_model)) ** 0.5
+ROUTER_STATE = "router_state"
 
 
 class Router(nn.Module):
@@ -58,14 +57,18 @@ class Experts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """A dropless sparse Mixture-of-Experts feed-forward layer: Default MoE or plain top-k.
+    """A sparse Mixture-of-Experts feed-forward layer, its router trained by one of `methods.METHODS`.
 
     Call: `y, aux = layer.apply(variables, x, train=True, mutable=["default_vectors"])[0]`. With `train=False` nothing
-    is mutable, and the default vectors are used as they are.
+    is mutable, and the default vectors are used as they are. Methods that keep a state of their own find it in
+    "router_state", which the layer only reads: `next_router_state` moves it, once after each training step. Noise and
+    methods that draw random numbers need `rngs={"router": key}` in training.
 
     Variables:
-      params: router/kernel [D, N]; experts/gate, experts/up [N, D, F]; experts/down [N, F, D]; all float32.
-      default_vectors: ema [N, D], float32 (router "default" only).
+      params: router/kernel [D, N]; experts/gate, experts/up [N, D, F]; experts/down [N, F, D]; shared_experts/... of a
+        dense network, if there are any; all float32.
+      default_vectors: ema [N, D], float32, where the method has them.
+      router_state: what the method keeps, by name.
 
     Attributes:
       config: settings of the layer.
@@ -86,55 +89,116 @@ class MoELayer(nn.Module):
 
         Returns:
           y, of the shape and dtype of x, and a dict of
+            auxiliary_loss: the sum of all losses below, weighted: what belongs into the training loss.
             load_balance_loss: unweighted, 1 at perfect balance.  router_z_loss: unweighted.
-            router_probs: float32 [batch, length, N].  expert_index: int32 [batch, length, K], likeliest first.
-            tokens_per_expert: int32 [N].  router_entropy: mean over tokens, in nats.
-            default_vector_norm: float32 [N] (router "default" only).
+            sequence_balance_loss (with its weight set): unweighted.  Losses of the method's own, unweighted.
+            router_probs: float32 [batch, length, N].  combine_weights: float32 [batch, length, N], of the outputs.
+            expert_index: int32 [batch, length, K], likeliest first, before any are dropped; N stands for none.
+            tokens_per_expert: int32 [N], choices, before any are dropped.  num_tokens: int32, tokens that count.
+            router_entropy: mean over tokens, in nats.
+            dropped_fraction (with a capacity): of all choices.
+            default_vector_norm: float32 [N], where there are default vectors.
+            What the method keeps, as it was before this batch: remoe_lambda for instance.
         """
-        config = self.config
+        config, method = self.config, self.config.method
         dtype = jnp.dtype(config.dtype or "float32")
-        logits_BLN = Router(config.num_experts, name="router")(x)
-        probs_BLN = jax.nn.softmax(logits_BLN, axis=-1)
-        index_BLK = choose_experts(probs_BLN, config.top_k)
-        weights = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
+        check_divisible("sequences", x.shape[0], "batch")
         update = train and not self.is_initializing()
-        defaults = self._read_defaults(x.shape[-1]) if config.router == "default" else None
+        noise_key, method_key = self._keys(update)
+        state = self._read_state()
+        logits_BLN = Router(config.num_experts, name="router")(x)
+        if noise_key is not None:
+            noise_BLN = jax.random.normal(noise_key, logits_BLN.shape, jnp.float32)
+            logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)
+        decision = method.route(logits_BLN, config, state, method_key)
+        counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
+        index_BLK = decision.expert_index
+        capacity = config.capacity(x.shape[1]) if update else None
+        if capacity is not None:
+            index_BLK = routing.within_capacity(index_BLK, config.num_experts, capacity, mask)
+
+        weights = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
+        defaults = self._read_defaults(x.shape[-1]) if config.default_vectors else None
         y, defaults = sparse_experts(
-            x.astype(dtype), Routing(probs_BLN, index_BLK, mask), weights, defaults, config, update=update
+            x.astype(dtype),
+            Routing(decision.weights, index_BLK, decision.substitution, mask),
+            weights,
+            defaults,
+            config,
+            update=update,
         )
+        if config.num_shared_experts:
+            shared_dim = config.num_shared_experts * config.expert_dim
+            shared = FeedForward(shared_dim, dtype, self.down_init_std, name="shared_experts")
+            y += shared(x.astype(dtype)).astype(jnp.float32)
         if defaults is not None and update:
             self._write_defaults(defaults)
 
-        counts_N = routing.tokens_per_expert(index_BLK, config.num_experts, mask)
-        aux = {
-            "load_balance_loss": routing.load_balance_loss(probs_BLN, counts_N, mask),
-            "router_z_loss": routing.router_z_loss(logits_BLN, mask),
-            "router_probs": probs_BLN,
-            "expert_index": index_BLK,
-            "tokens_per_expert": counts_N,
-            "router_entropy": routing.router_entropy(logits_BLN, mask),
+        losses: dict[str, tuple[Array | float, Array]] = {
+            "load_balance_loss": (
+                config.balance_weight,
+                routing.load_balance_loss(decision.probs, counts_N, mask),
+            ),
+            "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
         }
+        if config.sequence_balance_weight:
+            loss = routing.sequence_balance_loss(decision.probs, decision.expert_index, mask)
+            losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
+        losses |= method.losses(decision, config, state, mask)
+        aux = {name: loss for name, (_, loss) in losses.items()}
+        aux |= {f"{method.name}_{name}": value for name, value in state.items()}
+        aux |= {
+            "auxiliary_loss": jnp.asarray(sum(weight * loss for weight, loss in losses.values())),
+            "router_probs": decision.probs,
+            "combine_weights": decision.weights,
+            "expert_index": decision.expert_index,
+            "tokens_per_expert": counts_N,
+            "num_tokens": jnp.int32(x.shape[0] * x.shape[1]) if mask is None else (mask != 0).sum(dtype=jnp.int32),
+            "router_entropy": routing.router_entropy(decision.probs, mask),
+        }
+        if config.capacity_factor is not None:
+            kept_N = routing.tokens_per_expert(index_BLK, config.num_experts, mask)
+            aux["dropped_fraction"] = 1 - kept_N.sum() / jnp.maximum(counts_N.sum(), 1)
         if defaults is not None:
             aux["default_vector_norm"] = jnp.linalg.norm(defaults.ema, axis=-1)
         return y.astype(x.dtype), aux
 
-    def _read_defaults(self, d_model: int) -> DefaultVectors:
-        shape = (self.config.num_experts, d_model)
-        if not self.is_initializing() and not self.has_variable(DEFAULT_VECTORS, "ema"):
+    def _keys(self, update: bool) -> tuple[Array | None, Array | None]:
+        """Random keys for noise and for the method, None where there is no need."""
+        noisy, random = bool(self.config.router_noise_std) and update, self.config.method.random and update
+        if not noisy and not random:
+            return None, None
+        noise_key, method_key = jax.random.split(self.make_rng("router"))
+        return noise_key if noisy else None, method_key if random else None
+
+    def _read_state(self) -> State:
+        state = {}
+        for name, initial in self.config.method.initial_state(self.config).items():
+            self._check_there(ROUTER_STATE, name)
+            axes = (None,) * initial.ndim
+            state[name] = self.variable(ROUTER_STATE, name, with_axes(lambda a=initial: a, *axes)).value
+        return state
+
+    def _check_there(self, collection: str, name: str) -> None:
+        if not self.is_initializing() and not self.has_variable(collection, name):
             # Flax would start again from the initial value in every step, without a word.
             raise ValueError(
-                f"the collection {DEFAULT_VECTORS!r} is missing from the variables: pass what init or the last step "
-                "returned"
+                f"the collection {collection!r} is missing from the variables: pass what init or the last step returned"
             )
+
+    def _read_defaults(self, d_model: int) -> DefaultVectors:
+        shape = (self.config.num_experts, d_model)
+        self._check_there(DEFAULT_VECTORS, "ema")
         ema = self.variable(DEFAULT_VECTORS, "ema", with_axes(self._init_ema, "expert", None), shape)
         total = self.get_variable(DEFAULT_VECTOR_SUMS, "sum", jnp.zeros(shape, jnp.float32))
         weight = self.get_variable(DEFAULT_VECTOR_SUMS, "weight", jnp.zeros(shape[:1], jnp.float32))
         return DefaultVectors(ema.value, total, weight)
 
     def _init_ema(self, shape: tuple[int, int]) -> Array:
-        if self.config.ema_init == "zeros":
+        vectors = self.config.default_vectors
+        if vectors is None or vectors.ema_init == "zeros":
             return jnp.zeros(shape, jnp.float32)
-        return self.config.ema_init_std * jax.random.normal(self.make_rng("params"), shape, jnp.float32)
+        return vectors.ema_init_std * jax.random.normal(self.make_rng("params"), shape, jnp.float32)
 
     def _write_defaults(self, defaults: DefaultVectors) -> None:
         self.put_variable(DEFAULT_VECTORS, "ema", defaults.ema)
@@ -150,3 +214,21 @@ def zero_sums(default_vectors: Any) -> Any:
         default_vectors,
         is_leaf=lambda node: isinstance(node, dict) and "ema" in node,
     )
+
+
+def next_router_state(router_state: Any, load: Load, config: MoEConfig) -> Any:
+    """The `router_state` collection of any model, or of one layer, after a training step.
+
+    load: of all layers, or of one, without an axis of layers: `Load(aux["tokens_per_expert"], aux["num_tokens"])`.
+    """
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, dict) and not any(isinstance(child, dict) for child in node.values())
+
+    def moved(state: State) -> State:
+        if load.tokens_per_expert.ndim > 1:
+            return config.method.next_state(state, load, config)
+        states, loads = jax.tree.map(lambda a: a[None], (state, load))
+        return jax.tree.map(lambda a: a[0], config.method.next_state(states, loads, config))
+
+    return jax.tree.map(moved, router_state, is_leaf=is_state)

@@ -27,10 +27,26 @@ def decay_mask(params: Any) -> Any:
     """True for the matrices that weight decay applies to: not norms, biases, the embedding or the router."""
 
     def decayed(path: tuple, _: Any) -> bool:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        names = _names(path)
         return names[-1] in _DECAYED and "router" not in names
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _names(path: tuple) -> list[Any]:
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
+def _scale_router(factor: float) -> optax.GradientTransformation:
+    """Updates of routers multiplied by `factor`, all others left alone."""
+
+    def update(updates: Any, _: Any) -> Any:
+        def scaled(path: tuple, one: Any) -> Any:
+            return factor * one if "router" in _names(path) else one
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
+    return optax.stateless(update)
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
@@ -49,6 +65,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             moments if config.moment_dtype == "float32" else _kept_in(jnp.dtype(config.moment_dtype), moments),
             optax.add_decayed_weights(config.weight_decay, None if config.decay_all else decay_mask),
             optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+            _scale_router(config.router_lr_multiplier),
         ),
     )
 

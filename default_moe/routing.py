@@ -30,6 +30,35 @@ def tokens_per_expert(index_BLK: Array, num_experts: int, mask_BL: Array | None)
     return jnp.where(one_hot, chosen[..., None], 0).sum(axis=(0, 1, 2))
 
 
+def active_experts(index: Array, num_experts: int) -> Array:
+    """bool [..., N]: whether the expert is among the choices [..., K]."""
+    active = jnp.zeros((*index.shape[:-1], num_experts), bool)
+    for k in range(index.shape[-1]):
+        active |= index[..., k, None] == jnp.arange(num_experts)
+    return active
+
+
+def inactive_experts(index_TK: Array, num_experts: int) -> Array:
+    """int32 [T, N - K]: the experts that are not among the K different choices of each token, in order."""
+    inactive_TN = ~active_experts(index_TK, num_experts)
+    return jax.lax.top_k(inactive_TN.astype(jnp.int32), num_experts - index_TK.shape[1])[1]
+
+
+def within_capacity(index_BLK: Array, num_experts: int, capacity: int, mask_BL: Array | None) -> Array:
+    """The choices, N in the place of those that an expert has no room for.
+
+    An expert takes the first `capacity` tokens of each sequence that choose it. So what is dropped does not depend on
+    later tokens, nor on other sequences, and is the same on any mesh. Tokens that `mask_BL` leaves out take no room.
+    """
+    chosen_BLN = active_experts(index_BLK, num_experts)
+    counted_BLN = chosen_BLN if mask_BL is None else chosen_BLN & (mask_BL != 0)[..., None]
+    before_BLN = jnp.cumsum(counted_BLN, axis=1, dtype=jnp.int32) - counted_BLN
+    full_BLN = before_BLN >= capacity
+    choices = (active_experts(index_BLK[..., k : k + 1], num_experts) for k in range(index_BLK.shape[2]))
+    dropped_BLK = jnp.stack([(full_BLN & choice_BLN).any(axis=-1) for choice_BLN in choices], axis=-1)
+    return jnp.where(dropped_BLK, num_experts, index_BLK)
+
+
 def load_balance_loss(probs_BLN: Array, counts_N: Array, mask_BL: Array | None) -> Array:
     """N * sum_e f_e P_e: 1 at perfect balance, N at worst (Switch Transformer, eq. 4, generalised to K choices).
 
@@ -41,15 +70,30 @@ def load_balance_loss(probs_BLN: Array, counts_N: Array, mask_BL: Array | None) 
     return num_experts * jnp.sum(f_N * masked_mean(probs_BLN, mask_BL))
 
 
+def sequence_balance_loss(probs_BLN: Array, index_BLK: Array, mask_BL: Array | None) -> Array:
+    """`load_balance_loss` of each sequence on its own, mean over sequences (DeepSeek-V3, eq. 17 to 20)."""
+    num_experts = probs_BLN.shape[-1]
+    chosen_BLN = active_experts(index_BLK, num_experts).astype(jnp.float32)
+    if mask_BL is not None:
+        counts_BL1 = (mask_BL != 0)[..., None]
+        chosen_BLN, probs_BLN = jnp.where(counts_BL1, chosen_BLN, 0), jnp.where(counts_BL1, probs_BLN, 0)
+        length_B1 = counts_BL1.sum(axis=1)
+    else:
+        length_B1 = jnp.full((probs_BLN.shape[0], 1), probs_BLN.shape[1])
+    f_BN = chosen_BLN.sum(axis=1) / jnp.maximum(chosen_BLN.sum(axis=(1, 2))[:, None], 1)
+    loss_B = num_experts * (f_BN * probs_BLN.sum(axis=1) / jnp.maximum(length_B1, 1)).sum(axis=-1)
+    return loss_B.sum() / jnp.maximum((length_B1 > 0).sum(), 1)
+
+
 def router_z_loss(logits_BLN: Array, mask_BL: Array | None) -> Array:
     """Mean of the squared log-partition (ST-MoE, eq. 5)."""
     return masked_mean(jax.nn.logsumexp(logits_BLN, axis=-1) ** 2, mask_BL)
 
 
-def router_entropy(logits_BLN: Array, mask_BL: Array | None) -> Array:
-    """Mean entropy of the router's distribution in nats: log N when undecided, 0 when certain."""
-    log_probs = jax.nn.log_softmax(logits_BLN, axis=-1)
-    return masked_mean(-(jnp.exp(log_probs) * log_probs).sum(axis=-1), mask_BL)
+def router_entropy(probs_BLN: Array, mask_BL: Array | None) -> Array:
+    """Mean entropy of the router's distribution in nats: log N when undecided, 0 when certain. Without a gradient."""
+    probs_BLN = jax.lax.stop_gradient(probs_BLN)
+    return masked_mean(jax.scipy.special.entr(probs_BLN).sum(axis=-1), mask_BL)
 
 
 class Layout(NamedTuple):
@@ -109,14 +153,6 @@ def _stable_argsort(values_A: Array, num_values: int) -> Array:
 def round_up(size: Any, multiple: int) -> Any:
     """The next multiple."""
     return -(-size // multiple) * multiple
-
-
-def active_experts(expert_TK: Array, num_experts: int) -> Array:
-    """bool [T, M]: whether the expert is among the token's choices."""
-    active_TM = jnp.zeros((expert_TK.shape[0], num_experts), bool)
-    for k in range(expert_TK.shape[1]):
-        active_TM |= expert_TK[:, k, None] == jnp.arange(num_experts)
-    return active_TM
 
 
 @jax.custom_vjp

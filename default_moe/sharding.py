@@ -16,7 +16,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from default_moe.config import ConfigError, MeshConfig
+from default_moe.errors import ConfigError
+from default_moe.mesh_config import MeshConfig
 
 AXES = ("data", "fsdp", "expert")
 _DEFAULT_RULES = MeshConfig().rules
@@ -62,6 +63,16 @@ def num_shards(logical_axis: str) -> int:
     """How many parts `logical_axis` is split into under the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
+
+
+def check_divisible(what: str, size: int, logical_axis: str) -> None:
+    """Raises ConfigError if an axis of this size cannot be split as `logical_axis` is."""
+    shards = num_shards(logical_axis)
+    if size % shards:
+        axes = " and ".join(f"mesh.{axis}" for axis in mesh_axes(logical_axis))
+        raise ConfigError(
+            f"{size} {what} cannot be split over {shards} devices by {axes}: make the number a multiple of that"
+        )
 
 
 def weight_spec(*logical_axes: str | None) -> PartitionSpec:

@@ -12,8 +12,9 @@ from jax import Array
 
 from default_moe.config import Config
 from default_moe.losses import TokenSums, auxiliary_loss, token_sums
+from default_moe.methods import Load
 from default_moe.model import LanguageModel, LayerStats
-from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, zero_sums
+from default_moe.moe import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, next_router_state, zero_sums
 from default_moe.optimizer import learning_rate_schedule
 from default_moe.sharding import constrain
 from default_moe.train_state import TrainState
@@ -52,7 +53,7 @@ def make_gradient(
             **_model_inputs(batch, config),
         )
         sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
-        loss = sums.nll / num_tokens + auxiliary_loss(stats, config.moe) / num_microbatches
+        loss = sums.nll / num_tokens + auxiliary_loss(stats) / num_microbatches
         return loss, StepResult(sums, stats, variables)
 
     def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
@@ -108,7 +109,7 @@ def make_train_step(
         grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
         grad_norm = optax.tree.norm(grads)
         old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
-        new = {**update(old, grads), "variables": result.variables}
+        new = {**update(old, grads), "variables": _moved(result.variables, result.stats, config)}
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new)
         # The update is computed once more, now that it is known to be good. On GPU and TPU that saves the memory in
         # which XLA would keep most of a second state until then, which it does without the barrier.
@@ -178,15 +179,17 @@ def _merge_passes(passes: StepResult) -> StepResult:
     variables = jax.tree.map(lambda x: x[-1], passes.variables)
     stats = passes.stats
     if stats is not None:
-        norms = stats.default_vector_norm
-        stats = LayerStats(
-            load_balance_loss=stats.load_balance_loss.mean(axis=0),
-            router_z_loss=stats.router_z_loss.mean(axis=0),
-            router_entropy=stats.router_entropy.mean(axis=0),
-            tokens_per_expert=stats.tokens_per_expert.sum(axis=0),
-            default_vector_norm=None if norms is None else norms[-1],
-        )
+        counts = {name: getattr(stats, name).sum(axis=0) for name in ("tokens_per_expert", "num_tokens")}
+        stats = dataclasses.replace(jax.tree.map(lambda x: x.mean(axis=0), stats), **counts)
     return StepResult(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
+
+
+def _moved(variables: Any, stats: LayerStats | None, config: Config) -> Any:
+    """The collections after a step: the default vectors have been updated as they were used, the router's state not."""
+    if stats is None or ROUTER_STATE not in variables:
+        return variables
+    load = Load(stats.tokens_per_expert, stats.num_tokens)
+    return {**variables, ROUTER_STATE: next_router_state(variables[ROUTER_STATE], load, config.moe)}
 
 
 def _all_finite(tree: Any) -> Array:

@@ -280,14 +280,15 @@ def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
         "train/router_z_loss": layers.router_z_loss.mean(),
         "train/router_entropy": layers.router_entropy.mean(),
         "train/max_load": load_LN.max(),
+        **{f"train/{key}": value.mean() for key, value in layers.more.items()},
     }
     for index in range(load_LN.shape[0]):
         name = f"layer_{first_layer + index}"
         values[f"{name}/load_balance_loss"] = layers.load_balance_loss[index]
         values[f"{name}/router_entropy"] = layers.router_entropy[index]
         values[f"{name}/max_load"] = load_LN[index].max()
-        if layers.default_vector_norm is not None:
-            values[f"{name}/default_vector_norm"] = layers.default_vector_norm[index].mean()
+        for key, value in layers.more.items():
+            values[f"{name}/{key}"] = value[index]
     return values
 
 
@@ -301,7 +302,8 @@ def _description(program: Program, data: Data) -> str:
     form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
     return (
         f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
-        f"router {config.moe.router!r}, {config.moe.num_experts} experts, top {config.moe.top_k}\n"
+        f"router {config.moe.method.name!r}, {config.moe.num_experts} experts, "
+        f"top {config.moe.method.experts_per_token(config.moe)}\n"
         f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
         f"tokens, read at {reading:,.0f} tokens/s\n"
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}{form}, "

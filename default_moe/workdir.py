@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "model.remat",
     "model.scan_unroll",
     "moe.load_balance_weight",
+    "moe.sequence_balance_weight",
     "moe.router_z_weight",
     "moe.matmul",
     "moe.expert_parallel",
@@ -163,7 +164,7 @@ def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple
             f"{folder / RUN_FILE} is not what this version writes ({reason}): choose another --workdir"
         ) from error
     now = {**dict(flat_items(config.to_dict())), **identity}
-    changed = [name for name in now if now[name] != before[name]]
+    changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if not _may_change(name, before, now)]
     if refused:
         differences = "; ".join(f"{name}: {_show(before[name])} there, {_show(now[name])} here" for name in refused)

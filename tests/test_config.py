@@ -1,6 +1,8 @@
 """Settings: what is refused, what passes, and the ways in and out."""
 
+import functools
 import json
+import operator
 
 import jax.numpy as jnp
 import pytest
@@ -17,11 +19,11 @@ from default_moe.config_dict import default_config, to_config_dict
         ("moe.top_k", 0, "between 1 and moe.num_experts = 8"),
         ("moe.top_k", 9, "between 1 and moe.num_experts = 8"),
         ("moe.expert_dim", 0, "at least 1"),
-        ("moe.router", "dense", "'default', 'topk'"),
-        ("moe.ema_decay", 1.01, "[0, 1]"),
-        ("moe.ema_decay", -0.1, "[0, 1]"),
-        ("moe.substitute", "both", "'forward', 'backward'"),
-        ("moe.ema_init", "ones", "'zeros', 'gaussian'"),
+        ("moe.router", "densemix", "'dense', 'densemixer', 'sparsemixer'"),
+        ("moe.default.ema_decay", 1.01, "[0, 1]"),
+        ("moe.default.ema_decay", -0.1, "[0, 1]"),
+        ("moe.default.substitute", "both", "'forward', 'backward'"),
+        ("moe.default.ema_init", "ones", "'zeros', 'gaussian'"),
         ("moe.load_balance_weight", -1.0, "at least 0"),
         ("moe.dtype", "float16", "'float32', 'bfloat16'"),
         ("moe.matmul", "dense", "'auto', 'blocks', 'ragged', 'tokamax'"),
@@ -52,8 +54,8 @@ from default_moe.config_dict import default_config, to_config_dict
 )
 def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(key, value, words):
     config = default_config()
-    section, name = key.split(".")
-    config[section][name] = value
+    *groups, name = key.split(".")
+    functools.reduce(operator.getitem, groups, config)[name] = value
     with pytest.raises(ConfigError) as caught:
         Config.from_config_dict(config)
     message = str(caught.value)
@@ -105,7 +107,7 @@ def test_a_misspelt_key_in_a_config_file_raises_where_it_stands():
 def test_the_layers_settings_come_from_a_config_dict_too():
     config = default_config()
     config.moe.num_experts = 4
-    assert MoEConfig(**config.moe).num_experts == 4
+    assert MoEConfig.from_mapping(config.moe.to_dict()).num_experts == 4
 
 
 def test_expert_compute_type_follows_the_model_unless_set():
@@ -133,5 +135,5 @@ def test_a_config_that_is_not_the_papers_is_refused(arguments):
 
 def test_the_quickstart_is_valid():
     built = Config.from_config_dict(quickstart.get_config())
-    assert built.moe.router == "default"
+    assert built.moe.method.name == "default"
     assert built.data.name == "python_stdlib"

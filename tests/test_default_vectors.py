@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core as jax_core
+from layer_helpers import moe_config
 from reference import assert_close
 
-from default_moe.config import MoEConfig
 from default_moe.default_vectors import combine, update_ema
 from default_moe.moe import MoELayer
 
@@ -37,15 +37,15 @@ def test_extreme_decays(decay):
 def test_combine_by_hand():
     """One token, p = (0.5, 0.3, 0.2), expert 1 active, its output weighted (3, 6), defaults (1, 0), (9, 9), (0, 1).
 
-    Forward: (3, 6) + 0.5 (1, 0) + 0.2 (0, 1) = (3.5, 6.2); backward-only: (3, 6).
+    Forward: (3, 6) + 0.5 (1, 0) + 0.2 (0, 1) = (3.5, 6.2); half of that: (3.25, 6.1); backward-only: (3, 6).
     With g = (1, 2): dy/dp is 1 and 2 for the inactive; that of expert 1 is not the combine's.
     """
     active, probs = jnp.array([[3.0, 6.0]]), jnp.array([[0.5, 0.3, 0.2]])
     ema, g = jnp.array([[1.0, 0.0], [9.0, 9.0], [0.0, 1.0]]), jnp.array([[1.0, 2.0]])
-    for substitute, expected in (("forward", [[3.5, 6.2]]), ("backward", [[3.0, 6.0]])):
+    for share, expected in ((jnp.float32(1), [[3.5, 6.2]]), (jnp.float32(0.5), [[3.25, 6.1]]), (None, [[3.0, 6.0]])):
 
-        def combined(active, probs, ema, substitute=substitute):
-            return combine(active, probs, ema, jnp.array([[False, True, False]]), substitute)
+        def combined(active, probs, ema, share=share):
+            return combine(active, probs, ema, jnp.array([[False, True, False]]), share)
 
         y, pull = jax.vjp(combined, active, probs, ema)
         assert_close(y, expected)
@@ -72,7 +72,7 @@ PRIMES = {"B": 3, "L": 11, "N": 7, "K": 5, "D": 13, "F": 17}
 
 def traced(direction: str, **fields):
     n = PRIMES
-    config = MoEConfig(num_experts=n["N"], top_k=n["K"], expert_dim=n["F"], **fields)
+    config = moe_config(num_experts=n["N"], top_k=n["K"], expert_dim=n["F"], **fields)
     x = jax.ShapeDtypeStruct((n["B"], n["L"], n["D"]), jnp.float32)
     layer = MoELayer(config)
     variables = jax.eval_shape(functools.partial(layer.init, train=True), jax.random.key(0), x)
@@ -111,8 +111,8 @@ def test_cost_beyond_top_k(substitute, extra, matmul):
     of_statistics = (n["B"] * n["L"] * n["K"] + 8 * n["N"] + 7) * n["D"]
     for direction, expected in zip(("forward", "backward"), extra, strict=True):
         works = []
-        for router in ("default", "topk"):
-            equations = traced(direction, router=router, substitute=substitute, matmul=matmul)
+        for fields in ({"router": "default", "substitute": substitute}, {"router": "topk"}):
+            equations = traced(direction, matmul=matmul, **fields)
             dots = [eqn for eqn in equations if eqn.primitive.name in ("dot_general", "ragged_dot_general")]
             works.append(Counter(_multiplications(eqn) for eqn in dots))
         assert not works[1] - works[0]

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from layer_helpers import moe_config
 from reference import Params, Settings, assert_close
 
 from default_moe.config import MoEConfig
+from default_moe.default_vectors import DefaultVectorSettings
 from default_moe.moe import MoELayer
 
 BATCH, LENGTH, D_MODEL, EXPERT_DIM = 2, 12, 12, 10
@@ -29,17 +31,18 @@ VARIANTS = [
 
 
 def make_config(num_experts: int, top_k: int, **fields) -> MoEConfig:
-    return MoEConfig(num_experts=num_experts, top_k=top_k, expert_dim=EXPERT_DIM, **fields)
+    return moe_config(num_experts=num_experts, top_k=top_k, expert_dim=EXPERT_DIM, **fields)
 
 
 def settings_of(config: MoEConfig) -> Settings:
-    return Settings(config.top_k, config.router, config.substitute, config.ema_weighted, config.ema_decay)
+    vectors = config.default_vectors or DefaultVectorSettings()
+    return Settings(config.top_k, config.method.name, vectors.substitute, vectors.ema_weighted, vectors.ema_decay)
 
 
 def variables_of(config: MoEConfig, params: Params, ema) -> dict:
     kernel, gate, up, down = (jnp.asarray(p, jnp.float32) for p in params)
     tree = {"params": {"router": {"kernel": kernel}, "experts": {"gate": gate, "up": up, "down": down}}}
-    if config.router == "default":
+    if config.default_vectors:
         tree["default_vectors"] = {"ema": jnp.asarray(ema, jnp.float32)}
     return tree
 
@@ -81,7 +84,7 @@ def check_step(config: MoEConfig, x, params: Params, ema, g, mask=None):
     assert_close(aux["load_balance_loss"], expected.load_balance_loss, "load_balance_loss")
     assert_close(aux["router_z_loss"], expected.z_loss, "router_z_loss")
     assert_close(loss, reference.loss(expected, g, BALANCE_WEIGHT, Z_WEIGHT), "loss", 3e-5)  # cancels to some degree
-    if config.router == "default":
+    if config.default_vectors:
         assert_close(state["default_vectors"]["ema"], expected.ema, "ema")
         np.testing.assert_array_equal(d_variables["default_vectors"]["ema"], 0, "no gradient may reach the EMA")
     grads = reference.gradients(x, params, expected, s, g, BALANCE_WEIGHT, Z_WEIGHT, mask)

@@ -12,9 +12,11 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from layer_helpers import moe_config
 from reference import Settings, assert_close
 
 from default_moe.config import ConfigError, MeshConfig, MoEConfig
+from default_moe.default_vectors import DefaultVectorSettings
 from default_moe.expert_parallel import gather_bytes
 from default_moe.moe import MoELayer
 from default_moe.plan.collectives import collectives, summary
@@ -35,7 +37,7 @@ def mesh_of(sizes: tuple[int, int, int]):
 
 
 def make_config(**fields) -> MoEConfig:
-    return MoEConfig(num_experts=NUM_EXPERTS, top_k=TOP_K, expert_dim=EXPERT_DIM, **fields)
+    return moe_config(num_experts=NUM_EXPERTS, top_k=TOP_K, expert_dim=EXPERT_DIM, **fields)
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def arrays(config: MoEConfig, mesh, placement: str) -> tuple:
 
     weights = {name: put(getattr(params, name), experts) for name in ("gate", "up", "down")}
     variables = {"params": {"router": {"kernel": put(params.kernel, P())}, "experts": weights}}
-    if config.router == "default":
+    if config.default_vectors:
         variables["default_vectors"] = {"ema": put(ema, experts)}
     x, g = (a.reshape(BATCH, LENGTH, D_MODEL) for a in (x, g))
     return variables, put(x, tokens), put(g, tokens), put(skewed_mask().reshape(BATCH, LENGTH), tokens, jnp.int32)
@@ -108,7 +110,8 @@ def compiled_step(mesh, config: MoEConfig, placement: str, masked: bool, train: 
 
 
 def check_step(mesh, config: MoEConfig, placement: str = "sharded", masked: bool = False, train: bool = True) -> None:
-    s = Settings(config.top_k, config.router, config.substitute, config.ema_weighted, config.ema_decay)
+    vectors = config.default_vectors or DefaultVectorSettings()
+    s = Settings(config.top_k, config.method.name, vectors.substitute, vectors.ema_weighted, vectors.ema_decay)
     expected, grads = expected_step(s, masked, train)
     step = compiled_step(mesh, config, placement, masked, train)
     (d_variables, d_x), (y, aux, state) = step(*arrays(config, mesh, placement))
@@ -117,7 +120,7 @@ def check_step(mesh, config: MoEConfig, placement: str = "sharded", masked: bool
     assert_close(aux["load_balance_loss"], expected.load_balance_loss, "load_balance_loss")
     assert_close(aux["router_z_loss"], expected.z_loss, "router_z_loss")
     assert_close(y.reshape(TOKENS, -1), expected.y, "y")
-    if config.router == "default":
+    if config.default_vectors:
         assert_close(state["default_vectors"]["ema"], expected.ema, "ema")
         np.testing.assert_array_equal(state["default_vectors"]["ema"][6], skewed_inputs()[2][6])  # idle everywhere
         np.testing.assert_array_equal(d_variables["default_vectors"]["ema"], 0)

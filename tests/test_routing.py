@@ -74,13 +74,13 @@ def test_z_loss_by_hand():
 
 
 def test_entropy_by_hand():
-    """Undecided among 4: ln 4. Certain: 0. Logits ln 3 and 0 have p = 3/4 and 1/4."""
-    assert_close(routing.router_entropy(jnp.zeros((1, 3, 4)), None), math.log(4))
-    assert float(routing.router_entropy(jnp.array([[[1000.0, 0.0]]]), None)) == 0
-    logits = jnp.array([[[math.log(3), 0.0], [0.0, 0.0]]])
+    """Undecided among 4: ln 4. Certain: 0."""
+    assert_close(routing.router_entropy(jnp.full((1, 3, 4), 0.25), None), math.log(4))
+    assert float(routing.router_entropy(jnp.array([[[1.0, 0.0]]]), None)) == 0
+    probs = jnp.array([[[0.75, 0.25], [0.5, 0.5]]])
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert_close(routing.router_entropy(logits, jnp.array([[1, 0]])), expected)
-    assert_close(routing.router_entropy(logits, None), (expected + math.log(2)) / 2)
+    assert_close(routing.router_entropy(probs, jnp.array([[1, 0]])), expected)
+    assert_close(routing.router_entropy(probs, None), (expected + math.log(2)) / 2)
 
 
 def test_nothing_kept_gives_zero_not_nan():

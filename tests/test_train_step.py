@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from layer_helpers import with_settings
 
 from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from default_moe.optimizer import decay_mask, learning_rate_schedule, make_optimizer
@@ -43,7 +44,11 @@ def program_for(config):
 def change(config, **sections):
     """`config` with fields changed: change(config, moe={"top_k": 2})."""
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+        config,
+        **{
+            name: (with_settings if name == "moe" else dataclasses.replace)(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
     )
 
 

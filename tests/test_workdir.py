@@ -1,6 +1,5 @@
 """Work directories: a run goes on only as the run it was, and nothing is written where it may not."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -14,10 +13,7 @@ from default_moe.workdir import RUN_FILE, open_run
 
 
 def changed(**sections) -> Config:
-    config = Config()
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
+    return Config.from_mapping(sections)
 
 
 def start(workdir: Path, config: Config | None = None, **identity):
@@ -64,7 +60,7 @@ def test_settings_that_may_change_are_noted(tmp_path):
     [
         ({"model": {"d_model": 256}}, "model.d_model: 128 there, 256 here"),
         ({"moe": {"top_k": 2}}, "moe.top_k: 1 there, 2 here"),
-        ({"moe": {"ema_decay": 0.5}}, "moe.ema_decay: 0.9 there, 0.5 here"),
+        ({"moe": {"default": {"ema_decay": 0.5}}}, "moe.default.ema_decay: 0.9 there, 0.5 here"),
         ({"data": {"tokenizer": "bpe:512"}}, "data.tokenizer: bytes there, bpe:512 here"),
         ({"data": {"mask_documents": True}}, "data.mask_documents: False there, True here"),
         ({"train": {"batch_size": 64}}, "train.batch_size: 32 there, 64 here"),

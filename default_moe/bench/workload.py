@@ -113,11 +113,11 @@ def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tu
 
     def forward(params: Any, x: Array, state: Any) -> Any:
         (y, aux), state = layer.apply({"params": params, **state}, x, train=True, mutable=list(state))
-        return y, aux["load_balance_loss"], state
+        return y, aux["auxiliary_loss"], state
 
     def objective(params: Any, x: Array, g: Array, state: Any) -> Any:
-        y, balance, state = forward(params, x, state)
-        return (y * g).sum() + config.load_balance_weight * balance, state
+        y, auxiliary_loss, state = forward(params, x, state)
+        return (y * g).sum() + auxiliary_loss, state
 
     both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     return _bind(forward, work.params, work.x, state), _bind(both, work.params, work.x, work.g, state)

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from default_moe.config import ConfigError, closest
+from default_moe.checks import closest
+from default_moe.config import ConfigError
 from default_moe.data.corpus import Split, decode_utf8, in_split
 
 PLAIN = (".txt", ".md")

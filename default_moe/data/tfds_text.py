@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from default_moe.config import ConfigError, closest
+from default_moe.checks import closest
+from default_moe.config import ConfigError
 from default_moe.data.corpus import Split, decode_utf8, in_split
 
 READABLE = ("array_record", "parquet")

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from default_moe.config import ConfigError, closest
+from default_moe.checks import closest
+from default_moe.config import ConfigError
 from default_moe.data.json_tokenizer import JsonTokenizer, train_byte_level_bpe
 
 

@@ -1,0 +1,33 @@
+"""The dense layer: every expert runs for every token. The upper bound, at N / K times the cost."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.methods.method import Decision, Method, State, decide, scores
+
+if TYPE_CHECKING:
+    from default_moe.model_config import MoEConfig
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """y = sum over all experts of score_i E_i(x). `moe.top_k` is not used."""
+
+    name = "dense"
+    load_balance_weight = 0.0
+    refused: ClassVar = {
+        "load_balance_weight": "every expert runs for every token, so that the balance loss is constant",
+        "sequence_balance_weight": "every expert runs for every token, so that the balance loss is constant",
+        "router_noise_std": "every expert runs for every token, so that noise has nothing to explore",
+        "capacity_factor": "every expert runs for every token, so that none is over its capacity",
+    }
+
+    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+        index_BLN = jnp.broadcast_to(jnp.arange(config.num_experts, dtype=jnp.int32), logits_BLN.shape)
+        return decide(scores(logits_BLN, config), index_BLN, config)
+
+    def experts_per_token(self, config: "MoEConfig") -> int:
+        return config.num_experts

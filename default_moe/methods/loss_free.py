@@ -1,0 +1,59 @@
+"""Loss-Free Balancing (Wang et al. 2024): a bias, moved by hand, steers which experts are chosen."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.checks import check
+from default_moe.methods.method import (
+    Decision,
+    Load,
+    Method,
+    State,
+    check_chosen_weights_vary,
+    decide,
+    largest,
+    scores,
+)
+
+if TYPE_CHECKING:
+    from default_moe.model_config import MoEConfig
+
+
+@dataclass(frozen=True)
+class LossFree(Method):
+    """The K experts of largest score + bias run; their weights are scores without the bias.
+
+    After each step the bias of an expert that had less than the mean load rises by the update rate, that of one that
+    had more falls by it. There is no balance loss unless `moe.load_balance_weight` asks for one.
+
+    bias_update_rate: u. 1e-3 in its paper; 1e-4 was the best for the authors of Default MoE.
+    """
+
+    name = "loss_free"
+    load_balance_weight = 0.0
+
+    bias_update_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check(
+            self.bias_update_rate > 0,
+            f"moe.loss_free.bias_update_rate is {self.bias_update_rate}, but must be positive",
+        )
+
+    def check(self, config: "MoEConfig") -> None:
+        check_chosen_weights_vary(config)
+
+    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+        scores_BLN = scores(logits_BLN, config)
+        return decide(scores_BLN, largest(scores_BLN + state["bias"], config.top_k), config)
+
+    def initial_state(self, config: "MoEConfig") -> State:
+        return {"bias": jnp.zeros(config.num_experts, jnp.float32)}
+
+    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+        tokens_YN = load.tokens_per_expert.astype(jnp.float32)
+        missing_YN = tokens_YN.mean(axis=-1, keepdims=True) - tokens_YN
+        return {"bias": state["bias"] + self.bias_update_rate * jnp.sign(missing_YN)}

@@ -1,0 +1,158 @@
+"""What a way to train a router is: the interface of every method, and what methods are made of.
+
+A method turns router logits into the experts that run for each token and the weights of their outputs. In between lies
+its estimator, for what reaches the logits in the backward pass is what its weights pass on. Running the experts,
+adding up their outputs, splitting them over devices, and saving state are the same for all. See `routing.py` for the
+dimension key; Y MoE layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from default_moe import sharding
+from default_moe.checks import check
+from default_moe.routing import active_experts
+
+if TYPE_CHECKING:
+    from default_moe.model_config import MoEConfig
+
+State = dict[str, Array]
+
+
+class Decision(NamedTuple):
+    """What a method decides about the tokens of a batch.
+
+    weights: float32 [B, L, N], what the output of each expert counts in the layer's. In the backward pass the weight of
+      an expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` gives it.
+    expert_index: int32 [B, L, C], the experts that run, those of largest weight first; N stands for none.
+    probs: float32 [B, L, N], the token's distribution over experts, for balance losses and statistics.
+    substitution: float32 scalar that the share of default vectors in the output is multiplied by; None stands for 1.
+    """
+
+    weights: Array
+    expert_index: Array
+    probs: Array
+    substitution: Array | None = None
+
+
+class Load(NamedTuple):
+    """What the experts of every MoE layer had to do in a step, over the global batch and all of its microbatches.
+
+    tokens_per_expert: int32 [Y, N], before any were dropped.  num_tokens: int32 [Y], tokens that count.
+    """
+
+    tokens_per_expert: Array
+    num_tokens: Array
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a router. Fields of a subclass are its settings: `moe.<name>.<field>` in a config.
+
+    name: in `moe.router`.
+    load_balance_weight: that of the balance loss, unless `moe.load_balance_weight` is set.
+    random: whether `route` draws random numbers in training.
+    dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
+      their weights the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient.
+    refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
+    """
+
+    name: ClassVar[str]
+    load_balance_weight: ClassVar[float] = 0.01
+    random: ClassVar[bool] = False
+    dense_gradient: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    def check(self, config: "MoEConfig") -> None:
+        """Raises ConfigError if the method cannot work with the layer's other settings."""
+
+    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+        """Decide about tokens.
+
+        Args:
+          logits_BLN: float32 router logits.
+          config: of the layer.
+          state: of the layer, as `initial_state` or `next_state` gave it, without the axis of layers.
+          key: random key; None at evaluation, and if the method is not `random`.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
+    ) -> dict[str, tuple[Array | float, Array]]:
+        """Weight and value of each loss term that the method adds to those that all methods have, by name."""
+        return {}
+
+    def initial_state(self, config: "MoEConfig") -> State:
+        """Arrays of one layer that the method keeps from step to step, by name. They are no parameters."""
+        return {}
+
+    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+        """The state of all layers, every array with a leading axis Y, after a training step. Called once a step."""
+        return state
+
+    def experts_per_token(self, config: "MoEConfig") -> int:
+        """How many experts' outputs a token uses, on the mean."""
+        return config.top_k
+
+
+def largest(scores_BLN: Array, top_k: int) -> Array:
+    """int32 [B, L, K], the experts of the K largest scores of each token, largest first, ties to the lower.
+
+    Under a mesh each device chooses for its own tokens: left to itself, XLA gathers all tokens for a top-k.
+    """
+    scores_BLN = jax.lax.stop_gradient(scores_BLN)
+
+    def choose(scores: Array) -> Array:
+        return jax.lax.top_k(scores, top_k)[1]
+
+    token_axes = sharding.mesh_axes("batch")
+    if not token_axes:
+        return choose(scores_BLN)
+    tokens = P(token_axes)
+    return jax.shard_map(choose, in_specs=tokens, out_specs=tokens)(scores_BLN)
+
+
+def scores(logits_BLN: Array, config: "MoEConfig") -> Array:
+    """Softmax over the experts, or the sigmoid of each logit (moe.score_function)."""
+    return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
+
+
+def distribution(scores_BLN: Array, config: "MoEConfig") -> Array:
+    """Scores that sum to one for each token (DeepSeek-V3, eq. 19)."""
+    if config.score_function == "softmax":
+        return scores_BLN
+    return scores_BLN / scores_BLN.sum(axis=-1, keepdims=True)
+
+
+def weights(scores_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
+    """The scores, with moe.normalize_weights divided by the sum of those chosen.
+
+    Through that sum gradients reach the chosen scores from their own weights alone. An expert that was not chosen, if
+    its weight gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
+    """
+    if not config.normalize_weights:
+        return scores_BLN
+    chosen_BLN = active_experts(index_BLK, config.num_experts)
+    total_BL1 = jnp.where(chosen_BLN, scores_BLN, 0).sum(axis=-1, keepdims=True)
+    return jnp.where(chosen_BLN, scores_BLN / total_BL1, scores_BLN / jax.lax.stop_gradient(total_BL1))
+
+
+def decide(scores_BLN: Array, index_BLK: Array, config: "MoEConfig", **more: Any) -> Decision:
+    """The decision for these experts, with weights and distribution made of these scores."""
+    return Decision(weights(scores_BLN, index_BLK, config), index_BLK, distribution(scores_BLN, config), **more)
+
+
+def check_chosen_weights_vary(config: "MoEConfig") -> None:
+    """Raises ConfigError if normalizing makes every weight 1, of whatever gradient."""
+    check(
+        not config.normalize_weights or config.top_k > 1,
+        "moe.normalize_weights is True, but with moe.top_k = 1 that makes every weight 1: the router would get no "
+        "gradient",
+    )

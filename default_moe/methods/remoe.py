@@ -1,0 +1,77 @@
+"""ReMoE (Wang et al. 2025): gates are ReLUs, so routing is differentiable; a controlled L1 loss keeps it sparse."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.checks import check
+from default_moe.methods.method import Decision, Load, Method, State
+from default_moe.routing import masked_mean
+
+if TYPE_CHECKING:
+    from default_moe.model_config import MoEConfig
+
+_NO_SOFTMAX = "its gates are ReLUs of the logits, without a softmax"
+_OWN_LOSS = "its own loss balances the experts, and says how many run"
+
+
+@dataclass(frozen=True)
+class ReMoE(Method):
+    """y = sum over experts of relu(s_i) E_i(x). The number of experts that run differs by token, K on the mean.
+
+    About half of the gates are open at the start: there is room for all N experts of every token.
+
+    The loss of a layer is lambda (N / K) sum_e mean(r_e) mean([r_e > 0]), means over the tokens of the batch, the
+    second without a gradient. After each step lambda is multiplied by `lambda_factor` if the share of closed gates of
+    all layers is below 1 - K / N, and divided by it otherwise. Every layer's state holds the same lambda.
+
+    initial_lambda, lambda_factor: lambda at the start, and by what it changes.
+    """
+
+    name = "remoe"
+    load_balance_weight = 0.0
+    refused: ClassVar = {
+        "score_function": _NO_SOFTMAX,
+        "normalize_weights": _NO_SOFTMAX,
+        "router_z_weight": _NO_SOFTMAX,
+        "load_balance_weight": _OWN_LOSS,
+        "sequence_balance_weight": _OWN_LOSS,
+        "capacity_factor": "its loss, not a capacity, says how many experts run",
+    }
+
+    initial_lambda: float = 1e-8
+    lambda_factor: float = 1.2
+
+    def __post_init__(self) -> None:
+        check(
+            self.initial_lambda > 0,
+            f"moe.remoe.initial_lambda is {self.initial_lambda}, but must be positive: it changes by a factor",
+        )
+        check(self.lambda_factor > 1, f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1")
+
+    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+        gates_BLN = jax.nn.relu(logits_BLN)
+        index_BLN = jnp.where(gates_BLN > 0, jnp.arange(config.num_experts, dtype=jnp.int32), config.num_experts)
+        total_BL1 = gates_BLN.sum(axis=-1, keepdims=True)
+        probs_BLN = gates_BLN / jnp.where(total_BL1 > 0, total_BL1, 1.0)
+        return Decision(gates_BLN, index_BLN, probs_BLN)
+
+    def losses(
+        self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
+    ) -> dict[str, tuple[Array | float, Array]]:
+        gates_BLN = decision.weights
+        open_N = masked_mean((gates_BLN > 0).astype(jnp.float32), mask_BL)
+        loss = config.num_experts / config.top_k * (masked_mean(gates_BLN, mask_BL) * open_N).sum()
+        return {"sparsity_loss": (state["lambda"], loss)}
+
+    def initial_state(self, config: "MoEConfig") -> State:
+        return {"lambda": jnp.float32(self.initial_lambda)}
+
+    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+        # The share of closed gates is below 1 - K / N if more than K are open on the mean.
+        open_gates = (load.tokens_per_expert.sum(axis=-1) / jnp.maximum(load.num_tokens, 1)).mean()
+        factor = jnp.where(open_gates > config.top_k, self.lambda_factor, 1 / self.lambda_factor)
+        return {"lambda": state["lambda"] * factor}

@@ -1,0 +1,25 @@
+"""Plain top-k (Shazeer et al. 2017, Fedus et al. 2022): the router learns from the experts that run."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jax import Array
+
+from default_moe.methods.method import Decision, Method, State, check_chosen_weights_vary, decide, largest, scores
+
+if TYPE_CHECKING:
+    from default_moe.model_config import MoEConfig
+
+
+@dataclass(frozen=True)
+class TopK(Method):
+    """y = sum over the K experts of largest score of score_i E_i(x) (arXiv:2504.12463, eq. 2)."""
+
+    name = "topk"
+
+    def check(self, config: "MoEConfig") -> None:
+        check_chosen_weights_vary(config)
+
+    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+        scores_BLN = scores(logits_BLN, config)
+        return decide(scores_BLN, largest(scores_BLN, config.top_k), config)
