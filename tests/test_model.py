@@ -26,13 +26,21 @@ def build(model_config=MODEL, moe_config=MOE, seed=0):
     return model, {"params": variables["params"], "default_vectors": noise(variables["default_vectors"])}
 
 
+@functools.cache
 def init(model, seed=0):
     return jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), train=False))()
 
 
+@functools.cache
+def compiled(model, **options):
+    """`model.apply` of variables, tokens and other inputs: one function for all tests, so that each shape of its
+    arguments is compiled once."""
+    return jax.jit(lambda v, t, i: model.apply(v, t, train=False, **i, **options))
+
+
 def forward(model, variables, tokens, **inputs):
     """Logits and statistics, compiled: much faster than operation by operation."""
-    return jax.jit(lambda v, t, i: model.apply(v, t, train=False, **i))(variables, tokens, inputs)
+    return compiled(model)(variables, tokens, inputs)
 
 
 def noise(tree, seed=5):
@@ -111,11 +119,11 @@ def test_decoding_with_a_cache_equals_the_forward_pass(segments):
     model, variables = build()
     tokens = some_tokens(batch=2, length=12)
     expected, _ = forward(model, variables, tokens)
+    decode = compiled(model, cache_length=15, mutable=("cache",))
     cache, start, parts = {}, 0, []
     for length in segments:
-        positions = jnp.broadcast_to(start + jnp.arange(length), (2, length))
-        decode = jax.jit(partial(model.apply, train=False, cache_length=15, mutable=["cache"]))
-        (logits, _), cache = decode({**variables, **cache}, tokens[:, start : start + length], positions=positions)
+        inputs = {"positions": jnp.broadcast_to(start + jnp.arange(length), (2, length))}
+        (logits, _), cache = decode({**variables, **cache}, tokens[:, start : start + length], inputs)
         parts.append(logits)
         start += length
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, rtol=1e-5, atol=1e-5)
