@@ -80,15 +80,21 @@ def test_a_step_is_one_adamw_update_of_the_clipped_gradient():
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
         return nll + 0.01 * stats.load_balance_loss.sum()
 
-    value, grads = jax.value_and_grad(loss)(before.params)
-    norm = optax.global_norm(grads)
-    clipped = jax.tree.map(lambda g: g / jnp.maximum(norm, 1.0), grads)
     rate = learning_rate_schedule(CONFIG.optim, 20)(0)
     decayed = decay_mask(before.params)
-    # Adam's first step, bias-corrected: m / sqrt(v) = g / |g|.
-    expected = jax.tree.map(
-        lambda p, g, d: p - rate * (g / (jnp.abs(g) + 1e-8) + (0.1 * p if d else 0)), before.params, clipped, decayed
-    )
+
+    @jax.jit  # by itself each operation on each parameter would be compiled
+    def expect(params):
+        value, grads = jax.value_and_grad(loss)(params)
+        norm = optax.global_norm(grads)
+        clipped = jax.tree.map(lambda g: g / jnp.maximum(norm, 1.0), grads)
+        # Adam's first step, bias-corrected: m / sqrt(v) = g / |g|.
+        expected = jax.tree.map(
+            lambda p, g, d: p - rate * (g / (jnp.abs(g) + 1e-8) + (0.1 * p if d else 0)), params, clipped, decayed
+        )
+        return value, norm, clipped, expected
+
+    value, norm, clipped, expected = expect(before.params)
     after, metrics = program.train_step(state, batch)
     assert float(metrics["total_loss"]) == pytest.approx(float(value), rel=1e-6)
     assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
@@ -245,7 +251,7 @@ def test_weight_decay_spares_norms_biases_embeddings_and_router():
     }
     everything = make_optimizer(OptimConfig(decay_all=True, weight_decay=0.5), 10)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = everything.update(zeros, everything.init(state.params), state.params)
+    updates, _ = jax.jit(lambda g, p: everything.update(g, everything.init(p), p))(zeros, state.params)
     assert float(jnp.abs(updates["embed"]).max()) > 0
 
 
