@@ -30,6 +30,15 @@ def pytest_sessionstart() -> None:
         raise RuntimeError(f"the tests need 8 simulated CPU devices, but JAX has {devices}")
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For modules that make the same programs anew: each is compiled the first time alone."""
+    from run_helpers import compile_cache
+
+    with compile_cache(tmp_path_factory.mktemp("cache")):
+        yield
+
+
 @pytest.fixture
 def tokamax_everywhere(monkeypatch):
     """Everything about that backend but its kernels, in the place of which `jax.lax.ragged_dot` computes on a CPU."""
