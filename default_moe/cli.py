@@ -1,6 +1,7 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
 import contextlib
+import copy
 import os
 import re
 import signal
@@ -100,11 +101,13 @@ def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -
     values = flags.FlagValues()
     before = to_config_dict(config)
     with _unknown_keys_reported(argv):
-        holder = config_flags.DEFINE_config_dict("config", before.copy_and_resolve_references(), flag_values=values)
+        holder = config_flags.DEFINE_config_dict("config", copy.deepcopy(before), flag_values=values)
     parse_flags(argv, values)
-    for section in before:
-        if section not in allowed and holder.value[section].to_dict() != before[section].to_dict():
-            raise ConfigError(f"{section}.* is fixed by the checkpoint; only {', '.join(allowed)} can be changed here")
+    now = holder.value.to_dict()
+    for section, saved in before.to_dict().items():
+        if section not in allowed and now[section] != saved:
+            name = f"{section}.*" if isinstance(saved, dict) else section
+            raise ConfigError(f"{name} is fixed by the checkpoint; only {', '.join(allowed)} can be changed here")
     return Config.from_config_dict(holder.value)
 
 

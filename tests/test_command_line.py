@@ -49,6 +49,14 @@ EVAL = {
     "a step that is not there": (["--workdir={here}/trained", "--step=7"], "no checkpoint of step 7"),
     "a step that is no number": (["--workdir={here}/trained", "--step=last"], "--step=last"),
     "a setting of the checkpoint": (["--workdir={here}/trained", "--config.moe.top_k=3"], "moe.* is fixed"),
+    "where the checkpoint's run began": (
+        ["--workdir={here}/trained", "--config.init_from={here}"],
+        "init_from is fixed by the checkpoint; only eval, mesh, data",
+    ),
+    "a bad value of a setting that was not set": (
+        ["--workdir={here}/trained", "--config.eval.batch_size=0"],
+        "eval.batch_size is 0, but must be at least 1",
+    ),
     "a mistyped setting": (["--workdir={here}/trained", "--config.eval.promt=x"], "did you mean 'prompt'?"),
     "an unknown flag": (["--workdir={here}/trained", "--stp=3"], "stp"),
 }
