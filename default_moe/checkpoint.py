@@ -47,8 +47,8 @@ def _to_stderr(line: str) -> None:
 class CheckpointStore:
     """The checkpoints of one work directory.
 
-    config: how many steps to keep.  read_only: write and move nothing, for evaluation.  report: takes one line about
-    a save that failed or a step that is damaged, possibly from another thread.
+    config: how many steps to keep.  read_only: write and move nothing, for evaluation; it need not be closed.
+    report: takes one line about a save that failed or a step that is damaged, possibly from another thread.
 
     With several processes all call the same methods at the same points, on a file system that they share.
     """
@@ -233,9 +233,7 @@ class CheckpointStore:
         Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
         """
         if step is None:
-            step = self._newest_whole()
-            if step is None:
-                raise self._nothing_here()
+            step = self.newest_whole()
         else:
             self._check_step(step)
         return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
@@ -250,6 +248,18 @@ class CheckpointStore:
                 return self._read_json(step, "meta.json")
         raise self._none_whole() if self.steps() else self._nothing_here()
 
+    def newest_whole(self) -> int:
+        """The newest step that is whole, which is not verified again. Raises CheckpointError if there is none."""
+        step = self._newest_whole()
+        if step is None:
+            raise self._nothing_here()
+        return step
+
+    def saved_shapes(self, step: int) -> dict[str, str]:
+        """`shapes` of the state of a step that is there."""
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return shapes(checkpointer.metadata(self._folder(step) / "state").item_metadata.tree)
+
     def _newest_whole(self) -> int | None:
         """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
         found, steps = None, []
@@ -260,7 +270,6 @@ class CheckpointStore:
                 problem = find_damage(self._folder(step))
                 if problem is None:
                     found = step
-                    self._trusted.add(step)
                     break
                 damaged.append(step)
                 self._report(f"checkpoint of step {step} is damaged ({problem}): trying the one before")
@@ -270,6 +279,8 @@ class CheckpointStore:
         found, some = distributed.share([found, bool(steps)])[0]
         if found is None and some:
             raise self._none_whole()
+        if found is not None:
+            self._trusted.add(found)
         return found
 
     def _check_step(self, step: int, names: list[str] | None = None) -> None:
@@ -280,7 +291,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"there is no checkpoint of step {step} in {self._root}; there is {', '.join(map(str, steps))}"
             )
-        problem = find_damage(self._folder(step), names)
+        problem = None if step in self._trusted else find_damage(self._folder(step), names)
         if problem:
             others = ", ".join(str(other) for other in steps if other != step) or "no other step"
             raise CheckpointError(f"the checkpoint of step {step} is damaged ({problem}); there is {others}")
@@ -298,11 +309,10 @@ class CheckpointStore:
     def _restore(self, step: int, abstract: Tree, partial: bool) -> Tree:
         path = self._folder(step) / "state"
         abstract = jax.tree.map(_with_sharding, abstract)
+        problem = difference(self.saved_shapes(step), shapes(abstract), partial)
+        if problem:
+            raise CheckpointError(f"the checkpoint of step {step} does not fit this model: {problem}")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = _shapes(checkpointer.metadata(path).item_metadata.tree)
-            difference = _difference(saved, _shapes(abstract), partial)
-            if difference:
-                raise CheckpointError(f"the checkpoint of step {step} does not fit this model: {difference}")
             arguments = ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -336,7 +346,7 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _shapes(tree: Any) -> dict[str, str]:
+def shapes(tree: Any) -> dict[str, str]:
     """{'params.embed.embedding': 'float32[256, 64]', ...}; a random key, which is saved as integers, is just 'key'."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): "key"
@@ -346,8 +356,8 @@ def _shapes(tree: Any) -> dict[str, str]:
     }
 
 
-def _difference(saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool) -> str | None:
-    """The first thing in which a saved tree differs from the wanted one; with `partial` it may hold more."""
+def difference(saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool = False) -> str | None:
+    """The first thing in which a saved tree is not the wanted one, by their `shapes`. `partial`: it may hold more."""
     for name, shape in wanted.items():
         if name not in saved:
             return f"it has no {name}, which the model needs"
