@@ -147,6 +147,39 @@ def make_eval_step(model: LanguageModel, config: Config) -> Callable[[Any, Any, 
     return eval_step
 
 
+def make_warm_up_step(
+    model: LanguageModel, config: Config
+) -> Callable[[Any, Any, Any, Batch, Array, Array], tuple[Any, Any]]:
+    """`warm_up_step(params, variables, sums, batch, rng, index) -> (default vectors, sums)` of training on a batch.
+
+    With `sums`, `zero_sums` at first, handed on, the default vectors are the mean over all batches so far, with a
+    decay of 0: nothing of their initial value stays but where an expert had no token. No other state moves.
+    Microbatches are as large as in training.  rng, index: the state's key, and which batch this is.
+    """
+    method: Any = config.moe.method
+    model = model.clone(moe=dataclasses.replace(config.moe, router=dataclasses.replace(method, ema_decay=0.0)))
+    num_microbatches = config.train.grad_accum_steps
+
+    def warm_up_step(params: Any, variables: Any, sums: Any, batch: Batch, rng: Array, index: Array) -> tuple[Any, Any]:
+        def microstep(moving: dict[str, Any], inputs: tuple) -> tuple[dict[str, Any], None]:
+            microbatch, key = inputs
+            _, moved = model.apply(
+                {"params": params, **variables, **moving},
+                train=True,
+                mutable=list(moving),
+                rngs={"router": key},
+                **_model_inputs(microbatch, config),
+            )
+            return dict(moved), None
+
+        moving = {DEFAULT_VECTORS: variables[DEFAULT_VECTORS], DEFAULT_VECTOR_SUMS: sums}
+        keys = jax.random.split(jax.random.fold_in(rng, index), num_microbatches)
+        moving, _ = jax.lax.scan(microstep, moving, (_split_batch(batch, num_microbatches), keys))
+        return moving[DEFAULT_VECTORS], moving[DEFAULT_VECTOR_SUMS]
+
+    return warm_up_step
+
+
 def _model_inputs(batch: Batch, config: Config) -> dict[str, Any]:
     return {
         "tokens_BL": batch["inputs"],

@@ -15,6 +15,7 @@ from default_moe.config import Config, flat_items
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
 from default_moe.errors import AnotherProcessFailed, ConfigError, TrainingFailed
 from default_moe.evaluation import evaluate
+from default_moe.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
 from default_moe.generate import sample_text
 from default_moe.hardware import peak_flops
 from default_moe.memory import out_of_memory_in_one_line, step_memory
@@ -40,9 +41,11 @@ def train(config: Config, workdir: Path) -> int:
     progress = Progress(config.train.num_steps)
     mesh_for(config)  # this and the next fail early, before any data is prepared
     check_ours(workdir)
+    source = find_source(config, workdir, progress.message)
     data = distributed.in_turn(lambda: open_data(config.data, progress.message))
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
+    check_tokenizer(source, data.tokenizer)
     program = Program(config, data.tokenizer.vocab_size)
     identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
     names = ("corpus_hash", "vocab_size", "tokenizer_hash")
@@ -62,12 +65,13 @@ def train(config: Config, workdir: Path) -> int:
             # Before anything of the state's size is read or made: it may not fit.
             train_step = _compile(program, train_rows, run, progress)
         restored = store.restore_latest(program.abstract_state())
-        state, start = (restored[0], restored[2]) if restored else (program.new_state(), 0)
+        state, start = (restored[0], restored[2]) if restored else (None, 0)
         progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
         if start >= config.train.num_steps:
             progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
             return 0
         train_step = train_step or _compile(program, train_rows, run, progress)
+        state = state or _first_state(program, source, train_rows, progress)
         writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
         loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress)
         try:
@@ -96,6 +100,15 @@ def _compile(program: Program, rows: Rows, run: Run, progress: Progress) -> Any:
     seconds = time.monotonic() - began
     progress.message(f"compiled the training step in {seconds:.1f} s; it takes {step_memory(train_step)}")
     return train_step
+
+
+def _first_state(program: Program, source: Source | None, rows: Rows, progress: Progress) -> TrainState:
+    """The state before the first step."""
+    if source is None:
+        return program.new_state()
+    state, origin = fine_tuned_state(program, source, rows)
+    progress.message(origin)
+    return state
 
 
 @dataclasses.dataclass

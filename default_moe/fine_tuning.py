@@ -1,0 +1,145 @@
+"""A new run that starts from the weights of another one, with another method for instance (`init_from`)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from default_moe import distributed
+from default_moe.checkpoint import CheckpointStore, difference, shapes
+from default_moe.checks import check
+from default_moe.config import Config
+from default_moe.data import Batch, Rows, Tokenizer, tokenizer_from_dict
+from default_moe.errors import CheckpointError
+from default_moe.moe import DEFAULT_VECTORS, zero_sums
+from default_moe.program import Program
+from default_moe.train_state import TrainState
+from default_moe.train_step import make_warm_up_step
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint whose weights a new run starts from.
+
+    workdir: of the run that wrote it.  step, meta: of the checkpoint.  kept: collections that are taken over with it.
+    """
+
+    workdir: Path
+    store: CheckpointStore
+    step: int
+    meta: Mapping[str, Any]
+    kept: tuple[str, ...]
+
+
+def find_source(config: Config, workdir: Path, report: Callable[[str], None]) -> Source | None:
+    """The newest whole checkpoint of `init_from`; None if the run starts from nothing, or goes on in `workdir`.
+
+    Raises ConfigError if that is `workdir` itself, CheckpointError if there is no whole one or it is of another model.
+    """
+    if config.init_from is None:
+        return None
+    folder = Path(config.init_from).expanduser()
+    check(
+        folder.resolve() != workdir.resolve(),
+        f"init_from is {config.init_from!r}, the work directory of this run itself: give the run that starts from it "
+        "another --workdir",
+    )
+    goes_on = bool(CheckpointStore(workdir, read_only=True).steps())
+    if distributed.share(goes_on)[0]:
+        return None
+    store = CheckpointStore(folder, read_only=True, report=lambda line: report(f"init_from: {line}"))
+    try:
+        step = store.newest_whole()
+        meta, saved = store.read_meta(step), store.saved_shapes(step)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {error}") from error
+    # Of the model that goes with the source's tokenizer: whether the run has the same is known once its data is.
+    state = Program(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size).abstract_state()
+    problem = difference(_below("params", saved), shapes({"params": state.params}))
+    if problem:
+        raise CheckpointError(
+            f"init_from: the checkpoint of step {step} in {folder} does not fit this model: {problem}"
+        )
+    return Source(folder, store, step, meta, collections_taken_over(saved, state.variables))
+
+
+def collections_taken_over(saved: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `variables` that a saved state, given by its `shapes`, has with the same names and shapes."""
+    wanted = shapes({"variables": variables})
+    names = [(name, f"variables.{name}") for name in variables]
+    return tuple(name for name, prefix in names if _below(prefix, saved) == _below(prefix, wanted))
+
+
+def check_tokenizer(source: Source | None, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the run's tokenizer is another one than the source's: other ids for the same text."""
+    if source is None:
+        return
+
+    def content(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != "name"}  # a file's is not that of what it copies
+
+    check(
+        content(source.meta["tokenizer"]) == content(tokenizer.to_dict()),
+        f"data.tokenizer is another tokenizer than that of the run in init_from={str(source.workdir)!r}, "
+        "whose weights mean nothing to it: name the same one (a BPE trained on other text is another)",
+    )
+
+
+def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[TrainState, str]:
+    """A new state with the source's parameters and collections, and a line that says where things are from.
+
+    Default vectors that the source does not have are averaged over the batches that training will begin with.
+    """
+    state = dataclasses.replace(program.new_state(), params=None)  # frees these before others are read
+    abstract = program.abstract_state()
+    wanted = {"params": abstract.params, "variables": {name: abstract.variables[name] for name in source.kept}}
+    restored, _, _ = source.store.restore_for_eval(wanted, source.step)
+    variables = {**state.variables, **restored["variables"]}
+    state = dataclasses.replace(state, params=restored["params"], variables=variables)
+    origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
+    vectors = program.config.moe.default_vectors
+    if vectors and vectors.warm_up_batches and origins.get(DEFAULT_VECTORS) == "initial":
+        state = warm_up(program, state, rows, vectors.warm_up_batches)
+        origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
+    weights = (
+        f"weights: from step {source.step} of {source.workdir} (router {source.meta['config']['moe']['router']!r})"
+    )
+    return state, "; ".join([weights, *(f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items())])
+
+
+def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -> TrainState:
+    """`state` with default vectors that are the means over the first batches of `rows`, and nothing else changed."""
+    config, batch_size = program.config, program.config.train.batch_size
+    shardings, replicated = program.state_shardings, program.replicated
+    vectors = state.variables[DEFAULT_VECTORS]
+    sums = program.jit(zero_sums, out_shardings=replicated)(vectors)
+    step = program.jit(
+        make_warm_up_step(program.model, config),
+        in_shardings=(
+            shardings.params,
+            shardings.variables,
+            replicated,
+            program.batch_sharding,
+            shardings.rng,
+            replicated,
+        ),
+        out_shardings=(shardings.variables[DEFAULT_VECTORS], replicated),
+    )
+    for index in range(num_batches):
+
+        def load(first: int, count: int, start: int = index * batch_size) -> Batch:
+            return rows.batch(start + first, count)
+
+        batch = program.put_batch(load, batch_size)
+        variables = {**state.variables, DEFAULT_VECTORS: vectors}
+        vectors, sums = step(state.params, variables, sums, batch, state.rng, np.int32(index))
+    jax.block_until_ready(vectors)  # so that running out of memory is noticed here
+    return dataclasses.replace(state, variables={**state.variables, DEFAULT_VECTORS: vectors})
+
+
+def _below(prefix: str, named: Mapping[str, str]) -> dict[str, str]:
+    return {name: shape for name, shape in named.items() if name.startswith(f"{prefix}.")}
