@@ -8,6 +8,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from reference_routing import Routes, route
+from reference_routing import Settings as Settings  # part of this module's interface
 
 
 class Params(NamedTuple):
@@ -19,29 +21,12 @@ class Params(NamedTuple):
     down: np.ndarray
 
 
-class Settings(NamedTuple):
-    """What the mathematics depends on. router: "default" or "topk"; substitute: "forward" or "backward"."""
-
-    top_k: int
-    router: str = "default"
-    substitute: str = "forward"
-    ema_weighted: bool = True
-    ema_decay: float = 0.9
-
-
-class Routes(NamedTuple):
-    """logits, probs [T, N]; active: for each token its K experts, likeliest first."""
-
-    logits: np.ndarray
-    probs: np.ndarray
-    active: list[list[int]]
-
-
 class Result(NamedTuple):
-    """y [T, D]; ema [N, D] after the step; counts [N] of the tokens kept; the two losses, unweighted."""
+    """y [T, D]; ema [N, D] after the step, and as used in it; counts [N] of the tokens kept; losses, unweighted."""
 
     y: np.ndarray
     ema: np.ndarray
+    used: np.ndarray
     routes: Routes
     counts: np.ndarray
     load_balance_loss: float
@@ -66,20 +51,6 @@ def expert(params: Params, i: int, x: np.ndarray) -> np.ndarray:
     return (a * sigmoid(a) * (x @ params.up[i])) @ params.down[i]
 
 
-def route(x: np.ndarray, kernel: np.ndarray, top_k: int) -> Routes:
-    """Softmax over all experts, then the K largest; of equals, the expert of lower index comes first."""
-    num_tokens, num_experts = len(x), kernel.shape[1]
-    logits, probs, active = np.zeros((num_tokens, num_experts)), np.zeros((num_tokens, num_experts)), []
-    for t in range(num_tokens):
-        for i in range(num_experts):
-            logits[t, i] = sum(x[t, d] * kernel[d, i] for d in range(len(kernel)))
-        total = sum(math.exp(s - max(logits[t])) for s in logits[t])
-        for i in range(num_experts):
-            probs[t, i] = math.exp(logits[t, i] - max(logits[t])) / total
-        active.append(sorted(range(num_experts), key=lambda i, t=t: (-logits[t, i], i))[:top_k])
-    return Routes(logits, probs, active)
-
-
 def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s: Settings, mask) -> np.ndarray:
     """Eq. 10 for each expert that a kept token activated; the others keep their vector."""
     new = ema.copy()
@@ -87,7 +58,7 @@ def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s
         total, weight = np.zeros(ema.shape[1]), 0.0
         for t in range(len(x)):
             if i in routes.active[t] and mask[t]:
-                w = routes.probs[t, i] if s.ema_weighted else 1.0
+                w = routes.weights[t, i] if s.ema_weighted else 1.0
                 total += w * expert(params, i, x[t])
                 weight += w
         if weight > 0:
@@ -102,7 +73,7 @@ def balance(routes: Routes, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, f
     kept = max(1, sum(1 for m in mask if m))
     for t in range(num_tokens):
         if mask[t]:
-            for i in routes.active[t]:
+            for i in routes.chosen[t]:
                 counts[i] += 1
             mean_probs += routes.probs[t] / kept
             z += log_partition(routes.logits[t]) ** 2 / kept
@@ -114,21 +85,47 @@ def log_partition(logits: np.ndarray) -> float:
     return max(logits) + math.log(sum(math.exp(s - max(logits)) for s in logits))
 
 
-def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None) -> Result:
-    """The layer on tokens [T, D]. With `update` the default vectors are updated first and then used."""
+def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
+    """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P."""
+    num_tokens, num_experts = routes.probs.shape
+    factors, loss, num_sequences = np.zeros((num_tokens, num_experts)), 0.0, num_tokens // length
+    for first in range(0, num_tokens, length):
+        f, mean_probs = np.zeros(num_experts), np.zeros(num_experts)
+        for t in range(first, first + length):
+            for i in routes.chosen[t]:
+                f[i] += 1 / (length * len(routes.chosen[t]))
+            mean_probs += routes.probs[t] / length
+        loss += num_experts * float(f @ mean_probs) / num_sequences
+        factors[first : first + length] = num_experts * f / length / num_sequences
+    return factors, loss
+
+
+def sparsity(routes: Routes, top_k: int) -> tuple[np.ndarray, float]:
+    """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]), and what each gate's gradient of it is, [T, N]."""
+    num_tokens, num_experts = routes.weights.shape
+    is_open = (routes.weights > 0).sum(axis=0)
+    factor = num_experts / (top_k * num_tokens**2)
+    loss = factor * sum(routes.weights[:, e].sum() * is_open[e] for e in range(num_experts))
+    return np.where(routes.weights > 0, factor * is_open, 0.0), float(loss)
+
+
+def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None, draws=None) -> Result:
+    """The layer on tokens [T, D]; with `update` as in training: default vectors move, tokens may be dropped."""
     mask = np.ones(len(x)) if mask is None else mask
-    routes = route(x, params.kernel, s.top_k)
+    routes = route(x, params.kernel, s, draws, drop=update)
+    used = new = ema
     if update and s.router == "default":
-        ema = update_ema(x, params, routes, ema, s, mask)
+        new = update_ema(x, params, routes, ema, s, mask)
+        used = new if s.ema_update == "before" else ema
     y = np.zeros_like(x)
     for t in range(len(x)):
         for i in range(params.kernel.shape[1]):
             if i in routes.active[t]:
-                y[t] += routes.probs[t, i] * expert(params, i, x[t])
+                y[t] += routes.weights[t, i] * expert(params, i, x[t])
             elif s.router == "default" and s.substitute == "forward":
-                y[t] += routes.probs[t, i] * ema[i]
+                y[t] += s.substitution * routes.weights[t, i] * used[i]
     counts, _, load_balance_loss, z_loss = balance(routes, mask)
-    return Result(y, ema, routes, counts, load_balance_loss, z_loss)
+    return Result(y, new, used, routes, counts, load_balance_loss, z_loss)
 
 
 def loss(result: Result, g: np.ndarray, a: float, b: float) -> float:
@@ -136,33 +133,41 @@ def loss(result: Result, g: np.ndarray, a: float, b: float) -> float:
     return float((g * result.y).sum()) + a * result.load_balance_loss + b * result.z_loss
 
 
-def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, mask=None) -> Gradients:
+def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, mask=None, more=None) -> Gradients:
     """Gradient of `loss` by hand, with the default vectors of `result` as constants (eq. 8).
 
-    Chain: d/dp_i of <g, y> is <g, E_i(x)> or <g, E^_i>; of the load-balance loss N f_i / T, f being a constant; then
-    dp_i/ds_j = p_i ([i = j] - p_j); d lse^2/ds_j = 2 lse p_j; s = x W. Expert i receives p_i g.
+    Chain: the weight of expert i receives <g, E_i(x)> or <g, E^_i>; the distribution that of the load-balance loss,
+    N f_i / T, f being a constant; the method says how both reach the logits; d lse^2/ds_j = 2 lse p_j; s = x W.
+    Expert i receives w_i g.
+
+    more: further gradients of the distribution and of the weights, [T, N] each.
     """
     mask = np.ones(len(x)) if mask is None else mask
-    probs, num_experts = result.routes.probs, params.kernel.shape[1]
+    num_experts = params.kernel.shape[1]
+    more_probs, more_weights = more or (np.zeros((len(x), num_experts)),) * 2
     _, f, _, _ = balance(result.routes, mask)
     kept = max(1, sum(1 for m in mask if m))
     d = Gradients(np.zeros_like(x), *(np.zeros_like(p) for p in params))
     for t in range(len(x)):
-        d_probs = np.zeros(num_experts)
+        token = result.routes.tokens[t]
+        d_probs, d_weights = more_probs[t].copy(), more_weights[t].copy()
         for i in range(num_experts):
             if i in result.routes.active[t]:
-                d_probs[i] = g[t] @ expert(params, i, x[t])
-                _add_expert_gradient(d, params, i, x, t, probs[t, i] * g[t])
+                d_weights[i] += g[t] @ expert(params, i, x[t])
+                _add_expert_gradient(d, params, i, x, t, token.weights[i] * g[t])
+            elif s.router == "densemixer":
+                d_weights[i] += g[t] @ expert(params, i, x[t])
             elif s.router == "default":
-                d_probs[i] = g[t] @ result.ema[i]
+                d_weights[i] += g[t] @ result.used[i]
             if mask[t]:
                 d_probs[i] += a * num_experts * f[i] / kept
+        lse = log_partition(result.routes.logits[t])
         for j in range(num_experts):
             d_logit = 0.0
             for i in range(num_experts):
-                d_logit += d_probs[i] * probs[t, i] * ((i == j) - probs[t, j])
+                d_logit += d_weights[i] * token.weights_to_logits[i, j] + d_probs[i] * token.probs_to_logits[i, j]
             if mask[t]:
-                d_logit += b * 2 * log_partition(result.routes.logits[t]) * probs[t, j] / kept
+                d_logit += b * 2 * lse * math.exp(result.routes.logits[t, j] - lse) / kept
             d.kernel[:, j] += d_logit * x[t]
             d.x[t] += d_logit * params.kernel[:, j]
     return d
@@ -217,7 +222,7 @@ def assert_close(got, expected, what: str = "", tolerance: float = 1e-5) -> None
 
 def assert_no_near_ties(routes: Routes) -> None:
     """Float32 and float64 must choose alike, else the comparison means nothing: change the seed if this fails."""
-    for logits, active in zip(routes.logits, routes.active, strict=True):
+    for logits, chosen in zip(routes.logits, routes.chosen, strict=True):
         ranked = -np.sort(-logits)
-        gaps = ranked[: len(active)] - np.append(ranked[1:], -np.inf)[: len(active)]
+        gaps = ranked[: len(chosen)] - np.append(ranked[1:], -np.inf)[: len(chosen)]
         assert gaps.min() > 1e-5, "the inputs hold near-ties"

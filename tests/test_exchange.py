@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import reference
 from emulation import emulate_exchange
+from layer_helpers import BALANCE_WEIGHT, Z_WEIGHT
 from reference import Settings, assert_close
 from test_moe_sharded import (
-    BALANCE_WEIGHT,
     TOKENS,
     TOP_K,
-    Z_WEIGHT,
     arrays,
     check_step,
     compiled_step,

@@ -9,17 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from layer_helpers import moe_config
-from reference import Params, Settings, assert_close
+from layer_helpers import (
+    BALANCE_WEIGHT,
+    SPARSITY_WEIGHT,
+    Z_WEIGHT,
+    check_aux,
+    gradients_of,
+    losses_of,
+    moe_config,
+    settings_of,
+    variables_of,
+)
+from reference import Params, assert_close
 
 from default_moe.config import MoEConfig
-from default_moe.default_vectors import DefaultVectorSettings
 from default_moe.moe import MoELayer
 
 BATCH, LENGTH, D_MODEL, EXPERT_DIM = 2, 12, 12, 10
 TOKENS = BATCH * LENGTH
-# Weights of the losses beside <G, y> that make their gradients about as large as its own.
-BALANCE_WEIGHT, Z_WEIGHT = 30.0, 3.0
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 3), (8, 1), (8, 2), (8, 5), (8, 8)]
 # The tests below that share a variant cover it with the other backend.
 VARIANTS = [
@@ -34,19 +41,6 @@ def make_config(num_experts: int, top_k: int, **fields) -> MoEConfig:
     return moe_config(num_experts=num_experts, top_k=top_k, expert_dim=EXPERT_DIM, **fields)
 
 
-def settings_of(config: MoEConfig) -> Settings:
-    vectors = config.default_vectors or DefaultVectorSettings()
-    return Settings(config.top_k, config.method.name, vectors.substitute, vectors.ema_weighted, vectors.ema_decay)
-
-
-def variables_of(config: MoEConfig, params: Params, ema) -> dict:
-    kernel, gate, up, down = (jnp.asarray(p, jnp.float32) for p in params)
-    tree = {"params": {"router": {"kernel": kernel}, "experts": {"gate": gate, "up": up, "down": down}}}
-    if config.default_vectors:
-        tree["default_vectors"] = {"ema": jnp.asarray(ema, jnp.float32)}
-    return tree
-
-
 def batched(tokens, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(tokens, dtype).reshape(BATCH, LENGTH, *np.shape(tokens)[1:])
 
@@ -57,37 +51,33 @@ def compiled(config: MoEConfig, train: bool = True):
     layer = MoELayer(config)
 
     def objective(variables, x, g, mask):
+        mutable = ["default_vectors"] if train else False
         y, aux = out = layer.apply(
-            variables, x, train=train, mask=mask, mutable=["default_vectors"] if train else False
+            variables, x, train=train, mask=mask, mutable=mutable, rngs={"router": jax.random.key(5)}
         )
         state = {}
         if train:
             (y, aux), state = out
-        loss = (g * y).sum() + BALANCE_WEIGHT * aux["load_balance_loss"] + Z_WEIGHT * aux["router_z_loss"]
+        loss = (g * y).sum() + losses_of(aux)
         return loss, (y, aux, state)
 
-    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True, allow_int=True))
 
 
-def check_step(config: MoEConfig, x, params: Params, ema, g, mask=None):
+def check_step(config: MoEConfig, x, params: Params, ema, g, mask=None, draws=None):
     """One training step of the layer must equal the loops in everything. Returns the loops' result and gradients."""
-    s = settings_of(config)
-    expected = reference.forward(x, params, ema, s, mask=mask)
+    s = settings_of(config, LENGTH)
+    expected = reference.forward(x, params, ema, s, mask=mask, draws=draws)
     mask_BL = None if mask is None else batched(mask, mask.dtype)
-    (loss, (y, aux, state)), (d_variables, d_x) = compiled(config)(
+    (_, (y, aux, state)), (d_variables, d_x) = compiled(config)(
         variables_of(config, params, ema), batched(x), batched(g), mask_BL
     )
-    assert_close(aux["router_probs"], expected.routes.probs.reshape(BATCH, LENGTH, -1), "router_probs")
-    np.testing.assert_array_equal(aux["expert_index"].reshape(TOKENS, -1), expected.routes.active)
-    np.testing.assert_array_equal(aux["tokens_per_expert"], expected.counts)
+    check_aux(config, aux, expected)
     assert_close(y, expected.y.reshape(BATCH, LENGTH, -1), "y")
-    assert_close(aux["load_balance_loss"], expected.load_balance_loss, "load_balance_loss")
-    assert_close(aux["router_z_loss"], expected.z_loss, "router_z_loss")
-    assert_close(loss, reference.loss(expected, g, BALANCE_WEIGHT, Z_WEIGHT), "loss", 3e-5)  # cancels to some degree
     if config.default_vectors:
         assert_close(state["default_vectors"]["ema"], expected.ema, "ema")
         np.testing.assert_array_equal(d_variables["default_vectors"]["ema"], 0, "no gradient may reach the EMA")
-    grads = reference.gradients(x, params, expected, s, g, BALANCE_WEIGHT, Z_WEIGHT, mask)
+    grads = gradients_of(config, x, params, expected, s, g, mask)
     got = d_variables["params"]
     assert_close(d_x, grads.x.reshape(BATCH, LENGTH, -1), "gradient of x")
     assert_close(got["router"]["kernel"], grads.kernel, "gradient of the router")
@@ -159,7 +149,7 @@ def test_steps_in_a_row(fields):
     variables, ema = variables_of(config, params, np.zeros((8, D_MODEL))), np.zeros((8, D_MODEL))
     for step in range(4):
         x, _, _, g = reference.make_inputs(60 + step, TOKENS, 8)
-        expected = reference.forward(x, params, ema, settings_of(config))
+        expected = reference.forward(x, params, ema, settings_of(config, LENGTH))
         (_, (y, _, state)), _ = compiled(config)(variables, batched(x), batched(g), None)
         assert_close(y, batched(expected.y), f"y of step {step}")
         assert_close(state["default_vectors"]["ema"], expected.ema, f"EMA after step {step}")
@@ -179,14 +169,28 @@ def test_masked_tokens_count_in_no_statistic_but_are_processed(dtype, fields):
     np.testing.assert_array_equal(state["default_vectors"]["ema"], ema)
 
 
-@pytest.mark.parametrize("fields", [{}, {"router": "topk"}, {"substitute": "backward"}], ids=str)
+NORMALIZED = {"score_function": "sigmoid", "normalize_weights": True}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"router": "topk"},
+        {"substitute": "backward"},
+        {"router": "topk", **NORMALIZED},
+        {"router": "dense", **NORMALIZED},
+        {"router": "remoe"},
+    ],
+    ids=str,
+)
 def test_gradients_equal_finite_differences_with_the_ema_held(fields):
     """Backward substitution has, by definition, the gradient of the forward-substituted function."""
     config = make_config(8, 2, matmul="blocks", **fields)
     x, params, ema, g = reference.make_inputs(8, TOKENS, 8)
-    s = settings_of(config)
+    s = settings_of(config, LENGTH)
     result = reference.forward(x, params, ema, s)
-    by_hand = reference.gradients(x, params, result, s, g, BALANCE_WEIGHT, Z_WEIGHT)
+    by_hand = gradients_of(config, x, params, result, s, g, None)
     _, (d_variables, d_x) = compiled(config)(variables_of(config, params, ema), batched(x), batched(g), None)
     by_layer = {
         "x": d_x.reshape(TOKENS, D_MODEL),
@@ -194,14 +198,18 @@ def test_gradients_equal_finite_differences_with_the_ema_held(fields):
         **d_variables["params"]["experts"],
     }
     arrays = {"x": x, **params._asdict()}
-    f = result.counts / (TOKENS * s.top_k)  # constants of the load-balance loss
+    # Constants of the losses: shares of assignments, and numbers of open gates.
+    f = result.counts / result.counts.sum()
+    open_gates = 8 / (s.top_k * TOKENS**2) * result.counts if s.router == "remoe" else 0 * f
 
     def value(**changed) -> float:
         at = arrays | changed
         r = reference.forward(at["x"], Params(*(at[n] for n in Params._fields)), result.ema, forward, update=False)
         assert r.routes.active == result.routes.active
         balance = 8 * f @ r.routes.probs.mean(axis=0)
-        return float((g * r.y).sum()) + BALANCE_WEIGHT * balance + Z_WEIGHT * r.z_loss
+        sparsity = r.routes.weights.sum(axis=0) @ open_gates
+        losses = BALANCE_WEIGHT * balance + Z_WEIGHT * r.z_loss + SPARSITY_WEIGHT * sparsity
+        return float((g * r.y).sum()) + losses
 
     forward, rng, h = s._replace(substitute="forward"), np.random.default_rng(0), 1e-6
     for name, array in arrays.items():
@@ -306,7 +314,7 @@ def test_gaussian_default_vectors():
 def test_evaluation_uses_the_held_vectors_and_changes_nothing(fields):
     config = make_config(8, 2, matmul="blocks", **fields)
     x, params, ema, g = reference.make_inputs(11, TOKENS, 8)
-    expected = reference.forward(x, params, ema, settings_of(config), update=False)
+    expected = reference.forward(x, params, ema, settings_of(config, LENGTH), update=False)
     variables = variables_of(config, params, ema)
     (_, (y, aux, state)), _ = compiled(config, train=False)(variables, batched(x), batched(g), None)
     assert state == {}
@@ -345,7 +353,7 @@ def test_rematerialisation_updates_the_vectors_once(kind):
     """Twice would give 0.81 E^ + 0.19 mean in place of 0.9 E^ + 0.1 mean."""
     config = make_config(8, 2, matmul="blocks")
     x, params, ema, g = reference.make_inputs(12, TOKENS, 8)
-    s = settings_of(config)
+    s = settings_of(config, LENGTH)
     expected = reference.forward(x, params, ema, s)
     grads = reference.gradients(x, params, expected, s, g, 0, 0)
     variables = {c: {"moe": tree} for c, tree in variables_of(config, params, ema).items()}

@@ -87,3 +87,16 @@ def test_what_is_kept_and_that_eight_devices_agree_with_one(fields, bytes_per_pa
 def test_moments_that_would_not_move_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.b1, optim\.b2 are 0\.9, 0\.999, but with .* at most 0\.99: what"):
         OptimConfig(moment_dtype="bfloat16", b2=0.999)
+
+
+def test_the_learning_rate_of_routers_is_multiplied():
+    params = {"moe": {"router": {"kernel": jnp.ones((2, 3))}, "experts": {"gate": jnp.ones((3, 2, 2))}}}
+    grads = jax.tree.map(lambda p: 0.5 * p, params)
+    updates = []
+    for factor in (1.0, 0.25):
+        optimizer = make_optimizer(OptimConfig(router_lr_multiplier=factor, decay_all=True), 10)
+        updates.append(optimizer.update(grads, optimizer.init(params), params)[0]["moe"])
+    plain, scaled = updates
+    assert float(jnp.abs(plain["router"]["kernel"]).min()) > 0
+    np.testing.assert_array_equal(scaled["router"]["kernel"], 0.25 * plain["router"]["kernel"])
+    np.testing.assert_array_equal(scaled["experts"]["gate"], plain["experts"]["gate"])
