@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 State = dict[str, Array]
 
+METHODS: dict[str, type["Method"]] = {}  # by name: every subclass of `Method` that has been defined
+
 
 class Decision(NamedTuple):
     """What a method decides about the tokens of a batch.
@@ -68,6 +70,12 @@ class Method:
     random: ClassVar[bool] = False
     dense_gradient: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        other = METHODS.setdefault(cls.name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__name__} and {other.__name__} have the same name, {cls.name!r}: choose another")
+        METHODS[cls.name] = cls
 
     def check(self, config: "MoEConfig") -> None:
         """Raises ConfigError if the method cannot work with the layer's other settings."""
