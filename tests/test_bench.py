@@ -87,7 +87,7 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatc
         train=TrainConfig(num_steps=4, batch_size=8, sequence_length=64),
     )
     (tmp_path / "more.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
-    topk, default = step.run(config, rounds=2)
+    topk, default = step.run(config, ["default"], rounds=2)
     assert topk["/ top-k"] == 1
     assert default["step ms"] > 0
     assert default["tokens/s"] == pytest.approx(8 * 64 / default["step ms"] * 1e3)

@@ -1,7 +1,7 @@
 """How fast this is here: `python -m default_moe.bench --suite=layer`, or step, scaling, accelerator.
 
 layer: the MoE layer, forward and with backward, against a dense feed-forward network of equal active FLOPs.
-step: the whole training step of a config, its parts, and Default MoE against plain top-k.
+step: the whole training step of a config, its parts, and Default MoE, or --methods, against plain top-k.
 scaling: the step against the number of experts, the depth and the number of tokens.
 accelerator: all that is worth knowing about one GPU or TPU, in less than nine minutes, written to --out.
 """
@@ -24,6 +24,7 @@ _SHAPES = flags.DEFINE_multi_string("shape", None, "T,D,N,K,F for --suite=layer;
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type for --suite=layer.")
 _ROUNDS = flags.DEFINE_integer("rounds", None, "Times that each candidate is timed: 15, for scaling 5.", lower_bound=1)
 _BACKENDS = flags.DEFINE_list("matmul", None, "Values of moe.matmul for --suite=layer; all that run here if not given.")
+_METHODS = flags.DEFINE_list("methods", None, "Values of moe.router for --suite=step; topk,default if not given.")
 _VS_TORCH = flags.DEFINE_bool("vs_torch", False, "Add transformers' Mixtral block on torch to --suite=layer.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to, with the machine and versions.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture (.png) to draw of --suite=layer or scaling.")
@@ -39,6 +40,7 @@ _FLAGS_OF = {
     "shape": ("layer",),
     "dtype": ("layer",),
     "matmul": ("layer",),
+    "methods": ("step",),
     "vs_torch": ("layer",),
     "rounds": ("layer", "step", "scaling"),
     "json": ("layer", "step", "scaling"),
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()] or standard_shapes()
         results = layer.run(shapes, _BACKENDS.value, _DTYPE.value, _ROUNDS.value or 15, _VS_TORCH.value)
     elif suite == "step":
-        results = step.run(config, _ROUNDS.value or 15)
+        results = step.run(config, _METHODS.value or ["topk", "default"], _ROUNDS.value or 15)
     else:
         results = scaling.run(config, _ROUNDS.value or 5)
     if _JSON.value:

@@ -1,4 +1,4 @@
-"""The whole training step of a config: its parts, its memory, and Default MoE against plain top-k in one run."""
+"""The whole training step of a config: its parts, its memory, and methods against plain top-k in one run."""
 
 import dataclasses
 import itertools
@@ -29,18 +29,17 @@ _COLUMNS = (
 _MEMORY = ("router", "state MB", "temporaries MB", "top-k + bytes", "allowed bytes")
 
 
-def run(config: Config, rounds: int) -> list[Row]:
-    """Time the step with moe.router "topk" and "default", print tables, and return the rows. Raises ConfigError."""
+def run(config: Config, methods: list[str], rounds: int) -> list[Row]:
+    """Time the step with "topk" and each value of moe.router given, and print tables. Raises ConfigError."""
     from default_moe.data import open_data  # TFDS and its kin, which the other suites do without
 
+    configs = {name: with_router(config, name) for name in dict.fromkeys(["topk", *methods])}
     train = config.train
     data = open_data(config.data, print)
     rows_of_data = data.train_rows(train.sequence_length, train.seed)
     batch = jax.tree.map(np.asarray, rows_of_data.batch(0, train.batch_size))
     vocab_size = data.tokenizer.vocab_size
-    candidates = {
-        router: StepCandidate(with_router(config, router), batch, vocab_size) for router in ("topk", "default")
-    }
+    candidates = {name: StepCandidate(one, batch, vocab_size) for name, one in configs.items()}
     position = itertools.count(step=train.batch_size)
     read = time_alternately({"data": lambda: rows_of_data.batch(next(position), train.batch_size)}, rounds)["data"]
     steps = time_alternately({name: c.step for name, c in candidates.items()}, rounds)
@@ -58,7 +57,7 @@ def run(config: Config, rounds: int) -> list[Row]:
                 "quartiles": f"{low:.3f}-{high:.3f}",
                 "tokens/s": tokens / steps[name].seconds,
                 "MFU": model_flops_utilization(
-                    config, vocab_size, tokens / steps[name].seconds, candidate.program.mesh.size
+                    configs[name], vocab_size, tokens / steps[name].seconds, candidate.program.mesh.size
                 ),
                 "forward+backward ms": gradients[name].seconds * 1e3,
                 "optimizer ms": optimizers[name].seconds * 1e3,
@@ -67,15 +66,20 @@ def run(config: Config, rounds: int) -> list[Row]:
                 "state MB": candidate.memory.state / 1e6,
                 "temporaries MB": candidate.memory.temporaries / 1e6,
                 "top-k + bytes": candidate.memory.total - candidates["topk"].memory.total,
-                "allowed bytes": allowed_memory(config, candidate.program.num_batch_shards),
+                "allowed bytes": allowed_memory(config, candidate.program.num_batch_shards)
+                if name == "default"
+                else None,
             }
         )
     print(f"{report.heading()}\n{report.table(rows, _COLUMNS)}\n\n{report.table(rows, _MEMORY)}")
-    print("(allowed: the default vectors, and one [T, N] array of float32 for each MoE layer; per device)")
+    print("(allowed Default MoE: the default vectors, and one [T, N] array of float32 for each MoE layer; per device)")
     return rows
 
 
 def with_router(config: Config, router: str) -> Config:
+    """`config` with another method, at its defaults, unless it is the config's own."""
+    if config.moe.method.name == router:
+        return config
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 
