@@ -87,7 +87,9 @@ def _table(result: Evaluation, step: int, config: Config) -> str:
     ]
     columns = [name for name in (result.layers or [{}])[0] if name != "tokens_per_expert"]
     if columns:
-        lines.append("  layer" + "".join(f"{name:>21}" for name in columns))
+        widths = [max(len(name) + 2, 12) for name in columns]
+        lines.append("  layer" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
     for index, row in enumerate(result.layers, config.model.num_dense_layers):
-        lines.append(f"  {index:5}" + "".join(f"{row[name]:21.4g}" for name in columns))
+        values = (f"{row[name]:{width}.4g}" for name, width in zip(columns, widths, strict=True))
+        lines.append(f"  {index:5}" + "".join(values))
     return "\n".join(lines)

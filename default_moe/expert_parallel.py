@@ -52,7 +52,7 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
     gradient, the float32 probabilities and their gradient, and the int32 choices.
     """
-    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * _choices(config)
+    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.experts_per_token
     return (num_devices - 1) * num_tokens * a_token
 
 
@@ -64,13 +64,9 @@ def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices
     tokens, all in the compute dtype. The same share of the float32 default vectors and of their sums, [N, D] each. And
     the int32 sizes of N groups from G - 1 devices.
     """
-    rows = 4 * num_tokens * _choices(config) * d_model * _itemsize(config)
+    rows = 4 * num_tokens * config.experts_per_token * d_model * _itemsize(config)
     vectors = 2 * config.num_experts * d_model * 4 if config.default_vectors else 0
     return (num_devices - 1) * ((rows + vectors) / num_devices + 4 * config.num_experts)
-
-
-def _choices(config: MoEConfig) -> int:
-    return config.method.experts_per_token(config)
 
 
 def _itemsize(config: MoEConfig) -> int:

@@ -128,6 +128,11 @@ class MoEConfig:
         """The factor of the load balance loss: the method's own where none is set."""
         return self.method.load_balance_weight if self.load_balance_weight is None else self.load_balance_weight
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts' outputs a token uses, on the mean: K, unless the method says otherwise."""
+        return self.method.experts_per_token(self)
+
     def capacity(self, length: int) -> int | None:
         """Tokens that an expert takes of a sequence of this length in training; None if there is no limit."""
         if self.capacity_factor is None:

@@ -33,8 +33,7 @@ def _parameter_counts(model: LanguageModel) -> ParameterCounts:
         size = math.prod(leaf.shape)
         total += size
         experts += size if any(getattr(key, "key", None) == "experts" for key in path) else 0
-    used = model.moe.method.experts_per_token(model.moe)
-    active = total - experts + experts * used // model.moe.num_experts
+    active = total - experts + experts * model.moe.experts_per_token // model.moe.num_experts
     return ParameterCounts(total, active, experts)
 
 

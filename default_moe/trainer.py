@@ -316,7 +316,7 @@ def _description(program: Program, data: Data) -> str:
     return (
         f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
         f"router {config.moe.method.name!r}, {config.moe.num_experts} experts, "
-        f"top {config.moe.method.experts_per_token(config.moe)}\n"
+        f"top {config.moe.experts_per_token}\n"
         f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
         f"tokens, read at {reading:,.0f} tokens/s\n"
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}{form}, "

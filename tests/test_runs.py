@@ -222,7 +222,7 @@ def test_evaluation_prints_what_it_writes(finished):
     table = [line.split() for line in output.splitlines()]
     header = next(number for number, line in enumerate(table) if line[:1] == ["layer"])
     (layer,) = report["layers"]
-    assert table[header + 1] == ["1", *(f"{layer[name]:.4f}" for name in table[header][1:])]
+    assert table[header + 1] == ["1", *(f"{layer[name]:.4g}" for name in table[header][1:])]
     assert {"load_balance_loss", "router_entropy", "max_load", "default_vector_norm"} <= {*table[header]}
     assert report["prompt"] == "the " and report["sample"].startswith("the ")
     assert f"from the prompt 'the ':\n{report['sample']}\n" in output

@@ -109,6 +109,10 @@ class Method:
         """How many experts' outputs a token uses, on the mean."""
         return config.top_k
 
+    def most_experts_per_token(self, config: "MoEConfig") -> int:
+        """C, how many there is room for."""
+        return self.experts_per_token(config)
+
 
 def largest(scores_BLN: Array, top_k: int) -> Array:
     """int32 [B, L, K], the experts of the K largest scores of each token, largest first, ties to the lower.

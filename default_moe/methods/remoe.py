@@ -59,6 +59,9 @@ class ReMoE(Method):
         probs_BLN = gates_BLN / jnp.where(total_BL1 > 0, total_BL1, 1.0)
         return Decision(gates_BLN, index_BLN, probs_BLN)
 
+    def most_experts_per_token(self, config: "MoEConfig") -> int:
+        return config.num_experts
+
     def losses(
         self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
     ) -> dict[str, tuple[Array | float, Array]]:

@@ -85,7 +85,7 @@ def _what(plan: StepPlan) -> list[str]:
         f"{plan.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, remat {config.model.remat!r}, "
         f"experts by {program.matmul!r}{form}, attention by {program.attention!r}",
         f"model: {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active, "
-        f"{config.moe.num_experts} experts, top {config.moe.top_k}",
+        f"{config.moe.num_experts} experts, top {config.moe.experts_per_token}",
         f"batch: {train.batch_size:,} sequences of {train.sequence_length:,} tokens"
         + (f" in {train.grad_accum_steps} microbatches" if train.grad_accum_steps > 1 else "")
         + f", {a_device} a device at a time",

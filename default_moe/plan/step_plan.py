@@ -144,8 +144,10 @@ def _filled(config: Config, program: Program) -> float:
     """Of the rows for which a device that holds some of the experts has room, the share that balanced routing fills."""
     devices = program.mesh.shape["expert"] if program.expert_parallel else 1
     here = config.moe.num_experts // devices
-    most = config.moe.top_k if program.expert_parallel == "gather" else min(config.moe.top_k, here)
-    return config.moe.top_k / (devices * most)
+    most = config.moe.method.most_experts_per_token(config.moe)
+    if program.expert_parallel != "gather":
+        most = min(most, here)
+    return config.moe.experts_per_token / (devices * most)
 
 
 def _device_bytes(tree: Any) -> int:
