@@ -12,7 +12,7 @@ from default_moe.config import MoEConfig
 from default_moe.device_experts import DefaultVectors, Routing
 from default_moe.experts import sparse_experts
 from default_moe.feed_forward import FeedForward, small_init_std
-from default_moe.methods import Load
+from default_moe.methods import Decision, Load
 from default_moe.methods.method import State
 from default_moe.sharding import check_divisible, constrain, with_axes
 from default_moe.swiglu import INTO_EXPERT, OUT_OF_EXPERT, ExpertWeights
@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
             default_vector_norm: float32 [N], where there are default vectors.
             What the method keeps, as it was before this batch: remoe_lambda for instance.
         """
-        config, method = self.config, self.config.method
+        config = self.config
         dtype = jnp.dtype(config.dtype or "float32")
         check_divisible("sequences", x.shape[0], "batch")
         update = train and not self.is_initializing()
@@ -110,8 +110,7 @@ class MoELayer(nn.Module):
         if noise_key is not None:
             noise_BLN = jax.random.normal(noise_key, logits_BLN.shape, jnp.float32)
             logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)
-        decision = method.route(logits_BLN, config, state, method_key)
-        counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
+        decision = config.method.route(logits_BLN, config, state, method_key)
         index_BLK = decision.expert_index
         capacity = config.capacity(x.shape[1]) if update else None
         if capacity is not None:
@@ -119,46 +118,19 @@ class MoELayer(nn.Module):
 
         weights = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
         defaults = self._read_defaults(x.shape[-1]) if config.default_vectors else None
-        y, defaults = sparse_experts(
-            x.astype(dtype),
-            Routing(decision.weights, index_BLK, decision.substitution, mask),
-            weights,
-            defaults,
-            config,
-            update=update,
-        )
+        decided = Routing(decision.weights, index_BLK, decision.substitution, mask)
+        y, defaults = sparse_experts(x.astype(dtype), decided, weights, defaults, config, update=update)
         if config.num_shared_experts:
-            shared_dim = config.num_shared_experts * config.expert_dim
-            shared = FeedForward(shared_dim, dtype, self.down_init_std, name="shared_experts")
+            width = config.num_shared_experts * config.expert_dim
+            shared = FeedForward(width, dtype, self.down_init_std, name="shared_experts")
             y += shared(x.astype(dtype)).astype(jnp.float32)
         if defaults is not None and update:
             self._write_defaults(defaults)
 
-        losses: dict[str, tuple[Array | float, Array]] = {
-            "load_balance_loss": (
-                config.balance_weight,
-                routing.load_balance_loss(decision.probs, counts_N, mask),
-            ),
-            "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
-        }
-        if config.sequence_balance_weight:
-            loss = routing.sequence_balance_loss(decision.probs, decision.expert_index, mask)
-            losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
-        losses |= method.losses(decision, config, state, mask)
-        aux = {name: loss for name, (_, loss) in losses.items()}
-        aux |= {f"{method.name}_{name}": value for name, value in state.items()}
-        aux |= {
-            "auxiliary_loss": jnp.asarray(sum(weight * loss for weight, loss in losses.values())),
-            "router_probs": decision.probs,
-            "combine_weights": decision.weights,
-            "expert_index": decision.expert_index,
-            "tokens_per_expert": counts_N,
-            "num_tokens": jnp.int32(x.shape[0] * x.shape[1]) if mask is None else (mask != 0).sum(dtype=jnp.int32),
-            "router_entropy": routing.router_entropy(decision.probs, mask),
-        }
+        aux = report(config, logits_BLN, decision, state, mask)
         if config.capacity_factor is not None:
             kept_N = routing.tokens_per_expert(index_BLK, config.num_experts, mask)
-            aux["dropped_fraction"] = 1 - kept_N.sum() / jnp.maximum(counts_N.sum(), 1)
+            aux["dropped_fraction"] = 1 - kept_N.sum() / jnp.maximum(aux["tokens_per_expert"].sum(), 1)
         if defaults is not None:
             aux["default_vector_norm"] = jnp.linalg.norm(defaults.ema, axis=-1)
         return y.astype(x.dtype), aux
@@ -205,6 +177,33 @@ class MoELayer(nn.Module):
         if self.has_variable(DEFAULT_VECTOR_SUMS, "sum"):
             self.put_variable(DEFAULT_VECTOR_SUMS, "sum", defaults.sum)
             self.put_variable(DEFAULT_VECTOR_SUMS, "weight", defaults.weight)
+
+
+def report(
+    config: MoEConfig, logits_BLN: Array, decision: Decision, state: State, mask: Array | None
+) -> dict[str, Array]:
+    """Losses and statistics of a decision: what `MoELayer` says about these."""
+    counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
+    balance = routing.load_balance_loss(decision.probs, counts_N, mask)
+    losses: dict[str, tuple[Array | float, Array]] = {
+        "load_balance_loss": (config.balance_weight, balance),
+        "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
+    }
+    if config.sequence_balance_weight:
+        loss = routing.sequence_balance_loss(decision.probs, decision.expert_index, mask)
+        losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
+    losses |= config.method.losses(decision, config, state, mask)
+    return {
+        **{name: loss for name, (_, loss) in losses.items()},
+        **{f"{config.method.name}_{name}": value for name, value in state.items()},
+        "auxiliary_loss": jnp.asarray(sum(weight * loss for weight, loss in losses.values())),
+        "router_probs": decision.probs,
+        "combine_weights": decision.weights,
+        "expert_index": decision.expert_index,
+        "tokens_per_expert": counts_N,
+        "num_tokens": jnp.int32(logits_BLN[..., 0].size) if mask is None else (mask != 0).sum(dtype=jnp.int32),
+        "router_entropy": routing.router_entropy(decision.probs, mask),
+    }
 
 
 def zero_sums(default_vectors: Any) -> Any:
