@@ -12,7 +12,7 @@ import numpy as np
 from default_moe import distributed
 from default_moe.checkpoint import CheckpointStore, difference, shapes
 from default_moe.checks import check
-from default_moe.config import Config
+from default_moe.config import Config, flat_items
 from default_moe.data import Batch, Rows, Tokenizer, tokenizer_from_dict
 from default_moe.errors import CheckpointError
 from default_moe.moe import DEFAULT_VECTORS, zero_sums
@@ -108,7 +108,8 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     weights = (
         f"weights: from step {source.step} of {source.workdir} (router {source.meta['config']['moe']['router']!r})"
     )
-    return state, "; ".join([weights, *(f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items())])
+    parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
+    return state, "; ".join([weights, *parts, *changes_since(source.meta["config"], program.config)])
 
 
 def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -> TrainState:
@@ -139,6 +140,15 @@ def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -
         vectors, sums = step(state.params, variables, sums, batch, state.rng, np.int32(index))
     jax.block_until_ready(vectors)  # so that running out of memory is noticed here
     return dataclasses.replace(state, variables={**state.variables, DEFAULT_VECTORS: vectors})
+
+
+def changes_since(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """What the model computes differently than in the source, beside its router: shapes do not show it."""
+    before = dict(flat_items({"model": saved["model"], "moe": saved["moe"]}))
+    now = dict(flat_items(config.to_dict()))
+    same = ("moe.router", "model.remat", "model.attention", "model.scan_unroll", "moe.matmul", "moe.expert_parallel")
+    names = [name for name in before if name in now and name not in same and before[name] != now[name]]
+    return [f"{name} was {before[name]}, is now {now[name]}" for name in names]
 
 
 def _below(prefix: str, named: Mapping[str, str]) -> dict[str, str]:

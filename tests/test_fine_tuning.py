@@ -24,7 +24,7 @@ from default_moe.attention import Attention, Tokens
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import open_data
-from default_moe.fine_tuning import collections_taken_over, find_source, fine_tuned_state, warm_up
+from default_moe.fine_tuning import changes_since, collections_taken_over, find_source, fine_tuned_state, warm_up
 from default_moe.program import Program
 
 VOCAB = 257
@@ -317,3 +317,10 @@ def test_a_damaged_checkpoint_of_the_source_is_stepped_over(source, folder, tmp_
     assert found.step == 10 and found.workdir == tmp_path / "copy"
     assert len(lines) == 1 and lines[0].startswith("init_from: checkpoint of step 20 is damaged")
     assert content(tmp_path / "copy") == before
+
+
+def test_what_shapes_do_not_show_is_said(folder):
+    before = config_for(folder, {"router": "topk"})
+    now = config_for(folder, {"router": "default", "top_k": 1}, model={"rope_theta": 500.0, "remat": "full"})
+    lines = ["model.rope_theta was 10000.0, is now 500.0", "moe.top_k was 2, is now 1"]
+    assert changes_since(before.to_dict(), now) == lines

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import backend as jax_backend
 from jax.sharding import NamedSharding, PartitionSpec
+from layer_helpers import moe_config
 
 from default_moe import memory, program, sharding
 from default_moe.bench.candidate import random_batch
@@ -45,27 +46,27 @@ def tokamax_sees_a_tpu(devices, monkeypatch):
 
 def compiled_layer(devices, mesh_config: MeshConfig, **fields):
     """The layer's gradient of a sum of squares, in bfloat16."""
-    layer = MoELayer(MoEConfig(num_experts=N, top_k=K, expert_dim=F, dtype="bfloat16", **fields))
+    layer = MoELayer(moe_config(num_experts=N, top_k=K, expert_dim=F, dtype="bfloat16", **fields))
     mesh = sharding.make_mesh(mesh_config, devices)
 
     def init():
         return layer.init(jax.random.key(0), jnp.zeros((len(devices), 2, D), jnp.bfloat16), train=False)
 
-    def loss(params, vectors, x):
-        variables = {"params": params, "default_vectors": vectors}
-        (y, aux), state = layer.apply(variables, x, train=True, mutable=["default_vectors"])
+    def loss(params, others, x):
+        (y, aux), state = layer.apply({"params": params, **others}, x, train=True, mutable=["default_vectors"])
         return (y.astype(jnp.float32) ** 2).sum() + aux["load_balance_loss"], state
 
     with program.in_force(mesh, Config(mesh=mesh_config)):
         shardings = sharding.shardings_of(init, mesh, mesh_config.rules)
-        variables = nn.unbox(jax.eval_shape(init))
+        others = nn.unbox(jax.eval_shape(init))
+        params, params_shardings = others.pop("params"), shardings.pop("params")
         batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
         gradient = jax.jit(
             jax.grad(loss, argnums=(0, 2), has_aux=True),
-            in_shardings=(shardings["params"], shardings["default_vectors"], batch),
+            in_shardings=(params_shardings, shardings, batch),
         )
         x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16)
-        return gradient.lower(variables["params"], variables["default_vectors"], x).compile()
+        return gradient.lower(params, others, x).compile()
 
 
 # Operations of one product of a device's slots: 512 tokens make 1,024 assignments, with up to 7 rows of padding for
@@ -80,6 +81,13 @@ def test_tokamaxs_kernels_cost_what_the_active_experts_do(devices):
     layer = compiled_layer(devices, MeshConfig(data=4))
     assert layer.cost_analysis()["flops"] == pytest.approx(9 * PRODUCT, rel=0.05)
     assert "tpu_custom_call" in layer.as_text()
+
+
+def test_an_exact_dense_gradient_takes_one_pass_through_the_other_experts(devices):
+    """Three products of 512 x 6 rows, with padding 3,128, at the next multiple of 128, beside top-k's nine."""
+    layer = compiled_layer(devices, MeshConfig(data=4), router="densemixer")
+    others = 2 * 3200 * D * F
+    assert layer.cost_analysis()["flops"] == pytest.approx(9 * PRODUCT + 3 * others, rel=0.05)
 
 
 def test_ragged_dot_computes_the_weights_gradients_with_all_experts(devices):
