@@ -1,5 +1,7 @@
 """Every method of training a router, and every option of the layer, against naive loops in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,17 +135,20 @@ def test_noise_on_the_logits_has_its_standard_deviation_in_training_alone():
     """
     config = moe_config(num_experts=8, top_k=2, expert_dim=4, router="topk", router_noise_std=0.5)
     layer, x = MoELayer(config), jnp.ones((64, 64, 8))
-    variables = layer.init(jax.random.key(0), x, train=True)
 
-    def log_probs(train: bool):
-        apply = jax.jit(lambda key: layer.apply(variables, x, train=train, rngs={"router": key})[1]["router_probs"])
-        return np.log(np.asarray(apply(jax.random.key(1))))
+    @jax.jit
+    def log_probs(key):
+        """In training, and at evaluation."""
+        variables = layer.init(jax.random.key(0), x, train=True)
+        applied = [layer.apply(variables, x, train=train, rngs={"router": key}) for train in (True, False)]
+        return [jnp.log(aux["router_probs"]) for _, aux in applied]
 
-    noise = log_probs(True) - log_probs(False)
+    noisy, plain = map(np.asarray, log_probs(jax.random.key(1)))
+    noise = noisy - plain
     differences = noise[..., 1:] - noise[..., :1]
     assert abs(differences.std() / (0.5 * 2**0.5) - 1) < 5 / (2 * 4096) ** 0.5
     assert abs(differences.mean()) < 5 * 0.5 * 2**0.5 / 64
-    np.testing.assert_allclose(log_probs(False)[0, 0], log_probs(False)[-1, -1])
+    np.testing.assert_allclose(plain[0, 0], plain[-1, -1])
 
 
 @pytest.mark.parametrize("fields", [{"router": "sparsemixer", "mask_threshold": 0.45}, {"router_noise_std": 1.0}])
@@ -241,14 +246,20 @@ def test_a_dropped_expert_gives_its_default_vector_or_nothing():
         if router == "default":
             config = moe_config(**{**vars(config), "router": "default"}, ema_decay=1.0)
             variables["default_vectors"] = {"ema": jnp.array([[9.0], [5.0]])}
-        y, aux = MoELayer(config).apply(variables, x, train=True, mutable=["default_vectors"])[0]
+        layer = MoELayer(config)
+
+        @jax.jit
+        def both(variables, layer=layer):
+            trained, _ = layer.apply(variables, x, train=True, mutable=["default_vectors"])
+            return trained, layer.apply(variables, x, train=False)
+
+        (y, aux), (held_y, held_aux) = both(variables)
         out = 0.75 / (1 + np.exp(-1.0)) + (0.25 * 5 if router == "default" else 0)  # silu(1) * 1 * 1
         assert_close(y[0, :, 0], [out, out, last, last])
         assert float(aux["dropped_fraction"]) == 0.5
         np.testing.assert_array_equal(aux["tokens_per_expert"], [4, 0])  # what was asked for
-        y, aux = MoELayer(config).apply(variables, x, train=False)
-        assert_close(y[0, :, 0], [out] * 4)
-        assert float(aux["dropped_fraction"]) == 0
+        assert_close(held_y[0, :, 0], [out] * 4)
+        assert float(held_aux["dropped_fraction"]) == 0
 
 
 def test_capacity_by_hand():
@@ -280,15 +291,16 @@ def test_shared_experts_add_a_dense_network_of_their_width():
     config = make_config(8, 2, router="topk", num_shared_experts=3)
     layer = MoELayer(config, down_init_std=0.5)
     x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, D_MODEL))
-    variables = layer.init(jax.random.key(1), x, train=False)
+    variables = jax.jit(functools.partial(layer.init, train=False))(jax.random.key(1), x)
     shared = {name: np.float64(p["kernel"]) for name, p in variables["params"].pop("shared_experts").items()}
     assert shared["gate"].shape == (D_MODEL, 3 * EXPERT_DIM)
     assert 0.4 < shared["down"].std() < 0.6
-    without = MoELayer(make_config(8, 2, router="topk")).apply(variables, x, train=False)[0]
+    without = jax.jit(functools.partial(MoELayer(make_config(8, 2, router="topk")).apply, train=False))
+    without = without(variables, x)[0]
     variables["params"]["shared_experts"] = {name: {"kernel": jnp.float32(a)} for name, a in shared.items()}
     gate, up = np.float64(x) @ shared["gate"], np.float64(x) @ shared["up"]
     expected = np.float64(without) + (gate * reference.sigmoid(gate) * up) @ shared["down"]
-    assert_close(layer.apply(variables, x, train=False)[0], expected)
+    assert_close(jax.jit(functools.partial(layer.apply, train=False))(variables, x)[0], expected)
     config = Config(moe=config, model=ModelConfig(d_model=D_MODEL, num_heads=2, num_layers=2))
     plain = Config(moe=make_config(8, 2, router="topk"), model=config.model)
     more = [a - b for a, b in zip(parameter_counts(config, 9), parameter_counts(plain, 9), strict=True)]
