@@ -15,9 +15,10 @@ from ml_collections import config_flags
 
 from default_moe import distributed
 from default_moe.config import Config
-from default_moe.config_dict import to_config_dict
+from default_moe.config_dict import default_config, to_config_dict
 from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed
 from default_moe.huge_pages import restart_with_huge_pages
+from default_moe.methods import METHODS
 
 BAD_INPUT = 2
 _FILE_FLAGS = ("--config=", "-config=")
@@ -71,11 +72,21 @@ def parse_config(
     try:
         parse_flags(argv)
         adjust(flag.value)
-        return Config.from_config_dict(flag.value)
+        config = Config.from_config_dict(flag.value)
+        for line in _unused(flag.value, config):
+            print(line, file=sys.stderr)
+        return config
     except SyntaxError as error:
         raise ConfigError(f"the config file {error.filename} is not Python: {error.msg}, line {error.lineno}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None
+
+
+def _unused(config_dict: Any, config: Config) -> list[str]:
+    """A line for each router method whose settings were changed though another is used."""
+    used, defaults = config.moe.method.name, default_config().moe
+    changed = [name for name in METHODS if name in defaults and config_dict.moe[name] != defaults[name]]
+    return [f"note: moe.{name}.* is not used, since moe.router is {used!r}" for name in changed if name != used]
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

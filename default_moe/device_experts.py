@@ -111,7 +111,7 @@ def gathered_experts(
         before = defaults
         if sum_MD is not None and counted_TM is not None:
             defaults = _updated(defaults, sum_MD, counted_TM.sum(axis=0), axes, vectors.ema_decay)
-        ema_MD = jax.lax.stop_gradient((before if vectors.ema_update == "after" else defaults).ema)
+        ema_MD = _used(before, defaults, vectors)
         y_TD = combine(y_TD, weights_TM, ema_MD, active_TM, _substitution(routing, vectors))
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)
@@ -170,7 +170,7 @@ def exchanged_experts(
                 jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0))
             )
             defaults = _updated(defaults, sum_MD, weight_M, axes, vectors.ema_decay)
-        ema_MD = jax.lax.stop_gradient((before if vectors.ema_update == "after" else defaults).ema)
+        ema_MD = _used(before, defaults, vectors)
         ema_ND = checkpoint_name(jax.lax.all_gather(ema_MD, axes.experts, tiled=True), EXPERT_PRODUCT)
         y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, _substitution(routing, vectors))
     return y_TD.reshape(x_BLD.shape), defaults
@@ -208,6 +208,11 @@ def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array
 def _flat(a: Array) -> Array:
     """[B, L, ...] to [T, ...]."""
     return a.reshape((-1, *a.shape[2:]))
+
+
+def _used(before: DefaultVectors, after: DefaultVectors, vectors: DefaultVectorSettings) -> Array:
+    """The vectors that a batch uses, of those before and after it."""
+    return jax.lax.stop_gradient((before if vectors.ema_update == "after" else after).ema)
 
 
 def _substitution(routing: Routing, vectors: DefaultVectorSettings) -> Array | None:

@@ -52,7 +52,7 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
     gradient, the float32 probabilities and their gradient, and the int32 choices.
     """
-    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.experts_per_token
+    a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.most_experts_per_token
     return (num_devices - 1) * num_tokens * a_token
 
 

@@ -20,6 +20,19 @@ from default_moe.program import Program
 from default_moe.train_state import TrainState
 from default_moe.train_step import make_warm_up_step
 
+# Settings of the model that do not change what it computes, or that are said elsewhere.
+_SAME_FUNCTION = (
+    "model.remat",
+    "model.attention",
+    "model.scan_unroll",
+    "moe.router",
+    "moe.matmul",
+    "moe.expert_parallel",
+    "moe.load_balance_weight",
+    "moe.sequence_balance_weight",
+    "moe.router_z_weight",
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -96,9 +109,11 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     """
     state = dataclasses.replace(program.new_state(), params=None)  # frees these before others are read
     abstract = program.abstract_state()
-    wanted = {"params": abstract.params, "variables": {name: abstract.variables[name] for name in source.kept}}
+    wanted = {"params": abstract.params}
+    if source.kept:  # an empty part is not what Orbax finds there
+        wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
     restored, _, _ = source.store.restore_for_eval(wanted, source.step)
-    variables = {**state.variables, **restored["variables"]}
+    variables = {**state.variables, **restored.get("variables", {})}
     state = dataclasses.replace(state, params=restored["params"], variables=variables)
     origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
     vectors = program.config.moe.default_vectors
@@ -144,11 +159,11 @@ def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -
 
 def changes_since(saved: Mapping[str, Any], config: Config) -> list[str]:
     """What the model computes differently than in the source, beside its router: shapes do not show it."""
-    before = dict(flat_items({"model": saved["model"], "moe": saved["moe"]}))
+    before = dict(flat_items(Config.from_mapping(saved).to_dict()))
     now = dict(flat_items(config.to_dict()))
-    same = ("moe.router", "model.remat", "model.attention", "model.scan_unroll", "moe.matmul", "moe.expert_parallel")
-    names = [name for name in before if name in now and name not in same and before[name] != now[name]]
-    return [f"{name} was {before[name]}, is now {now[name]}" for name in names]
+    groups = ("model.", "moe.")
+    names = [name for name in before if name.startswith(groups) and name not in _SAME_FUNCTION and name in now]
+    return [f"{name} was {before[name]}, is now {now[name]}" for name in names if before[name] != now[name]]
 
 
 def _below(prefix: str, named: Mapping[str, str]) -> dict[str, str]:

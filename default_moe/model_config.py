@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 
-from default_moe.checks import check, check_at_least, check_choice, section_from_mapping
+from default_moe.checks import check, check_at_least, check_choice, check_keys, section_from_mapping
 from default_moe.default_vectors import DefaultVectorSettings
 from default_moe.methods import METHODS, Method
 
@@ -98,7 +98,10 @@ class MoEConfig:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _dtype_name("moe.dtype", self.dtype))
         if not isinstance(self.router, Method):
-            check_choice("moe.router", self.router, tuple(METHODS))
+            check(
+                isinstance(self.router, str) and self.router in METHODS,
+                f"moe.router is {self.router!r}, but must be one of {', '.join(map(repr, sorted(METHODS)))}",
+            )
             object.__setattr__(self, "router", METHODS[self.router]())
         self._check_method()
 
@@ -112,6 +115,11 @@ class MoEConfig:
                 f"{method.refused.get(f.name)}",
             )
         method.check(self)
+        check(
+            not (method.dense_gradient and (self.default_vectors or self.most_experts_per_token != self.top_k)),
+            f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts without "
+            "default vectors",
+        )
 
     @property
     def method(self) -> Method:
@@ -133,6 +141,11 @@ class MoEConfig:
         """How many experts' outputs a token uses, on the mean: K, unless the method says otherwise."""
         return self.method.experts_per_token(self)
 
+    @property
+    def most_experts_per_token(self) -> int:
+        """C, how many of them there is room for."""
+        return self.method.most_experts_per_token(self)
+
     def capacity(self, length: int) -> int | None:
         """Tokens that an expert takes of a sequence of this length in training; None if there is no limit."""
         if self.capacity_factor is None:
@@ -144,12 +157,15 @@ class MoEConfig:
         """Of what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
         # Default vectors' settings as runs were saved before methods had groups.
         old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
+        check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *METHODS, *old], prefix="moe.")
         groups: dict[str, Any] = {name: mapping.get(name, {}) for name in METHODS}
-        groups["default"] = {**old, **groups["default"]}
+        if old:
+            groups["default"] = old
         methods = {name: section_from_mapping(METHODS[name], f"moe.{name}", groups[name]) for name in METHODS}
         values = {name: value for name, value in mapping.items() if name not in {*METHODS, *old}}
-        if values.get("router", cls.router) in methods:
-            values["router"] = methods[values.get("router", cls.router)]
+        router = values.get("router", cls.router)
+        if isinstance(router, str) and router in methods:
+            values["router"] = methods[router]
         return section_from_mapping(cls, "moe", values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class MoELayer(nn.Module):
             load_balance_loss: unweighted, 1 at perfect balance.  router_z_loss: unweighted.
             sequence_balance_loss (with its weight set): unweighted.  Losses of the method's own, unweighted.
             router_probs: float32 [batch, length, N].  combine_weights: float32 [batch, length, N], of the outputs.
-            expert_index: int32 [batch, length, K], likeliest first, before any are dropped; N stands for none.
+            expert_index: int32 [batch, length, C], the choices, before any are dropped; N stands for none. With
+              "topk", "default" and "densemixer" the K likeliest, likeliest first.
             tokens_per_expert: int32 [N], choices, before any are dropped.  num_tokens: int32, tokens that count.
             router_entropy: mean over tokens, in nats.
             dropped_fraction (with a capacity): of all choices.
@@ -192,7 +193,11 @@ def report(
     if config.sequence_balance_weight:
         loss = routing.sequence_balance_loss(decision.probs, decision.expert_index, mask)
         losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
-    losses |= config.method.losses(decision, config, state, mask)
+    own = config.method.losses(decision, config, state, mask)
+    taken = [name for name in own if name in losses or name in ("loss", "total_loss") or not name.endswith("_loss")]
+    if taken:
+        raise ValueError(f"{config.method.name} has a loss {taken[0]!r}: its name must end in _loss and not be taken")
+    losses |= own
     return {
         **{name: loss for name, (_, loss) in losses.items()},
         **{f"{config.method.name}_{name}": value for name, value in state.items()},
@@ -216,9 +221,10 @@ def zero_sums(default_vectors: Any) -> Any:
 
 
 def next_router_state(router_state: Any, load: Load, config: MoEConfig) -> Any:
-    """The `router_state` collection of any model, or of one layer, after a training step.
+    """The `router_state` collection of a `LanguageModel`, or of one layer, after a training step.
 
-    load: of all layers, or of one, without an axis of layers: `Load(aux["tokens_per_expert"], aux["num_tokens"])`.
+    load: of all layers of the model, or of one, without an axis of layers:
+      `Load(aux["tokens_per_expert"], aux["num_tokens"])`.
     """
 
     def is_state(node: Any) -> bool:

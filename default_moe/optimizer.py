@@ -37,16 +37,18 @@ def _names(path: tuple) -> list[Any]:
     return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
-def _scale_router(factor: float) -> optax.GradientTransformation:
-    """Updates of routers multiplied by `factor`, all others left alone."""
+def _scale_by_learning_rate(schedule: optax.Schedule, router_factor: float) -> optax.GradientTransformation:
+    """Optax's, with its very state, which checkpoints hold; updates of routers are multiplied by the factor too."""
+    inner = optax.scale_by_learning_rate(schedule)
 
-    def update(updates: Any, _: Any) -> Any:
-        def scaled(path: tuple, one: Any) -> Any:
-            return factor * one if "router" in _names(path) else one
+    def scaled(path: tuple, one: Any) -> Any:
+        return router_factor * one if "router" in _names(path) else one
 
-        return jax.tree_util.tree_map_with_path(scaled, updates)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(inner.init, update)
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
@@ -64,8 +66,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         optax.chain(
             moments if config.moment_dtype == "float32" else _kept_in(jnp.dtype(config.moment_dtype), moments),
             optax.add_decayed_weights(config.weight_decay, None if config.decay_all else decay_mask),
-            optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-            _scale_router(config.router_lr_multiplier),
+            _scale_by_learning_rate(learning_rate_schedule(config, num_steps), config.router_lr_multiplier),
         ),
     )
 

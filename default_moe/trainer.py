@@ -287,12 +287,14 @@ class _Clock:
 
 def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
     """Means over layers, and each layer's statistics under layer_<number in the model>/."""
-    load_LN = layers.tokens_per_expert / layers.tokens_per_expert.mean(axis=1, keepdims=True)
+    load_LN = layers.tokens_per_expert / np.maximum(layers.tokens_per_expert.mean(axis=1, keepdims=True), 1e-9)
+    experts_per_token_L = layers.tokens_per_expert.sum(axis=1) / np.maximum(layers.num_tokens, 1)
     values = {
         "train/load_balance_loss": layers.load_balance_loss.mean(),
         "train/router_z_loss": layers.router_z_loss.mean(),
         "train/router_entropy": layers.router_entropy.mean(),
         "train/max_load": load_LN.max(),
+        "train/experts_per_token": experts_per_token_L.mean(),
         **{f"train/{key}": value.mean() for key, value in layers.more.items()},
     }
     for index in range(load_LN.shape[0]):
@@ -300,6 +302,7 @@ def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
         values[f"{name}/load_balance_loss"] = layers.load_balance_loss[index]
         values[f"{name}/router_entropy"] = layers.router_entropy[index]
         values[f"{name}/max_load"] = load_LN[index].max()
+        values[f"{name}/experts_per_token"] = experts_per_token_L[index]
         for key, value in layers.more.items():
             values[f"{name}/{key}"] = value[index]
     return values

@@ -84,14 +84,14 @@ def gradients_of(config: MoEConfig, x: Any, params: Params, result: Result, s: S
     """By the loops, of <g, y> and `losses_of`."""
     more_probs, more_weights = np.zeros((2, len(x), config.num_experts))
     if config.sequence_balance_weight:
-        more_probs += SEQUENCE_WEIGHT * reference.sequence_balance(result.routes, s.length)[0]
+        more_probs += SEQUENCE_WEIGHT * reference.sequence_balance(result.routes, s.length, mask)[0]
     if config.method.name == "remoe":
-        more_weights += SPARSITY_WEIGHT * reference.sparsity(result.routes, config.top_k)[0]
+        more_weights += SPARSITY_WEIGHT * reference.sparsity(result.routes, config.top_k, mask)[0]
     more = more_probs, more_weights
     return reference.gradients(x, params, result, s, g, BALANCE_WEIGHT, Z_WEIGHT, mask, more)
 
 
-def check_aux(config: MoEConfig, aux: dict[str, Any], expected: Result) -> None:
+def check_aux(config: MoEConfig, aux: dict[str, Any], expected: Result, mask: Any = None) -> None:
     """What a layer reports is what the loops found."""
     routes = expected.routes
     shape = aux["router_probs"].shape
@@ -103,10 +103,12 @@ def check_aux(config: MoEConfig, aux: dict[str, Any], expected: Result) -> None:
     else:
         np.testing.assert_array_equal(index_TK, routes.chosen)
     np.testing.assert_array_equal(aux["tokens_per_expert"], expected.counts)
+    assert int(aux["num_tokens"]) == (len(routes.chosen) if mask is None else sum(map(bool, mask)))
     assert_close(aux["load_balance_loss"], expected.load_balance_loss, "load_balance_loss")
     assert_close(aux["router_z_loss"], expected.z_loss, "router_z_loss")
     if config.sequence_balance_weight:
         length = shape[1]
-        assert_close(aux["sequence_balance_loss"], reference.sequence_balance(routes, length)[1], "sequence_balance")
+        loss = reference.sequence_balance(routes, length, mask)[1]
+        assert_close(aux["sequence_balance_loss"], loss, "sequence_balance_loss")
     if config.method.name == "remoe":
-        assert_close(aux["sparsity_loss"], reference.sparsity(routes, config.top_k)[1], "sparsity_loss")
+        assert_close(aux["sparsity_loss"], reference.sparsity(routes, config.top_k, mask)[1], "sparsity_loss")

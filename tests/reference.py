@@ -85,34 +85,47 @@ def log_partition(logits: np.ndarray) -> float:
     return max(logits) + math.log(sum(math.exp(s - max(logits)) for s in logits))
 
 
-def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
-    """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P."""
+def sequence_balance(routes: Routes, length: int, mask=None) -> tuple[np.ndarray, float]:
+    """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P.
+
+    L counts the tokens kept, B the sequences that have any.
+    """
     num_tokens, num_experts = routes.probs.shape
-    factors, loss, num_sequences = np.zeros((num_tokens, num_experts)), 0.0, num_tokens // length
-    for first in range(0, num_tokens, length):
+    mask = np.ones(num_tokens) if mask is None else mask
+    starts = [first for first in range(0, num_tokens, length) if any(mask[first : first + length])]
+    factors, loss = np.zeros((num_tokens, num_experts)), 0.0
+    for first in starts:
+        kept = [t for t in range(first, first + length) if mask[t]]
         f, mean_probs = np.zeros(num_experts), np.zeros(num_experts)
-        for t in range(first, first + length):
+        for t in kept:
             for i in routes.chosen[t]:
-                f[i] += 1 / (length * len(routes.chosen[t]))
-            mean_probs += routes.probs[t] / length
-        loss += num_experts * float(f @ mean_probs) / num_sequences
-        factors[first : first + length] = num_experts * f / length / num_sequences
+                f[i] += 1 / (len(kept) * len(routes.chosen[t]))
+            mean_probs += routes.probs[t] / len(kept)
+        loss += num_experts * float(f @ mean_probs) / len(starts)
+        for t in kept:
+            factors[t] = num_experts * f / len(kept) / len(starts)
     return factors, loss
 
 
-def sparsity(routes: Routes, top_k: int) -> tuple[np.ndarray, float]:
-    """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]), and what each gate's gradient of it is, [T, N]."""
+def sparsity(routes: Routes, top_k: int, mask=None) -> tuple[np.ndarray, float]:
+    """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]) of the tokens kept, and each gate's gradient, [T, N]."""
     num_tokens, num_experts = routes.weights.shape
-    is_open = (routes.weights > 0).sum(axis=0)
-    factor = num_experts / (top_k * num_tokens**2)
-    loss = factor * sum(routes.weights[:, e].sum() * is_open[e] for e in range(num_experts))
-    return np.where(routes.weights > 0, factor * is_open, 0.0), float(loss)
+    mask = np.ones(num_tokens) if mask is None else mask
+    kept = [t for t in range(num_tokens) if mask[t]]
+    factor = num_experts / (top_k * len(kept) ** 2)
+    d_gates, loss = np.zeros((num_tokens, num_experts)), 0.0
+    for e in range(num_experts):
+        is_open = [t for t in kept if routes.weights[t, e] > 0]
+        loss += factor * len(is_open) * sum(routes.weights[t, e] for t in is_open)
+        for t in is_open:
+            d_gates[t, e] = factor * len(is_open)
+    return d_gates, loss
 
 
 def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None, draws=None) -> Result:
     """The layer on tokens [T, D]; with `update` as in training: default vectors move, tokens may be dropped."""
     mask = np.ones(len(x)) if mask is None else mask
-    routes = route(x, params.kernel, s, draws, drop=update)
+    routes = route(x, params.kernel, s, draws, update, mask)
     used = new = ema
     if update and s.router == "default":
         new = update_ema(x, params, routes, ema, s, mask)

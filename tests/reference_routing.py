@@ -58,7 +58,7 @@ class Routes(NamedTuple):
     tokens: list[TokenRoute]
 
 
-def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, drop: bool = False) -> Routes:
+def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, drop: bool = False, mask=None) -> Routes:
     """Routes of tokens [T, D].
 
     draws: for sparsemixer in training, for each of the K choices exponential numbers [T, N] and uniform ones [T].
@@ -73,7 +73,7 @@ def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, dro
         of_token = None if draws is None else [(exponential[t], uniform[t]) for exponential, uniform in draws]
         tokens.append(route_token(logits[t], s, of_token))
     chosen = [token.chosen for token in tokens]
-    active = within_capacity(chosen, num_experts, s) if drop and s.capacity is not None else chosen
+    active = within_capacity(chosen, num_experts, s, mask) if drop and s.capacity is not None else chosen
     return Routes(
         logits, np.array([t.probs for t in tokens]), np.array([t.weights for t in tokens]), chosen, active, tokens
     )
@@ -165,13 +165,13 @@ def sparsemixer_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -
     return TokenRoute(probs, weights, chosen, to_logits, probs_to_logits, tuple(factors))
 
 
-def within_capacity(chosen: list[list[int]], num_experts: int, s: Settings) -> list[list[int]]:
-    """The first `capacity` tokens of each sequence keep an expert that they chose."""
+def within_capacity(chosen: list[list[int]], num_experts: int, s: Settings, mask=None) -> list[list[int]]:
+    """The first `capacity` tokens of each sequence keep an expert that they chose; those masked out take no room."""
     active = []
     for t, experts in enumerate(chosen):
         if t % s.length == 0:
             taken = [0] * num_experts
         active.append([i for i in experts if taken[i] < s.capacity])
         for i in experts:
-            taken[i] += 1
+            taken[i] += 1 if mask is None or mask[t] else 0
     return active

@@ -19,7 +19,7 @@ from default_moe.config_dict import default_config, to_config_dict
         ("moe.top_k", 0, "between 1 and moe.num_experts = 8"),
         ("moe.top_k", 9, "between 1 and moe.num_experts = 8"),
         ("moe.expert_dim", 0, "at least 1"),
-        ("moe.router", "densemix", "'dense', 'densemixer', 'sparsemixer'"),
+        ("moe.router", "densemix", "'default', 'dense', 'densemixer', 'loss_free'"),
         ("moe.default.ema_decay", 1.01, "[0, 1]"),
         ("moe.default.ema_decay", -0.1, "[0, 1]"),
         ("moe.default.substitute", "both", "'forward', 'backward'"),

@@ -154,6 +154,13 @@ def test_collections_that_fit_are_taken_over(tuned, folder, rows):
     assert state.step == 0 and vectors_of(state).any()
 
 
+def test_a_method_that_keeps_nothing_starts_from_one_that_does(tuned, folder, rows):
+    state, line = first_state(config_for(folder, {"router": "topk"}, tuned[0]), rows)
+    assert line == f"weights: from step 8 of {tuned[0]} (router 'default')"
+    assert state.variables == {}
+    assert_as_saved("params", state.params, saved_state(tuned[0], 8))
+
+
 def test_only_collections_that_fit_are_taken_over():
     saved = {"variables.a.x": "float32[2]", "variables.b.x": "float32[2]", "variables.c.x": "float32[2]"}
     x = np.zeros(2, np.float32)

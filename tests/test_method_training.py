@@ -1,6 +1,7 @@
 """What methods keep from step to step: moved once a step, by hand; never at evaluation; saved and restored."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from test_train_step import CONFIG, assert_trees_equal, change, copy, make_batch
 
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import ConfigError, MoEConfig
-from default_moe.methods import METHODS, Load
-from default_moe.moe import next_router_state
+from default_moe.methods import METHODS, Load, TopK
+from default_moe.moe import MoELayer, next_router_state
 
 LAYERS, NUM_EXPERTS, TOKENS = 2, 4, 48
 
@@ -68,12 +69,11 @@ def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
             np.testing.assert_allclose(array, expected[name], rtol=1e-6, err_msg=name)
             assert np.abs(np.asarray(array) - np.asarray(old[name])).max() > 0
 
-    # At evaluation nothing moves, and nothing is random.
-    kept = copy(state)
-    first, _ = program.eval_step(state.params, state.variables, make_batch(7))
-    second, _ = program.eval_step(state.params, state.variables, make_batch(7))
-    assert float(first.nll) == float(second.nll)
-    assert_trees_equal(state, kept)
+    # At evaluation nothing moves where it may, and nothing is random: there is no key to draw with.
+    evaluate = functools.partial(program.model.apply, train=False, mutable=list(state.variables))
+    (_, stats), variables = jax.jit(evaluate)({"params": state.params, **state.variables}, make_batch(7)["inputs"])
+    assert np.isfinite(stats.auxiliary_loss).all()
+    assert_trees_equal(variables, state.variables)
 
     # Saved, restored, and one step further: the same bits.
     with CheckpointStore(tmp_path) as store:
@@ -123,6 +123,10 @@ def test_the_lambda_of_remoe_by_hand():
     assert after(load([11, 0, 0, 0], [6, 0, 0, 0], num_tokens=8)) == pytest.approx(1.2e-8)
     assert after(*[many, few] * 5) == pytest.approx(1e-8, rel=1e-5)
     assert after(*[many] * 10) == pytest.approx(1e-8 * 1.2**10, rel=1e-5)
+    # However long the share stays on one side, lambda comes back.
+    for one, limit in ((few, 1e-30), (many, 1e30)):
+        state = {"lambda": jnp.full(2, limit)}
+        np.testing.assert_array_equal(next_router_state(state, one, config)["lambda"], state["lambda"])
 
 
 def test_the_bias_of_loss_free_balancing_by_hand():
@@ -152,6 +156,50 @@ def test_the_bias_evens_the_load_out():
         state = next_router_state(state, Load(counts_of(state), jnp.int32(1024)), config)
     assert first.max() > 2.5 * 256
     assert jnp.abs(counts_of(state) - 256).max() < 0.1 * 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(TopK):
+    """Top-k whose losses, without a weight, are a number drawn from its key, and the square of that."""
+
+    name = "probe"
+    random = True
+
+    def route(self, logits_BLN, config, state, key):
+        drawn = jnp.zeros(()) if key is None else jax.random.uniform(key)
+        return super().route(logits_BLN, config, state, key)._replace(substitution=drawn)
+
+    def losses(self, decision, config, state, mask_BL):
+        return {"drawn_loss": (0.0, decision.substitution), "square_loss": (0.0, decision.substitution**2)}
+
+
+del METHODS["probe"]
+
+
+def test_layers_microbatches_and_steps_draw_different_numbers():
+    config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, router=Probe()))
+    program = program_for(change(config, train={"grad_accum_steps": 2}))
+    state, drawn = program.new_state(), []
+    for _ in range(2):
+        state, metrics = program.train_step(state, make_batch())
+        more = metrics["layers"].more
+        drawn += [float(value) for value in more["drawn_loss"]]
+        # Means over two microbatches: that of the squares is the square of the mean if both drew the same.
+        assert (more["square_loss"] - more["drawn_loss"] ** 2 > 1e-6).all()
+    assert len(set(drawn)) == 4  # of two layers in two steps
+
+
+def test_a_loss_may_not_take_the_place_of_another():
+    class Taking(TopK):
+        name = "taking"
+
+        def losses(self, decision, config, state, mask_BL):
+            return {"load_balance_loss": (1.0, jnp.zeros(()))}
+
+    del METHODS["taking"]
+    layer = MoELayer(dataclasses.replace(CONFIG.moe, router=Taking()))
+    with pytest.raises(ValueError, match="taking has a loss 'load_balance_loss': its name must end in _loss and not"):
+        jax.eval_shape(functools.partial(layer.init, train=False), jax.random.key(0), jnp.ones((1, 2, 8)))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +244,15 @@ def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
     assert built == moe_config(router="remoe")
     with pytest.raises(ConfigError, match=r"moe\.loss_free\.bias_update_rate is -1"):
         MoEConfig.from_mapping({"router": "remoe", "loss_free": {"bias_update_rate": -1.0}})
-    with pytest.raises(ConfigError, match=r"no setting 'moe\.remoe\.lamda_factor'; did you mean 'lambda_factor'"):
-        MoEConfig.from_mapping({"router": "remoe", "remoe": {"lamda_factor": 1.1}})
+    for mapping, words in (
+        ({"remoe": {"lamda_factor": 1.1}}, "no setting 'moe.remoe.lamda_factor'; did you mean 'lambda_factor'"),
+        ({"defualt": {"ema_decay": 0.5}}, "no setting 'moe.defualt'; did you mean 'default'"),
+        ({"default": 3}, "moe.default is 3, but must be a group of settings"),
+        ({"router": []}, "moe.router is [], but must be one of 'default', 'dense'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            MoEConfig.from_mapping(mapping)
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("router", METHODS)

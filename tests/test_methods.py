@@ -66,6 +66,51 @@ def test_every_method_equals_the_loops(fields):
         assert dropped > 5
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router": "remoe", "matmul": "blocks"},
+        {"router": "default", "capacity_factor": 1.0, "sequence_balance_weight": 1.0, "matmul": "blocks"},
+    ],
+    ids=str,
+)
+def test_masked_tokens_count_in_no_loss_and_take_no_room(fields):
+    x, params, ema, g = reference.make_inputs(36, TOKENS, 8)
+    mask = np.random.default_rng(0).integers(0, 2, TOKENS, dtype=np.int32)
+    check_step(make_config(8, 2, **fields), x, params, ema, g, mask)
+
+
+def test_scores_may_be_as_small_as_they_like():
+    """Sigmoids of all experts, and the chosen ones alone, down to what float32 cannot hold."""
+    for fields, logits, bias in (
+        ({"router": "topk"}, [-200.0, -201.0, -250.0, -199.0], None),
+        ({"router": "densemixer", **NORMALIZED}, [-200.0, -201.0, -250.0, -199.0], None),
+        ({"router": "loss_free", **NORMALIZED}, [5.0, -120.0, -121.0, 5.0], [-1.0, 1.0, 1.0, -1.0]),
+    ):
+        config = moe_config(num_experts=4, top_k=2, **SIGMOID, **fields)
+        state = {} if bias is None else {"bias": jnp.array(bias)}
+
+        def chosen_and_distribution(logits, config=config, state=state):
+            decision = config.method.route(logits, config, state, None)
+            weights = jnp.take_along_axis(decision.weights, decision.expert_index, axis=-1)
+            return jnp.concatenate([weights, decision.probs], axis=-1).ravel()
+
+        logits = jnp.array(logits).reshape(1, 1, 4)
+        values, slopes = chosen_and_distribution(logits), jax.jacobian(chosen_and_distribution)(logits)
+        assert np.isfinite(values).all() and np.isfinite(slopes).all()
+        assert_close(values[2:].sum(), 1)
+        if "normalize_weights" in fields:  # exp(-1) between the two, as for softmax
+            first = 1 / (1 + np.exp(-1))
+            assert_close(values[:2], [first, 1 - first])
+
+
+def test_capacity_is_rounded_up():
+    """1 x 2 x 5 / 8 = 1.25, 1 x 2 x 12 / 8 = 3, 0.5 x 2 x 12 / 8 = 1.5."""
+    rooms = [moe_config(top_k=2, capacity_factor=f).capacity(n) for f, n in ((1.0, 5), (1.0, 12), (0.5, 12))]
+    assert rooms == [2, 3, 2]
+    assert moe_config().capacity(12) is None
+
+
 @pytest.mark.parametrize("fields", [{"router": "topk", "sequence_balance_weight": 1.0}, {"router": "remoe"}], ids=str)
 def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
     config = make_config(8, 2, **fields, router_z_weight=0.0 if fields["router"] == "remoe" else 0.125)
@@ -117,6 +162,19 @@ def test_sparsemixer_draws_with_the_probabilities_it_should():
     whole = weight[expert == 1] > 0.5 * p[1]
     np.testing.assert_allclose(weight[expert == 1], np.where(whole, p[1], p[1] / 3), rtol=1e-5)
     assert abs(whole.mean() - 0.25) < 5 * (0.25 * 0.75 / whole.size) ** 0.5
+
+
+def test_sparsemixers_draws_are_independent_and_never_of_what_is_masked(monkeypatch):
+    """The second draw has another key. An exponential number of exactly 0 makes no -inf the largest."""
+    keys, drawn = [], sparsemixer.draw
+    monkeypatch.setattr(sparsemixer, "draw", lambda key, shape: keys.append(key) or drawn(key, shape))
+    config = moe_config(num_experts=4, top_k=2, router="sparsemixer")
+    config.method.route(jnp.zeros((1, 3, 4)), config, {}, jax.random.key(0))
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 2
+    logits = jnp.array([[[2.0, 1.9, -9.0, 1.8]]])
+    left = logits.at[0, 0, 0].set(-jnp.inf)  # chosen before
+    draws = Draws(jnp.array([[[0.0, 1.0, 0.0, 1.0]]]), jnp.zeros((1, 1)))
+    assert int(sparsemixer.choose(logits, left, 0.1, draws)[0][0, 0]) == 1
 
 
 def test_sparsemixer_takes_the_largest_logits_at_evaluation():

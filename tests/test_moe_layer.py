@@ -72,7 +72,7 @@ def check_step(config: MoEConfig, x, params: Params, ema, g, mask=None, draws=No
     (_, (y, aux, state)), (d_variables, d_x) = compiled(config)(
         variables_of(config, params, ema), batched(x), batched(g), mask_BL
     )
-    check_aux(config, aux, expected)
+    check_aux(config, aux, expected, mask)
     assert_close(y, expected.y.reshape(BATCH, LENGTH, -1), "y")
     if config.default_vectors:
         assert_close(state["default_vectors"]["ema"], expected.ema, "ema")

@@ -118,7 +118,7 @@ def check_step(mesh, config: MoEConfig, placement: str = "sharded", masked: bool
     expected, grads = expected_step(same, masked, train)
     step = compiled_step(mesh, config, placement, masked, train)
     (d_variables, d_x), (y, aux, state) = step(*arrays(config, mesh, placement))
-    check_aux(config, aux, expected)
+    check_aux(config, aux, expected, skewed_mask() if masked else None)
     assert_close(y.reshape(TOKENS, -1), expected.y, "y")
     if config.default_vectors:
         assert_close(state["default_vectors"]["ema"], expected.ema, "ema")

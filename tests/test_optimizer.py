@@ -90,12 +90,16 @@ def test_moments_that_would_not_move_are_refused():
 
 
 def test_the_learning_rate_of_routers_is_multiplied():
+    """And the state is that of AdamW and its schedule alone, as checkpoints hold it whatever the factor."""
     params = {"moe": {"router": {"kernel": jnp.ones((2, 3))}, "experts": {"gate": jnp.ones((3, 2, 2))}}}
     grads = jax.tree.map(lambda p: 0.5 * p, params)
     updates = []
     for factor in (1.0, 0.25):
         optimizer = make_optimizer(OptimConfig(router_lr_multiplier=factor, decay_all=True), 10)
         updates.append(optimizer.update(grads, optimizer.init(params), params)[0]["moe"])
+    adam, decay, rate = optimizer.init(params)[1]
+    assert (type(adam).__name__, type(rate).__name__) == ("ScaleByAdamState", "ScaleByScheduleState")
+    assert not jax.tree.leaves(decay)
     plain, scaled = updates
     assert float(jnp.abs(plain["router"]["kernel"]).min()) > 0
     np.testing.assert_array_equal(scaled["router"]["kernel"], 0.25 * plain["router"]["kernel"])

@@ -108,7 +108,7 @@ def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tu
     )
     layer = MoELayer(config)
     state = {}
-    if router == "default":
+    if config.default_vectors:
         state = {"default_vectors": {"ema": jnp.ones((shape.num_experts, shape.d_model), jnp.float32)}}
 
     def forward(params: Any, x: Array, state: Any) -> Any:

@@ -31,8 +31,8 @@ class DefaultMoE(DefaultVectorSettings, Method):
         )
 
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
-        scores_BLN = scores(logits_BLN, config)
-        return decide(scores_BLN, largest(scores_BLN, config.top_k), config, substitution=self._substitution(state))
+        index_BLK = largest(scores(logits_BLN, config), config.top_k)
+        return decide(logits_BLN, index_BLK, config, substitution=self._substitution(state))
 
     def initial_state(self, config: "MoEConfig") -> State:
         return {"steps": jnp.zeros((), jnp.int32)} if self.substitute_ramp_steps else {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.methods.method import Decision, Method, State, decide, scores
+from default_moe.methods.method import Decision, Method, State, decide
 
 if TYPE_CHECKING:
     from default_moe.model_config import MoEConfig
@@ -25,9 +25,12 @@ class Dense(Method):
         "capacity_factor": "every expert runs for every token, so that none is over its capacity",
     }
 
+    def check(self, config: "MoEConfig") -> None:
+        """Weights may be normalized whatever `top_k` is: that is over all experts."""
+
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
         index_BLN = jnp.broadcast_to(jnp.arange(config.num_experts, dtype=jnp.int32), logits_BLN.shape)
-        return decide(scores(logits_BLN, config), index_BLN, config)
+        return decide(logits_BLN, index_BLN, config)
 
     def experts_per_token(self, config: "MoEConfig") -> int:
         return config.num_experts

@@ -1,5 +1,6 @@
 """Loss-Free Balancing (Wang et al. 2024): a bias, moved by hand, steers which experts are chosen."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,16 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.checks import check
-from default_moe.methods.method import (
-    Decision,
-    Load,
-    Method,
-    State,
-    check_chosen_weights_vary,
-    decide,
-    largest,
-    scores,
-)
+from default_moe.methods.method import Decision, Load, Method, State, decide, largest, scores
 
 if TYPE_CHECKING:
     from default_moe.model_config import MoEConfig
@@ -39,16 +31,13 @@ class LossFree(Method):
 
     def __post_init__(self) -> None:
         check(
-            self.bias_update_rate > 0,
-            f"moe.loss_free.bias_update_rate is {self.bias_update_rate}, but must be positive",
+            0 < self.bias_update_rate < math.inf,
+            f"moe.loss_free.bias_update_rate is {self.bias_update_rate}, but must be positive and finite",
         )
-
-    def check(self, config: "MoEConfig") -> None:
-        check_chosen_weights_vary(config)
 
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
         scores_BLN = scores(logits_BLN, config)
-        return decide(scores_BLN, largest(scores_BLN + state["bias"], config.top_k), config)
+        return decide(logits_BLN, largest(scores_BLN + state["bias"], config.top_k), config)
 
     def initial_state(self, config: "MoEConfig") -> State:
         return {"bias": jnp.zeros(config.num_experts, jnp.float32)}

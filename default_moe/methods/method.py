@@ -31,8 +31,9 @@ class Decision(NamedTuple):
     """What a method decides about the tokens of a batch.
 
     weights: float32 [B, L, N], what the output of each expert counts in the layer's. In the backward pass the weight of
-      an expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` gives it.
-    expert_index: int32 [B, L, C], the experts that run, those of largest weight first; N stands for none.
+      an expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` or
+      `dense_gradient.experts_for_gradient` gives it.
+    expert_index: int32 [B, L, C], the experts that run, in any order; N stands for none.
     probs: float32 [B, L, N], the token's distribution over experts, for balance losses and statistics.
     substitution: float32 scalar that the share of default vectors in the output is multiplied by; None stands for 1.
     """
@@ -61,7 +62,8 @@ class Method:
     load_balance_weight: that of the balance loss, unless `moe.load_balance_weight` is set.
     random: whether `route` draws random numbers in training.
     dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
-      their weights the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient.
+      their weights the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
+      methods that choose K different experts, without default vectors.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """
 
@@ -78,7 +80,15 @@ class Method:
         METHODS[cls.name] = cls
 
     def check(self, config: "MoEConfig") -> None:
-        """Raises ConfigError if the method cannot work with the layer's other settings."""
+        """Raises ConfigError if the method cannot work with the layer's other settings.
+
+        Unless a subclass knows better, normalized weights need two experts that run.
+        """
+        check(
+            not config.normalize_weights or config.top_k > 1,
+            "moe.normalize_weights is True, but with moe.top_k = 1 that makes every weight 1: the router would get no "
+            "gradient",
+        )
 
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
         """Decide about tokens.
@@ -136,35 +146,33 @@ def scores(logits_BLN: Array, config: "MoEConfig") -> Array:
     return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
 
 
-def distribution(scores_BLN: Array, config: "MoEConfig") -> Array:
-    """Scores that sum to one for each token (DeepSeek-V3, eq. 19)."""
-    if config.score_function == "softmax":
-        return scores_BLN
-    return scores_BLN / scores_BLN.sum(axis=-1, keepdims=True)
+def _log_scores(logits_BLN: Array, config: "MoEConfig") -> Array:
+    return (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
 
 
-def weights(scores_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
+def distribution(logits_BLN: Array, config: "MoEConfig") -> Array:
+    """The scores of each token divided by their sum (DeepSeek-V3, eq. 19)."""
+    # Of logarithms: the scores of all experts may be too small to divide by their sum.
+    return jax.nn.softmax(_log_scores(logits_BLN, config), axis=-1)
+
+
+def weights(logits_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
     """The scores, with moe.normalize_weights divided by the sum of those chosen.
 
     Through that sum gradients reach the chosen scores from their own weights alone. An expert that was not chosen, if
     its weight gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
     """
     if not config.normalize_weights:
-        return scores_BLN
+        return scores(logits_BLN, config)
+    log_BLN = _log_scores(logits_BLN, config)
     chosen_BLN = active_experts(index_BLK, config.num_experts)
-    total_BL1 = jnp.where(chosen_BLN, scores_BLN, 0).sum(axis=-1, keepdims=True)
-    return jnp.where(chosen_BLN, scores_BLN / total_BL1, scores_BLN / jax.lax.stop_gradient(total_BL1))
+    log_total_BL1 = jax.nn.logsumexp(jnp.where(chosen_BLN, log_BLN, -jnp.inf), axis=-1, keepdims=True)
+    constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
+    # A score that was passed over though it is far above the chosen ones would overflow. Its weight is not used.
+    other_BLN = jnp.where(log_BLN > constant_BL1, 0.0, log_BLN - constant_BL1)
+    return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
 
 
-def decide(scores_BLN: Array, index_BLK: Array, config: "MoEConfig", **more: Any) -> Decision:
-    """The decision for these experts, with weights and distribution made of these scores."""
-    return Decision(weights(scores_BLN, index_BLK, config), index_BLK, distribution(scores_BLN, config), **more)
-
-
-def check_chosen_weights_vary(config: "MoEConfig") -> None:
-    """Raises ConfigError if normalizing makes every weight 1, of whatever gradient."""
-    check(
-        not config.normalize_weights or config.top_k > 1,
-        "moe.normalize_weights is True, but with moe.top_k = 1 that makes every weight 1: the router would get no "
-        "gradient",
-    )
+def decide(logits_BLN: Array, index_BLK: Array, config: "MoEConfig", **more: Any) -> Decision:
+    """The decision for these experts, with weights and distribution made of the scores of these logits."""
+    return Decision(weights(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)

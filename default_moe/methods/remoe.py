@@ -1,5 +1,6 @@
 """ReMoE (Wang et al. 2025): gates are ReLUs, so routing is differentiable; a controlled L1 loss keeps it sparse."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,7 +27,8 @@ class ReMoE(Method):
 
     The loss of a layer is lambda (N / K) sum_e mean(r_e) mean([r_e > 0]), means over the tokens of the batch, the
     second without a gradient. After each step lambda is multiplied by `lambda_factor` if the share of closed gates of
-    all layers is below 1 - K / N, and divided by it otherwise. Every layer's state holds the same lambda.
+    all layers is below 1 - K / N, and divided by it otherwise. Every layer's state holds the same lambda, kept between
+    1e-30 and 1e30: float32 would lose it, should the share be on one side for hundreds of steps.
 
     initial_lambda, lambda_factor: lambda at the start, and by what it changes.
     """
@@ -47,10 +49,13 @@ class ReMoE(Method):
 
     def __post_init__(self) -> None:
         check(
-            self.initial_lambda > 0,
-            f"moe.remoe.initial_lambda is {self.initial_lambda}, but must be positive: it changes by a factor",
+            1e-30 <= self.initial_lambda <= 1e30,
+            f"moe.remoe.initial_lambda is {self.initial_lambda}, but must be positive, from 1e-30 to 1e30",
         )
-        check(self.lambda_factor > 1, f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1")
+        check(
+            1 < self.lambda_factor < math.inf,
+            f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1 and finite",
+        )
 
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
         gates_BLN = jax.nn.relu(logits_BLN)
@@ -77,4 +82,4 @@ class ReMoE(Method):
         # The share of closed gates is below 1 - K / N if more than K are open on the mean.
         open_gates = (load.tokens_per_expert.sum(axis=-1) / jnp.maximum(load.num_tokens, 1)).mean()
         factor = jnp.where(open_gates > config.top_k, self.lambda_factor, 1 / self.lambda_factor)
-        return {"lambda": state["lambda"] * factor}
+        return {"lambda": jnp.clip(state["lambda"] * factor, 1e-30, 1e30)}

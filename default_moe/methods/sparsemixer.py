@@ -96,7 +96,9 @@ def choose(logits_BLN: Array, left_BLN: Array, threshold: float, draws: Draws | 
         expert_BL, factor_BL = likeliest_BL, jnp.ones(likeliest_BL.shape, jnp.float32)
     else:
         # log p minus the logarithm of an exponential number is largest for expert i with probability p_i.
-        expert_BL = jnp.argmax(near_BLN - jnp.log(draws.exponential), axis=-1)
+        # (A number may be drawn as exactly 0, which is above all, but not above what must not be chosen.)
+        drawn_BLN = jnp.where(jnp.isneginf(near_BLN), -jnp.inf, near_BLN - jnp.log(draws.exponential))
+        expert_BL = jnp.argmax(drawn_BLN, axis=-1)
         whole_BL = (expert_BL == likeliest_BL) | (draws.uniform > 0.75)
         factor_BL = jnp.where(whole_BL, 1.0, 1 / 3)
     expert_BL = expert_BL.astype(jnp.int32)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jax import Array
 
-from default_moe.methods.method import Decision, Method, State, check_chosen_weights_vary, decide, largest, scores
+from default_moe.methods.method import Decision, Method, State, decide, largest, scores
 
 if TYPE_CHECKING:
     from default_moe.model_config import MoEConfig
@@ -17,9 +17,5 @@ class TopK(Method):
 
     name = "topk"
 
-    def check(self, config: "MoEConfig") -> None:
-        check_chosen_weights_vary(config)
-
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
-        scores_BLN = scores(logits_BLN, config)
-        return decide(scores_BLN, largest(scores_BLN, config.top_k), config)
+        return decide(logits_BLN, largest(scores(logits_BLN, config), config.top_k), config)

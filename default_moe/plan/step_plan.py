@@ -144,7 +144,7 @@ def _filled(config: Config, program: Program) -> float:
     """Of the rows for which a device that holds some of the experts has room, the share that balanced routing fills."""
     devices = program.mesh.shape["expert"] if program.expert_parallel else 1
     here = config.moe.num_experts // devices
-    most = config.moe.method.most_experts_per_token(config.moe)
+    most = config.moe.most_experts_per_token
     if program.expert_parallel != "gather":
         most = min(most, here)
     return config.moe.experts_per_token / (devices * most)
