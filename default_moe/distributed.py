@@ -160,6 +160,8 @@ def fail_after(error: BaseException) -> NoReturn:
         _processes.look()
     except AnotherProcessFailed:
         end_after_another()
+    except jax.errors.JaxRuntimeError:
+        pass  # process 0 is gone, and with it the key-value store
     reason = (str(error).splitlines() or [""])[0]
     if isinstance(error, (ValueError, jax.errors.JaxRuntimeError)) and _LOST.search(reason):
         fail(f"{_GONE} ({reason[:200]}): {GOES_ON}", 1, until_heard=False)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from run_helpers import (
     REPOSITORY,
@@ -26,6 +27,8 @@ from run_helpers import (
     tiny_settings,
     write_corpus,
 )
+
+from default_moe import distributed
 
 LAST = 40
 SETTINGS = {
@@ -313,3 +316,24 @@ def test_flags_that_join_nobody_get_one_line(answers, name):
     assert code == 2, printed
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     assert FLAGS[name][1].format(**ports) in printed
+
+
+def test_an_error_is_one_line_even_if_nobody_is_left_to_ask(monkeypatch, capsys):
+    """Process 0 was killed: a computation with it breaks off, and so does the question whether another failed."""
+
+    class Link:
+        index, failure = 1, None
+
+        def look(self):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
+
+        def tell(self, topic, text):
+            self.look()
+
+        def end(self, line, code, until_heard):
+            raise SystemExit(f"{code}: {line}")
+
+    monkeypatch.setattr(distributed, "_processes", Link())
+    with pytest.raises(SystemExit, match="1: process 1: another process is gone"):
+        distributed.fail_after(jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert capsys.readouterr().err == ""
