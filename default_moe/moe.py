@@ -198,10 +198,12 @@ def report(
     if taken:
         raise ValueError(f"{config.method.name} has a loss {taken[0]!r}: its name must end in _loss and not be taken")
     losses |= own
+    # A loss of weight 0 is left out: times 0 its gradient would be computed all the same, or might be NaN.
+    weighted = [weight * loss for weight, loss in losses.values() if isinstance(weight, Array) or weight]
     return {
         **{name: loss for name, (_, loss) in losses.items()},
         **{f"{config.method.name}_{name}": value for name, value in state.items()},
-        "auxiliary_loss": jnp.asarray(sum(weight * loss for weight, loss in losses.values())),
+        "auxiliary_loss": sum(weighted, start=jnp.zeros(())),
         "router_probs": decision.probs,
         "combine_weights": decision.weights,
         "expert_index": decision.expert_index,

@@ -41,6 +41,17 @@ def compiled_once(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory for runs, with texts in `text`; what they make anew is compiled the first time alone."""
+    from run_helpers import compile_cache, write_corpus
+
+    folder = tmp_path_factory.mktemp("runs")
+    write_corpus(folder / "text")
+    with compile_cache(folder / "cache"):
+        yield folder
+
+
 @pytest.fixture
 def tokamax_everywhere(monkeypatch):
     """Everything about that backend but its kernels, in the place of which `jax.lax.ragged_dot` computes on a CPU."""

@@ -11,13 +11,11 @@ import pytest
 from reference import assert_close, sigmoid
 from run_helpers import (
     assert_same_state,
-    compile_cache,
     content,
     metrics,
     saved_state,
     tiny_settings,
     train,
-    write_corpus,
 )
 
 from default_moe.attention import Attention, Tokens
@@ -35,14 +33,6 @@ SETTINGS = {
     "eval": {"num_batches": 1},
 }
 RAMP = {"router": "default", "default": {"substitute_ramp_steps": 4}}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    write_corpus(folder / "text")
-    with compile_cache(folder / "cache"):
-        yield folder
 
 
 def config_for(folder, moe, init_from=None, **sections):

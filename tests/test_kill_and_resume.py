@@ -19,7 +19,6 @@ from run_helpers import (
     as_flags,
     assert_same_state,
     at_step,
-    compile_cache,
     content,
     environment,
     metrics,
@@ -28,19 +27,10 @@ from run_helpers import (
     tiny_config,
     tiny_settings,
     train,
-    write_corpus,
 )
 
 LAST = 40
 STOPPED_AT = 33
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    write_corpus(folder / "text")
-    with compile_cache(folder / "cache"):
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from run_helpers import (
     assert_same_state,
     at_step,
-    compile_cache,
     content,
     evaluate,
     metrics,
@@ -32,14 +31,6 @@ from default_moe.program import Program
 # Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
 # to these.
 LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    write_corpus(folder / "text")
-    with compile_cache(folder / "cache"):
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ adding up their outputs, splitting them over devices, and saving state are the s
 dimension key; Y MoE layers.
 """
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -55,7 +56,7 @@ class Load(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(abc.ABC):
     """One way to train a router. Fields of a subclass are its settings: `moe.<name>.<field>` in a config.
 
     name: in `moe.router`.
@@ -90,6 +91,7 @@ class Method:
             "gradient",
         )
 
+    @abc.abstractmethod
     def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
         """Decide about tokens.
 
@@ -99,12 +101,14 @@ class Method:
           state: of the layer, as `initial_state` or `next_state` gave it, without the axis of layers.
           key: random key; None at evaluation, and if the method is not `random`.
         """
-        raise NotImplementedError
 
     def losses(
         self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
     ) -> dict[str, tuple[Array | float, Array]]:
-        """Weight and value of each loss term that the method adds to those that all methods have, by name."""
+        """Weight and value of each loss term that the method adds to those that all methods have, by name.
+
+        With the number 0 as its weight a term is reported alone.
+        """
         return {}
 
     def initial_state(self, config: "MoEConfig") -> State:
@@ -146,14 +150,12 @@ def scores(logits_BLN: Array, config: "MoEConfig") -> Array:
     return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
 
 
-def _log_scores(logits_BLN: Array, config: "MoEConfig") -> Array:
-    return (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
-
-
 def distribution(logits_BLN: Array, config: "MoEConfig") -> Array:
     """The scores of each token divided by their sum (DeepSeek-V3, eq. 19)."""
+    if config.score_function == "softmax":
+        return scores(logits_BLN, config)
     # Of logarithms: the scores of all experts may be too small to divide by their sum.
-    return jax.nn.softmax(_log_scores(logits_BLN, config), axis=-1)
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits_BLN), axis=-1)
 
 
 def weights(logits_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
@@ -164,7 +166,7 @@ def weights(logits_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
     """
     if not config.normalize_weights:
         return scores(logits_BLN, config)
-    log_BLN = _log_scores(logits_BLN, config)
+    log_BLN = (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
     chosen_BLN = active_experts(index_BLK, config.num_experts)
     log_total_BL1 = jax.nn.logsumexp(jnp.where(chosen_BLN, log_BLN, -jnp.inf), axis=-1, keepdims=True)
     constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
