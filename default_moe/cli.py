@@ -64,6 +64,17 @@ def parse_config(
     `default` is the config file when none is given. (As the flag's own default it would be loaded, and checked against
     the overrides, even when another file is asked for.) Raises ConfigError or flags.Error.
     """
+    config_dict = parse_config_dict(argv, flag, default, adjust)
+    config = Config.from_config_dict(config_dict)
+    for line in _unused(config_dict, config):
+        print(line, file=sys.stderr)
+    return config
+
+
+def parse_config_dict(
+    argv: list[str], flag: Any, default: str, adjust: Callable[[Any], None] = lambda config_dict: None
+) -> Any:
+    """The ConfigDict from which `parse_config` makes a Config: settings of all methods, checked for the one in use."""
     if not config_name(argv, ""):
         argv = [argv[0], f"--config={default}", *argv[1:]]
     path = Path(next(arg for arg in argv if arg.startswith(_FILE_FLAGS)).split("=", 1)[1].split(":")[0])
@@ -72,14 +83,12 @@ def parse_config(
     try:
         parse_flags(argv)
         adjust(flag.value)
-        config = Config.from_config_dict(flag.value)
-        for line in _unused(flag.value, config):
-            print(line, file=sys.stderr)
-        return config
+        Config.from_config_dict(flag.value)
     except SyntaxError as error:
         raise ConfigError(f"the config file {error.filename} is not Python: {error.msg}, line {error.lineno}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None
+    return flag.value
 
 
 def _unused(config_dict: Any, config: Config) -> list[str]:

@@ -13,6 +13,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on. The last checkpoint is intact."""
 
 
+class Diverged(TrainingFailed):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+
 class AnotherProcessFailed(RuntimeError):
     """One of the processes that train as one has failed, so this one cannot go on. code: what all exit with."""
 

@@ -1,11 +1,15 @@
 """A config made runnable: the mesh, the model, and the compiled steps with their shardings. The one place with jit."""
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from default_moe import sharding
@@ -17,6 +21,8 @@ from default_moe.memory import check_fits, out_of_memory_in_one_line, step_memor
 from default_moe.optimizer import make_optimizer
 from default_moe.train_state import TrainState, build_model, initial_state
 from default_moe.train_step import Batch, make_eval_step, make_train_step
+
+_A_SEED = jax.ShapeDtypeStruct((), np.uint32)
 
 
 def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = True) -> Mesh:
@@ -48,12 +54,13 @@ def in_force(mesh: Mesh, config: Config) -> Iterator[None]:
 class Program:
     """Everything about a run that follows from its config, the vocabulary and the devices, and holds no data.
 
+    What is compiled depends on no seed: `with_seed` gives the program of another run without compiling it again.
+
     Attributes:
       config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
       matmul, attention: how experts and attention are computed here, "auto" resolved.
       expert_parallel: how tokens of training batches reach experts on other devices, None if experts are not split.
       num_batch_shards: devices that each hold a part of a batch.
-      new_state: `()` to the state before the first step, every array created where it belongs.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
     """
@@ -75,7 +82,7 @@ class Program:
             self.attention = attention_implementation(
                 config.model, config.train.sequence_length, config.data.mask_documents
             )
-            self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules)
+            self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules, _A_SEED)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
             microbatch_tokens = config.train.batch_size // config.train.grad_accum_steps * config.train.sequence_length
@@ -84,7 +91,8 @@ class Program:
             )
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
+        self._new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
+        self._compiled_train_step: list[Any] = []  # one at most; shared with the programs of other seeds
         self.train_step = self.jit(
             make_train_step(self.model, self.optimizer, config),
             in_shardings=(self.state_shardings, self.batch_sharding),
@@ -97,6 +105,12 @@ class Program:
             out_shardings=replicated,
         )
 
+    def with_seed(self, seed: int) -> Self:
+        """The program of a run that differs from this one in train.seed alone, with the same compiled steps."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, seed=seed))
+        return other
+
     def context(self) -> contextlib.AbstractContextManager[None]:
         """The mesh and the logical axis rules in force."""
         return in_force(self.mesh, self.config)
@@ -104,7 +118,7 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring one."""
         with self.context():
-            shapes = jax.eval_shape(self._initial_state)
+            shapes = jax.eval_shape(self._initial_state, _A_SEED)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
         )
@@ -117,13 +131,16 @@ class Program:
         )
 
     def compile_train_step(self, row: Batch) -> Any:
-        """The training step, compiled ahead of time for batches of rows like `row`, arrays [1, ...].
+        """The training step, compiled ahead of time, once, for batches of rows like `row`, arrays [1, ...].
 
         Nothing but the code is allocated. Raises ConfigError if it would not fit the memory of a device.
         """
+        if self._compiled_train_step:
+            return self._compiled_train_step[0]
         with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config, self.num_batch_shards):
             compiled = self.train_step.compile(self.abstract_state(), self.abstract_batch(row))
         check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)
+        self._compiled_train_step.append(compiled)
         return compiled
 
     def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:
@@ -147,8 +164,12 @@ class Program:
 
         return jax.tree.map(place, rows)
 
-    def _initial_state(self) -> TrainState:
-        return initial_state(self.model, self.optimizer, self.config.train.seed)
+    def new_state(self) -> TrainState:
+        """The state before the first step, every array created where it belongs."""
+        return self._new_state(np.uint32(self.config.train.seed))
+
+    def _initial_state(self, seed: Array) -> TrainState:
+        return initial_state(self.model, self.optimizer, seed)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> "CompiledInContext":
         """`jax.jit`, with the mesh and rules in force while it traces."""

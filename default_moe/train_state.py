@@ -36,8 +36,8 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
     return LanguageModel(config.model, config.moe, config.model.vocab_size or vocab_size)
 
 
-def initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A new state; the same for the same seed whatever the mesh."""
+def initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: Array | int) -> TrainState:
+    """A new state; the same for the same seed (uint32) whatever the mesh."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
     variables = dict(model.init(init_key, jnp.zeros((num_shards("batch"), 2), jnp.int32), train=False))
     params = variables.pop("params")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from default_moe import distributed
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
-from default_moe.errors import AnotherProcessFailed, ConfigError, TrainingFailed
+from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
 from default_moe.evaluation import evaluate
 from default_moe.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
 from default_moe.generate import sample_text
@@ -28,8 +29,10 @@ from default_moe.train_step import Batch
 from default_moe.workdir import Run, check_ours, open_run
 
 
-def train(config: Config, workdir: Path) -> int:
+def train(config: Config, workdir: Path, make_program: Callable[[Config, int], Program] = Program) -> int:
     """Train as `config` says, in `workdir`; go on from the newest checkpoint there, bit for bit.
+
+    make_program: `Program`, or one that gives a run what another has compiled.
 
     Returns:
       the exit code: 0 when done or stopped by SIGTERM, 130 when stopped by Ctrl-C.
@@ -46,7 +49,7 @@ def train(config: Config, workdir: Path) -> int:
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
     check_tokenizer(source, data.tokenizer)
-    program = Program(config, data.tokenizer.vocab_size)
+    program = make_program(config, data.tokenizer.vocab_size)
     identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
     names = ("corpus_hash", "vocab_size", "tokenizer_hash")
     distributed.check_same(dict(zip(names, identity, strict=True)), "data must be the same on every host")
@@ -196,7 +199,7 @@ class _Loop:
             )
 
     def _record(self, step: int, metrics: Any) -> None:
-        """Log a step's metrics if it is one to log. Raises TrainingFailed after too many bad steps in a row."""
+        """Log a step's metrics if it is one to log. Raises Diverged after too many bad steps in a row."""
         train = self.program.config.train
         self._bad_in_row = bad_in_row = int(metrics["bad_steps_in_row"])
         if bad_in_row:
@@ -210,7 +213,7 @@ class _Loop:
         if bad_in_row >= train.max_bad_steps:
             self.store.wait()
             saved = self.store.steps()
-            raise TrainingFailed(
+            raise Diverged(
                 f"{bad_in_row} steps in a row had a loss or gradient that is not finite (up to step {step}); "
                 + (f"the checkpoint of step {saved[-1]} is intact; " if saved else "there is no checkpoint yet; ")
                 + "a lower optim.peak_lr may help"

@@ -1,0 +1,1 @@
+"""Methods compared fairly: `python -m default_moe.compare`."""

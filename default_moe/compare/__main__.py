@@ -1,0 +1,69 @@
+"""Which method is better, by how much, with what certainty: `python -m default_moe.compare --config=... --workdir=...`.
+
+Trains every combination of --methods, --seeds and the values of each --set, each seed with the same weights and order
+of data for all methods, and writes report.md, report.json and report.png to the work directory. The same command goes
+on where it was stopped, and adds what is new to what is done: more seeds, another method.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from default_moe import cli
+from default_moe.compare import matrix, plot, report, runs
+from default_moe.compare.comparison import compare
+from default_moe.compare.matrix import Entry
+from default_moe.errors import ConfigError, TrainingFailed
+from default_moe.files import write_atomically
+from default_moe.metrics import Progress
+from default_moe.workdir import RUN_FILE
+
+_DEFAULT_CONFIG = "configs/compare_small.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAULT_CONFIG} if not given.")
+_METHODS = flags.DEFINE_list("methods", ["topk", "default"], "Values of moe.router; the first is the baseline.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Values of train.seed.")
+_SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.* and of a method, moe.default.*, are "
+    "each method's to choose: its best counts. Results with other values of other settings are held apart.",
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
+
+
+def main(argv: list[str]) -> int:
+    base = cli.parse_config_dict(argv, _CONFIG, _DEFAULT_CONFIG)
+    methods = [name.strip() for name in _METHODS.value]
+    matrix.check_methods(methods)
+    seeds, sets = matrix.parse_seeds(_SEEDS.value), matrix.parse_sets(_SET.value)
+    entries = matrix.entries(base, methods, seeds, sets)
+    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}").expanduser()
+    if (workdir / RUN_FILE).exists():
+        raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
+    say = Progress(0).message
+    failures, code = runs.do_runs(entries, workdir)
+    if code is not None:
+        say("the comparison is not finished; the same command goes on")
+        return code
+    results = {entry.folder: runs.read_result(entry, workdir) for entry in entries if entry.folder not in failures}
+    tasks = compare(entries, results, methods[0])
+    if not tasks:
+        raise TrainingFailed(f"no run of {methods[0]} came to its end: {next(iter(failures.values()))}")
+    text = report.markdown(tasks, entries[0].config, runs.vocab_size(entries[0], workdir), failures)
+    content = report.as_json(tasks, entries, base.to_dict(), failures)
+    try:
+        write_atomically(workdir / "report.json", json.dumps(content, indent=1))
+        write_atomically(workdir / "report.md", text)
+        write_atomically(workdir / "report.png", plot.picture(tasks))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {workdir}: {error.strerror}") from error
+    say(f"\n{text}\nwritten to {workdir}: report.md, report.json, report.png")
+    if failures:
+        raise TrainingFailed(f"{len(failures)} of {len(entries)} runs failed: {', '.join(failures)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,161 @@
+"""What a comparison consists of: its runs, and which of them are held against each other."""
+
+import ast
+import copy
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from default_moe.checks import check, closest
+from default_moe.config import Config, flat_items
+from default_moe.errors import ConfigError
+from default_moe.methods import METHODS
+
+Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given
+
+# Read-outs and safety: a run is the same whatever these are.
+_FREE = ("data.dir", "data.prefetch", "eval.prompt", "eval.sample_tokens", "eval.temperature", "train.max_bad_steps")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with settings that were chosen for it, such as its learning rate.
+
+    tuned: those of the varied settings that any method may have its own best value of.
+    """
+
+    method: str
+    tuned: Settings = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{_short(name)}={value}" for name, value in self.tuned)])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: a candidate, with a seed, in a task.
+
+    task: the varied settings that say what is to be learnt and by what size of model. Losses of different tasks are
+      not compared.  folder: relative to the comparison's.
+    """
+
+    candidate: Candidate
+    task: Settings
+    seed: int
+    config: Config
+    folder: str
+
+
+def parse_sets(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
+    """[("optim.peak_lr", [0.003, 0.006])] of ["optim.peak_lr=3e-3,6e-3"]. Raises ConfigError."""
+    sets: list[tuple[str, list[Any]]] = []
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.removeprefix("config.")
+        parts = [part.strip() for part in values.split(",")]
+        check(
+            bool(equals and name) and all(parts),
+            f"--set is {text!r}, but must be a setting and its values, optim.peak_lr=3e-3,6e-3 for instance",
+        )
+        check(name not in dict(sets), f"--set gives {name} twice: put all of its values in one")
+        check(name not in ("moe.router", "train.seed"), f"--set gives {name}: that is what --methods and --seeds are for")
+        check(len(set(parts)) == len(parts), f"--set is {text!r}, but a value is given twice")
+        sets.append((name, [_value(part) for part in parts]))
+    return sets
+
+
+def parse_seeds(texts: Sequence[str]) -> list[int]:
+    """Raises ConfigError on anything but different whole numbers."""
+    check(
+        bool(texts) and all(text.strip().isdigit() for text in texts) and len(set(map(int, texts))) == len(texts),
+        f"--seeds is {','.join(texts)!r}, but must be different whole numbers, 0,1,2,3 for instance",
+    )
+    return [int(text) for text in texts]
+
+
+def check_methods(names: Sequence[str]) -> None:
+    for name in names:
+        known = sorted(METHODS)
+        check(name in METHODS, f"--methods has {name!r}, but there are {', '.join(known)}{closest(name, known)}")
+    check(len(set(names)) == len(names), f"--methods is {','.join(names)!r}, but a method is given twice")
+    check(len(names) > 1, f"--methods is {','.join(names)!r}, but a comparison takes two, the baseline first")
+
+
+def entries(
+    base: ConfigDict, methods: Sequence[str], seeds: Sequence[int], sets: Sequence[tuple[str, list[Any]]]
+) -> list[Entry]:
+    """Every combination, those with the same seed next to each other, so that their speeds compare.
+
+    A method does not have a run for each value of another method's settings. Raises ConfigError on bad settings.
+    """
+    found: dict[str, Entry] = {}
+    for seed in seeds:
+        for values in itertools.product(*(values for _, values in sets)):
+            chosen: Settings = tuple(zip((name for name, _ in sets), values, strict=True))
+            for method in methods:
+                entry = _entry(base, method, seed, chosen)
+                found.setdefault(entry.folder, entry)
+    return list(found.values())
+
+
+def same_run(ours: Config, saved: Config) -> list[str]:
+    """One line for each setting in which they differ, of those on which a run's result depends."""
+    now, before = (dict(flat_items(config.to_dict())) for config in (ours, saved))
+    return [
+        f"{name}: {before.get(name)} there, {now.get(name)} here"
+        for name in dict.fromkeys([*now, *before])
+        if now.get(name) != before.get(name) and name not in _FREE
+    ]
+
+
+def _entry(base: ConfigDict, method: str, seed: int, chosen: Settings) -> Entry:
+    own = tuple((name, value) for name, value in chosen if _group(name) in (None, method))
+    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]))
+    task = tuple(item for item in own if item not in tuned)
+    config = copy.deepcopy(base)
+    config.moe.router = method
+    config.train.seed = seed
+    for name, value in own:
+        _assign(config, name, value)
+    folder = "/".join([method, *(_file_name(f"{name}={value}") for name, value in own), f"seed_{seed}"])
+    return Entry(Candidate(method, tuned), task, seed, Config.from_config_dict(config), folder)
+
+
+def _group(name: str) -> str | None:
+    """The method whose setting this is, if it is one's."""
+    parts = name.split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == "moe" and parts[1] in METHODS else None
+
+
+def _assign(config: ConfigDict, name: str, value: Any) -> None:
+    *groups, key = name.split(".")
+    section: Any = config
+    for part in groups:
+        section = section[part] if isinstance(section, ConfigDict) and part in section else None
+    if not isinstance(section, ConfigDict) or key not in section or isinstance(section[key], ConfigDict):
+        known = [name for name, _ in flat_items(config.to_dict())]
+        raise ConfigError(f"--set gives {name!r}, but there is no such setting{closest(name, known)}")
+    try:
+        section[key] = value
+    except TypeError:
+        kind = section.get_type(key).__name__
+        raise ConfigError(f"--set gives {name}={value}, but it must be of type {kind}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _short(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.,=+-]", "_", text)

@@ -1,0 +1,141 @@
+"""The report of a comparison: Markdown and JSON."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from default_moe.bench.report import heading, machine
+from default_moe.compare.comparison import Row, Task, conclusions
+from default_moe.compare.matrix import Entry
+from default_moe.config import Config
+from default_moe.model_size import parameter_counts
+
+_COLUMNS = (
+    "",
+    "seeds",
+    "held-out loss",
+    "difference",
+    "95 % interval",
+    "lower on",
+    "tokens to target",
+    "tokens/s",
+    "balance loss",
+    "max load",
+)
+
+
+def markdown(tasks: Sequence[Task], config: Config, vocab_size: int, failures: Mapping[str, str]) -> str:
+    """What was compared, a table per task, and what may be concluded.
+
+    config: of one of the runs.
+    """
+    train = config.train
+    counts = parameter_counts(config, vocab_size)
+    tokens = train.num_steps * train.batch_size * train.sequence_length
+    lines = [
+        "# Comparison",
+        "",
+        f"{config.data.name}, tokenizer {config.data.tokenizer}; each run {tokens:,} tokens: {train.num_steps:,} steps of "
+        f"{train.batch_size:,} x {train.sequence_length:,}. Model of {counts.total / 1e6:.2f} M parameters, "
+        f"{counts.active / 1e6:.2f} M active. {heading()}.",
+        "",
+        "Within a seed all methods see the same text in the same order and start from the same weights.",
+    ]
+    for task in tasks:
+        lines += ["", f"## {task.name or 'Results'}", "", *_table([_cells(row) for row in task.rows]), ""]
+        lines += [f"**{line}**" for line in conclusions(task)] or ["Nothing to compare with."]
+    lines += ["", _caveat(tasks), "", "![curves](report.png)", "", *_explanation(tasks[0].baseline)]
+    lines += ["", *(f"- failed: {folder}: {message}" for folder, message in failures.items())] if failures else []
+    return "\n".join(lines) + "\n"
+
+
+def as_json(
+    tasks: Sequence[Task], entries: Sequence[Entry], base: Mapping[str, Any], failures: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything the report is made of, curves included. Infinite and unknown numbers are None.
+
+    base: the settings that the runs were derived from.
+    """
+    content = {
+        "machine": machine(),
+        "config": base,
+        "failures": dict(failures),
+        "folders": [entry.folder for entry in entries],
+        "tasks": [
+            {
+                "settings": dict(task.settings),
+                "rows": [{"name": str(row.candidate), **dataclasses.asdict(row)} for row in task.rows],
+                "conclusions": conclusions(task),
+            }
+            for task in tasks
+        ],
+    }
+    plain: dict[str, Any] = _plain(content)
+    return plain
+
+
+def _cells(row: Row) -> list[str]:
+    difference = row.difference
+    error = "" if row.standard_error is None else f" ± {row.standard_error:.4f}"
+    name = f"**{row.candidate}**" if row.best else str(row.candidate)
+    cells = [name, str(len(row.results)), f"{row.loss:.4f}{error}"]
+    if difference is None:
+        cells += ["-"] * 5
+    else:
+        known = difference.low is not None and difference.high is not None
+        cells += [
+            f"{difference.mean:+.4f}",
+            f"{difference.low:+.4f} to {difference.high:+.4f}" if known else "-",
+            f"{difference.lower} of {difference.count}",
+            _tokens_to_target(row),
+            "-" if row.speed is None else f"{row.speed:.2f}",
+        ]
+    return [*cells, f"{row.mean_of('load_balance_loss'):.3f}", f"{row.mean_of('max_load'):.2f}"]
+
+
+def _tokens_to_target(row: Row) -> str:
+    values = list((row.tokens_to_target or {}).values())
+    reached = [value for value in values if math.isfinite(value)]
+    median = row.median_tokens_to_target
+    if median is None or not reached:
+        return "not reached"
+    missed = "" if len(reached) == len(values) else f", reached on {len(reached)} of {len(values)}"
+    return (f"{median:.3f}" if math.isfinite(median) else "> 1") + missed
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)]
+
+
+def _explanation(baseline: Row) -> list[str]:
+    return [
+        f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. Difference: to "
+        "the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to reach the "
+        "baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in multiples of the "
+        "baseline's. Balance loss (1 is perfect) and the load of the busiest expert in any layer, in multiples of the mean: "
+        "over the last quarter of training. Bold: a method's best.",
+    ]
+
+
+def _caveat(tasks: Sequence[Task]) -> str:
+    tuned = any(len([r for r in task.rows if r.candidate.method == row.candidate.method]) > 1 for task in tasks for row in task.rows)
+    choice = (
+        "The best settings of each method were chosen on these very seeds, which flatters whichever had more to choose "
+        "from: confirm them on other seeds."
+        if tuned
+        else "All methods had the same settings, which may suit one better than another: vary them with --set."
+    )
+    return (
+        "This holds for this model, this text and this many tokens; it says nothing about larger models or longer training. "
+        "The interval is about seeds (weights and order of data), not about other texts, and each comparison has its own, "
+        f"so that one in twenty misses. {choice}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,156 @@
+"""Doing the runs of a comparison, or going on with them, and reading what they left."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from default_moe import trainer
+from default_moe.checkpoint import CheckpointStore
+from default_moe.compare.matrix import Entry, same_run
+from default_moe.compare.statistics import Curve
+from default_moe.config import Config, ConfigError
+from default_moe.errors import Diverged
+from default_moe.metrics import Progress
+from default_moe.program import Program
+from default_moe.workdir import RUN_FILE
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left.
+
+    held_out, training: loss in nats per token.  bits_per_byte: of held-out text, at the end.
+    tokens_per_second: median over the run, None if it was too short to tell.
+    load_balance_loss, max_load: of the last quarter of training, means over its logged steps; max_load is that of the
+      busiest expert of any layer, in multiples of the mean.
+    """
+
+    held_out: Curve
+    training: Curve
+    bits_per_byte: float
+    tokens_per_second: float | None
+    load_balance_loss: float
+    max_load: float
+
+
+class Programs:
+    """Programs by config: runs that differ in nothing but their seed share what is compiled."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Config, int], Program] = {}
+
+    def __call__(self, config: Config, vocab_size: int) -> Program:
+        shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        if (shared, vocab_size) not in self._made:
+            self._made[shared, vocab_size] = Program(config, vocab_size)
+        return self._made[shared, vocab_size].with_seed(config.train.seed)
+
+
+def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], int | None]:
+    """Train all that has not come to its end yet.
+
+    Returns:
+      what went wrong with the runs that diverged, by folder, and the exit code if a run was asked to stop, else None.
+
+    Raises ConfigError, with nothing trained, if a run there was made with other settings.
+    """
+    say = Progress(0).message
+    check_runs(entries, workdir)
+    waiting = [entry for entry in entries if not _finished(entry, workdir)]
+    say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
+    programs, failures = Programs(), {}
+    for number, entry in enumerate(waiting, 1):
+        say(f"\nrun {number} of {len(waiting)}: {entry.folder}")
+        try:
+            code = trainer.train(entry.config, workdir / RUNS / entry.folder, programs)
+        except Diverged as error:
+            failures[entry.folder] = str(error)
+            say(f"failed: {error}")
+            continue
+        if code or not _finished(entry, workdir):
+            return failures, code
+    return failures, None
+
+
+def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
+    """Raises ConfigError if one has been begun with settings on which its result would depend."""
+    for entry in entries:
+        path = workdir / RUNS / entry.folder / RUN_FILE
+        try:
+            saved = Config.from_mapping(json.loads(path.read_bytes())["config"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): choose another --workdir") from None
+        differences = same_run(entry.config, saved)
+        if differences:
+            raise ConfigError(
+                f"{path.parent} holds a run with other settings ({'; '.join(differences[:3])}): choose another "
+                "--workdir, or set them back"
+            )
+
+
+def read_result(entry: Entry, workdir: Path) -> Result:
+    """Raises ConfigError if the run's metrics are not there or not whole."""
+    path = workdir / RUNS / entry.folder / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return _result(lines, entry.config)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not hold the metrics of a whole run ({type(error).__name__}: {error}): remove {path.parent} "
+            "to have it run again"
+        ) from None
+
+
+def vocab_size(entry: Entry, workdir: Path) -> int:
+    """Of a run that has begun."""
+    return int(json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())["vocab_size"])
+
+
+def _finished(entry: Entry, workdir: Path) -> bool:
+    folder = workdir / RUNS / entry.folder
+    if not (folder / RUN_FILE).exists():
+        return False
+    with CheckpointStore(folder, read_only=True) as store:
+        return store.steps()[-1:] == [entry.config.train.num_steps]
+
+
+def _result(lines: list[dict[str, Any]], config: Config) -> Result:
+    tokens_per_step = config.train.batch_size * config.train.sequence_length
+    last = config.train.num_steps
+
+    def curve(name: str) -> Curve:
+        points = list(_values(lines, name, 0))
+        return Curve(tuple(step * tokens_per_step for step, _ in points), tuple(value for _, value in points))
+
+    def mean_at_the_end(name: str) -> float:
+        return float(np.mean([value for _, value in _values(lines, name, 3 * last / 4)] or [math.nan]))
+
+    held_out = curve("eval/loss")
+    if held_out.tokens[-1] != last * tokens_per_step:
+        raise ValueError(f"the last evaluation is not that of step {last}")
+    speeds = [value for _, value in _values(lines, "train/tokens_per_second", 0)]
+    return Result(
+        held_out=held_out,
+        training=curve("train/loss"),
+        bits_per_byte=dict(_values(lines, "eval/bits_per_byte", 0))[last],
+        tokens_per_second=float(np.median(speeds)) if speeds else None,
+        load_balance_loss=mean_at_the_end("train/load_balance_loss"),
+        max_load=mean_at_the_end("train/max_load"),
+    )
+
+
+def _values(lines: list[dict[str, Any]], name: str, after: float) -> Iterator[tuple[int, float]]:
+    """(step, value) of a metric, where it is finite, after a step."""
+    for line in lines:
+        if line["step"] > after and isinstance(line.get(name), int | float):
+            yield line["step"], float(line[name])

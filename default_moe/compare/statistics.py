@@ -1,0 +1,75 @@
+"""Figures of a comparison. Pure functions of numbers."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How a method differs from the baseline over seeds, each seed with itself.
+
+    mean: of method minus baseline.  low, high: its 95 % interval by Student's t; None with one seed.
+    lower, count: on how many of all seeds the method's value is the lower one.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    lower: int
+    count: int
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for one value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """`values` and `baseline` have the same seeds in the same order."""
+    differences = np.subtract(values, baseline)
+    mean, error = float(differences.mean()), standard_error(differences.tolist())
+    half = None if error is None else float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return Paired(mean, low, high, int((differences < 0).sum()), len(differences))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out loss, in nats per token, after `tokens` training tokens, in their order."""
+
+    tokens: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    @property
+    def final(self) -> float:
+        return self.loss[-1]
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean at each point; all curves have the same points."""
+    return dataclasses.replace(curves[0], loss=tuple(np.mean([curve.loss for curve in curves], axis=0).tolist()))
+
+
+def tokens_to_reach(curve: Curve, target: float) -> float:
+    """Training tokens after which the loss is first at most `target`, straight between evaluations.
+
+    Infinity if it never is. Nothing is known before the first evaluation: its tokens are the least that is returned.
+    """
+    before: tuple[float, float] | None = None
+    for tokens, loss in zip(curve.tokens, curve.loss, strict=True):
+        if loss <= target:
+            if before is None:
+                return tokens
+            return before[0] + (tokens - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = tokens, loss
+    return math.inf
