@@ -1,6 +1,6 @@
 """A comparison of methods that is small enough to be run again by anyone: 8 experts, of which each token runs 1 or 2.
 
-    python -m default_moe.compare --config=configs/compare_small.py --set moe.top_k=1,2
+python -m default_moe.compare --config=configs/compare_small.py --set moe.top_k=1,2
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,6 @@ from ml_collections import config_flags
 from default_moe import cli
 from default_moe.compare import matrix, plot, report, runs
 from default_moe.compare.comparison import compare
-from default_moe.compare.matrix import Entry
 from default_moe.errors import ConfigError, TrainingFailed
 from default_moe.files import write_atomically
 from default_moe.metrics import Progress
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
     tasks = compare(entries, results, methods[0])
     if not tasks:
         raise TrainingFailed(f"no run of {methods[0]} came to its end: {next(iter(failures.values()))}")
-    text = report.markdown(tasks, entries[0].config, runs.vocab_size(entries[0], workdir), failures)
+    text = report.markdown(tasks, runs.vocab_size(entries[0], workdir), failures)
     content = report.as_json(tasks, entries, base.to_dict(), failures)
     try:
         write_atomically(workdir / "report.json", json.dumps(content, indent=1))

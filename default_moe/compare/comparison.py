@@ -9,6 +9,7 @@ import numpy as np
 from default_moe.compare.matrix import Candidate, Entry, Settings
 from default_moe.compare.runs import Result
 from default_moe.compare.statistics import Curve, Paired, mean_curve, paired, standard_error, tokens_to_reach
+from default_moe.config import Config
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Row:
     results: by seed.  loss, standard_error: held-out, nats per token, after all training, over seeds.
     Against the baseline, over the seeds that both have:
       difference: in held-out loss.
-      tokens_to_target: by seed, training tokens to reach the baseline's final held-out loss of that seed, in multiples of
-        those that the baseline took; infinity where it is not reached.  tokens_to_target_of_means: of the curves averaged
-        over seeds.
+      tokens_to_target: by seed, training tokens to reach the baseline's final held-out loss of that seed, in multiples
+        of those that the baseline took; infinity where it is not reached.  tokens_to_target_of_means: of the curves
+        averaged over seeds.
       speed: tokens per second in multiples of the baseline's, median over seeds; None if not known.
     None in the baseline's own row, and where no seed is shared.
     best: whether its mean loss is the method's lowest in this task.
@@ -52,9 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """Candidates that learnt the same. baseline: the baseline method's row with the lowest loss; it comes first."""
+    """Candidates that learnt the same.
+
+    config: of one of the runs.  baseline: the baseline method's row with the lowest loss; it comes first.
+    """
 
     settings: Settings
+    config: Config
     rows: tuple[Row, ...]
 
     @property
@@ -77,18 +82,22 @@ def compare(entries: Sequence[Entry], results: Mapping[str, Result], baseline: s
     results: by folder, those that there are.
     """
     tasks: dict[Settings, dict[Candidate, dict[int, Result]]] = {}
+    configs: dict[Settings, Config] = {}
     for entry in entries:
+        configs.setdefault(entry.task, entry.config)
         if entry.folder in results:
             candidates = tasks.setdefault(entry.task, {})
             candidates.setdefault(entry.candidate, {})[entry.seed] = results[entry.folder]
     return [
-        _task(settings, candidates, baseline)
+        _task(settings, configs[settings], candidates, baseline)
         for settings, candidates in tasks.items()
         if any(candidate.method == baseline for candidate in candidates)
     ]
 
 
-def _task(settings: Settings, candidates: Mapping[Candidate, Mapping[int, Result]], baseline: str) -> Task:
+def _task(
+    settings: Settings, config: Config, candidates: Mapping[Candidate, Mapping[int, Result]], baseline: str
+) -> Task:
     def loss(candidate: Candidate) -> float:
         return float(np.mean([result.held_out.final for result in candidates[candidate].values()]))
 
@@ -97,7 +106,7 @@ def _task(settings: Settings, candidates: Mapping[Candidate, Mapping[int, Result
     reference = best[baseline]
     order = sorted(candidates, key=lambda candidate: candidate != reference)
     rows = [_row(candidate, reference, candidates, candidate == best[candidate.method]) for candidate in order]
-    return Task(settings, tuple(rows))
+    return Task(settings, config, tuple(rows))
 
 
 def _row(
@@ -112,7 +121,8 @@ def _row(
         difference = paired([r.held_out.final for r in ours], [r.held_out.final for r in theirs])
         tokens = {seed: _tokens_to_target(results[seed].held_out, baseline[seed].held_out) for seed in seeds}
         of_means = _tokens_to_target(mean_curve([r.held_out for r in ours]), mean_curve([r.held_out for r in theirs]))
-        ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True) if _timed(a, b)]
+        speeds = [(a.tokens_per_second, b.tokens_per_second) for a, b in zip(ours, theirs, strict=True)]
+        ratios = [a / b for a, b in speeds if a and b]
         speed = float(np.median(ratios)) if ratios else None
     mean = float(np.mean(losses))
     return Row(candidate, results, mean, standard_error(losses), difference, tokens, of_means, speed, best)
@@ -120,10 +130,6 @@ def _row(
 
 def _tokens_to_target(curve: Curve, baseline: Curve) -> float:
     return tokens_to_reach(curve, baseline.final) / baseline.tokens[-1]
-
-
-def _timed(*results: Result) -> bool:
-    return all(result.tokens_per_second for result in results)
 
 
 def conclusions(task: Task) -> list[str]:

@@ -62,7 +62,9 @@ def parse_sets(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
             f"--set is {text!r}, but must be a setting and its values, optim.peak_lr=3e-3,6e-3 for instance",
         )
         check(name not in dict(sets), f"--set gives {name} twice: put all of its values in one")
-        check(name not in ("moe.router", "train.seed"), f"--set gives {name}: that is what --methods and --seeds are for")
+        check(
+            name not in ("moe.router", "train.seed"), f"--set gives {name}: that is what --methods and --seeds are for"
+        )
         check(len(set(parts)) == len(parts), f"--set is {text!r}, but a value is given twice")
         sets.append((name, [_value(part) for part in parts]))
     return sets

@@ -34,7 +34,9 @@ def _draw_losses(axes: Any, task: Task) -> None:
         losses = np.array([result.held_out.loss for result in row.results.values()])
         axes.plot(_millions(row), losses.mean(axis=0), color=f"C{index % 10}", label=str(row.candidate))
         if len(losses) > 1:
-            axes.fill_between(_millions(row), losses.min(axis=0), losses.max(axis=0), color=f"C{index % 10}", alpha=0.15)
+            axes.fill_between(
+                _millions(row), losses.min(axis=0), losses.max(axis=0), color=f"C{index % 10}", alpha=0.15
+            )
     axes.axhline(task.baseline.loss, color="grey", linewidth=0.8, linestyle="--")
     # The beginning is the same for all: leave it out of the scale.
     lowest = min(min(row.curve.loss) for row in task.rows)

@@ -8,7 +8,6 @@ from typing import Any
 from default_moe.bench.report import heading, machine
 from default_moe.compare.comparison import Row, Task, conclusions
 from default_moe.compare.matrix import Entry
-from default_moe.config import Config
 from default_moe.model_size import parameter_counts
 
 _COLUMNS = (
@@ -25,27 +24,21 @@ _COLUMNS = (
 )
 
 
-def markdown(tasks: Sequence[Task], config: Config, vocab_size: int, failures: Mapping[str, str]) -> str:
+def markdown(tasks: Sequence[Task], vocab_size: int, failures: Mapping[str, str]) -> str:
     """What was compared, a table per task, and what may be concluded.
 
-    config: of one of the runs.
+    failures: what went wrong, by folder of the run.
     """
-    train = config.train
-    counts = parameter_counts(config, vocab_size)
-    tokens = train.num_steps * train.batch_size * train.sequence_length
     lines = [
         "# Comparison",
         "",
-        f"{config.data.name}, tokenizer {config.data.tokenizer}; each run {tokens:,} tokens: {train.num_steps:,} steps of "
-        f"{train.batch_size:,} x {train.sequence_length:,}. Model of {counts.total / 1e6:.2f} M parameters, "
-        f"{counts.active / 1e6:.2f} M active. {heading()}.",
-        "",
-        "Within a seed all methods see the same text in the same order and start from the same weights.",
+        f"{heading()}. Within a seed all methods see the same text in the same order and start from the same weights.",
     ]
     for task in tasks:
-        lines += ["", f"## {task.name or 'Results'}", "", *_table([_cells(row) for row in task.rows]), ""]
+        lines += ["", f"## {task.name or 'Results'}", "", _description(task, vocab_size), ""]
+        lines += [*_table([_cells(row) for row in task.rows]), ""]
         lines += [f"**{line}**" for line in conclusions(task)] or ["Nothing to compare with."]
-    lines += ["", _caveat(tasks), "", "![curves](report.png)", "", *_explanation(tasks[0].baseline)]
+    lines += ["", _caveat(tasks), "", "![curves](report.png)", "", _explanation(tasks[0].baseline)]
     lines += ["", *(f"- failed: {folder}: {message}" for folder, message in failures.items())] if failures else []
     return "\n".join(lines) + "\n"
 
@@ -65,7 +58,7 @@ def as_json(
         "tasks": [
             {
                 "settings": dict(task.settings),
-                "rows": [{"name": str(row.candidate), **dataclasses.asdict(row)} for row in task.rows],
+                "rows": [_row(row) for row in task.rows],
                 "conclusions": conclusions(task),
             }
             for task in tasks
@@ -73,6 +66,11 @@ def as_json(
     }
     plain: dict[str, Any] = _plain(content)
     return plain
+
+
+def _row(row: Row) -> dict[str, Any]:
+    more = {"name": str(row.candidate), "median_tokens_to_target": row.median_tokens_to_target}
+    return {**more, **dataclasses.asdict(row)}
 
 
 def _cells(row: Row) -> list[str]:
@@ -108,18 +106,33 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)]
 
 
-def _explanation(baseline: Row) -> list[str]:
-    return [
-        f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. Difference: to "
-        "the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to reach the "
-        "baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in multiples of the "
-        "baseline's. Balance loss (1 is perfect) and the load of the busiest expert in any layer, in multiples of the mean: "
-        "over the last quarter of training. Bold: a method's best.",
-    ]
+def _description(task: Task, vocab_size: int) -> str:
+    config, train = task.config, task.config.train
+    counts = parameter_counts(config, vocab_size)
+    tokens = train.num_steps * train.batch_size * train.sequence_length
+    return (
+        f"{counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, {config.moe.num_experts} experts, "
+        f"top {config.moe.experts_per_token}; {tokens:,} tokens of {config.data.name} ({config.data.tokenizer}) in "
+        f"{train.num_steps:,} steps of {train.batch_size:,} x {train.sequence_length:,}."
+    )
+
+
+def _explanation(baseline: Row) -> str:
+    return (
+        f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. "
+        "Difference: to the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to "
+        "reach the baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in "
+        "multiples of the baseline's. Balance loss (1 is perfect) and the load of the busiest expert in any layer, in "
+        "multiples of the mean: over the last quarter of training. Bold: a method's best."
+    )
 
 
 def _caveat(tasks: Sequence[Task]) -> str:
-    tuned = any(len([r for r in task.rows if r.candidate.method == row.candidate.method]) > 1 for task in tasks for row in task.rows)
+    tuned = any(
+        len([r for r in task.rows if r.candidate.method == row.candidate.method]) > 1
+        for task in tasks
+        for row in task.rows
+    )
     choice = (
         "The best settings of each method were chosen on these very seeds, which flatters whichever had more to choose "
         "from: confirm them on other seeds."
@@ -127,9 +140,9 @@ def _caveat(tasks: Sequence[Task]) -> str:
         else "All methods had the same settings, which may suit one better than another: vary them with --set."
     )
     return (
-        "This holds for this model, this text and this many tokens; it says nothing about larger models or longer training. "
-        "The interval is about seeds (weights and order of data), not about other texts, and each comparison has its own, "
-        f"so that one in twenty misses. {choice}"
+        "This holds for this model, this text and this many tokens; it says nothing about larger models or longer "
+        "training. The interval is about seeds (weights and order of data), not about other texts, and each comparison "
+        f"has its own, so that one in twenty misses. {choice}"
     )
 
 

@@ -1,0 +1,1 @@
+"""What a trained router is like: `python -m default_moe.analysis`."""

@@ -1,0 +1,94 @@
+"""What a trained router is like: `python -m default_moe.analysis gradients --workdir=runs/quickstart`.
+
+gradients: how close router gradients of --methods are to the true dense one, for each K, layer by layer. Prints them,
+and writes gradients.json and gradients.png to <workdir>/analysis.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from default_moe import cli
+from default_moe.analysis import gradients, gradients_report
+from default_moe.analysis.gradients import Checkpoint, Fidelity
+from default_moe.bench.report import machine
+from default_moe.checkpoint import CheckpointStore
+from default_moe.config import Config
+from default_moe.data import open_data, tokenizer_from_dict
+from default_moe.errors import ConfigError
+from default_moe.files import write_atomically
+from default_moe.metrics import Progress
+from default_moe.program import Program
+
+_KINDS = ("gradients",)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
+_METHODS = flags.DEFINE_list("methods", ["topk", "default", "densemixer"], "Values of moe.router to compare.")
+_TOP_K = flags.DEFINE_list("top_k", None, "Values of K; 1 to N - 1 if not given.")
+_BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the checkpoint.", lower_bound=1)
+
+
+def main(argv: list[str]) -> int:
+    kinds = [arg for arg in argv[1:2] if not arg.startswith("-")]
+    if not kinds or kinds[0] not in _KINDS:
+        asked = f"there is no analysis {kinds[0]!r}" if kinds else "which analysis is not said"
+        raise ConfigError(f"{asked}: python -m default_moe.analysis {' or '.join(_KINDS)} --workdir=...")
+    overrides = cli.parse_known_flags([argv[0], *argv[2:]])
+    if not _WORKDIR.value:
+        raise ConfigError("--workdir is missing: the work directory of a run")
+    workdir = Path(_WORKDIR.value).expanduser()
+    say = Progress(0).message
+    with CheckpointStore(workdir, read_only=True) as store:
+        meta = store.read_meta(_STEP.value)
+        config = cli.parse_overrides(overrides, Config.from_mapping(meta["config"]), allowed=("mesh", "data"))
+        methods, top_ks = [name.strip() for name in _METHODS.value], _top_ks(config)
+        gradients.check_methods(methods, config.moe.num_experts)
+        tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        data = open_data(config.data, say, tokenizer)
+        if data.corpus_hash != meta["corpus_hash"]:
+            say("note: this is not the text that the run was trained on, or another version of it")
+        program = Program(config, tokenizer.vocab_size)
+        state = program.abstract_state()
+        wanted = {"params": state.params, "variables": state.variables}
+        restored, _, step = store.restore_for_eval({k: v for k, v in wanted.items() if v}, _STEP.value)
+    checkpoint = Checkpoint(config, program.vocab_size, step, restored["params"], restored.get("variables", {}))
+    rows = data.train_rows(config.train.sequence_length, config.train.seed)
+    say(
+        f"step {step} of {workdir}, trained with {config.moe.method.name!r}, top {config.moe.top_k} of "
+        f"{config.moe.num_experts}: cosine similarity of router gradients to the dense one, mean over layers ± "
+        f"standard deviation over {_BATCHES.value} batches, by layer, and their norms relative to its"
+    )
+
+    def report(fidelity: Fidelity) -> None:
+        say(gradients_report.line(fidelity))
+
+    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, report)
+    if not found:
+        raise ConfigError(f"--methods={','.join(methods)} can run with no K of {', '.join(map(str, top_ks))}")
+    for method in methods[1:]:
+        say(gradients_report.verdict(found, method, methods[0]))
+    folder = workdir / "analysis"
+    content = gradients_report.as_json(found, checkpoint, machine())
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / "gradients.json", json.dumps(content, indent=1))
+        write_atomically(folder / "gradients.png", gradients_report.picture(found, config.model.num_dense_layers))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+    say(f"written to {folder}: gradients.json, gradients.png")
+    return 0
+
+
+def _top_ks(config: Config) -> list[int]:
+    most = config.moe.num_experts - 1
+    if _TOP_K.value is None:
+        return list(range(1, most + 1))
+    texts = [text.strip() for text in _TOP_K.value]
+    if not texts or not all(text.isdigit() and 1 <= int(text) <= most for text in texts):
+        raise ConfigError(f"--top_k is {','.join(texts)!r}, but must be numbers from 1 to {most}")
+    return sorted({int(text) for text in texts})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,161 @@
+"""How close a method's router gradient is to the true dense one (arXiv:2504.12463, figures 4 and 32 to 38).
+
+The reference is the gradient of the language model's loss, without balance losses, with all experts active in all
+layers. Every method's gradient is that of a training step: its own forward pass with K experts, its own estimator.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+
+from default_moe.config import Config, ConfigError
+from default_moe.data import Rows
+from default_moe.fine_tuning import warm_up
+from default_moe.methods import METHODS
+from default_moe.moe import DEFAULT_VECTORS
+from default_moe.program import Program
+from default_moe.train_state import TrainState, initial_state
+from default_moe.train_step import Batch, make_gradient
+
+REFERENCE = "dense"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is analysed. variables: its collections, of the method it was trained with."""
+
+    config: Config
+    vocab_size: int
+    step: int
+    params: Any
+    variables: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A method's router gradients with K experts against the reference's, by batch and MoE layer.
+
+    cosine: similarity of the gradients of the router's kernel, [batches, layers]; NaN where one of them is zero.
+    norm_ratio: norm in multiples of the reference's, [batches, layers].
+    """
+
+    method: str
+    top_k: int
+    cosine: np.ndarray
+    norm_ratio: np.ndarray
+
+
+def check_methods(names: Sequence[str], num_experts: int) -> None:
+    """Raises ConfigError if one is not a method that runs K experts, for K that can be chosen."""
+    if num_experts < 2:
+        raise ConfigError(f"the run has moe.num_experts = {num_experts}: there is no sparse gradient to compare")
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"--methods has {name!r}, but there are {', '.join(sorted(METHODS))}")
+        if name in (REFERENCE, "remoe"):
+            raise ConfigError(f"--methods has {name!r}, which has no number of experts that run that could be varied")
+
+
+def measure(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    methods: Sequence[str],
+    top_ks: Sequence[int],
+    num_batches: int,
+    report: Callable[[Fidelity], None],
+) -> list[Fidelity]:
+    """Every method with every K, on the training batches that come after the checkpoint.
+
+    A method that the checkpoint was not trained with has its default settings. Default vectors are the checkpoint's
+    with its own method and K, else means over the first training batches, taken with K experts.
+    A method that cannot work with a K is left out there.  report: takes each result as it comes.
+    """
+    batch_size = checkpoint.config.train.batch_size
+    starts = [(checkpoint.step + index) * batch_size for index in range(num_batches)]
+    true = _gradients(checkpoint, REFERENCE, 1, rows, starts)
+    found = []
+    for top_k in top_ks:
+        for method in methods:
+            try:
+                ours = _gradients(checkpoint, method, top_k, rows, starts)
+            except ConfigError:
+                continue
+            fidelity = Fidelity(method, top_k, *similarity(ours, true))
+            report(fidelity)
+            found.append(fidelity)
+    return found
+
+
+def similarity(ours: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine similarity and ratio of norms over the last axis."""
+    ours, true = ours.astype(np.float64), true.astype(np.float64)
+    norm, true_norm = np.linalg.norm(ours, axis=-1), np.linalg.norm(true, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (ours * true).sum(axis=-1) / (norm * true_norm), norm / true_norm
+
+
+def config_for(config: Config, method: str, top_k: int) -> Config:
+    """The checkpoint's config with another method and K, and the language model's loss alone.
+
+    Raises ConfigError if the method cannot work like that.
+    """
+    router = config.moe.method if config.moe.method.name == method else METHODS[method]()
+    moe = dataclasses.replace(
+        config.moe,
+        router=router,
+        top_k=top_k,
+        load_balance_weight=0.0,
+        sequence_balance_weight=0.0,
+        router_z_weight=0.0,
+        router_noise_std=0.0,
+        capacity_factor=None,
+    )
+    train = dataclasses.replace(config.train, grad_accum_steps=1)
+    return dataclasses.replace(config, moe=moe, train=train)
+
+
+def _gradients(checkpoint: Checkpoint, method: str, top_k: int, rows: Rows, starts: Sequence[int]) -> np.ndarray:
+    """Gradients of the routers' kernels, flat, [batches, layers, D N]."""
+    config = config_for(checkpoint.config, method, top_k)
+    program = Program(config, checkpoint.vocab_size)
+    state = _state(checkpoint, program, rows)
+    gradient = make_gradient(program.model, config)
+
+    def router_gradient(state: TrainState, batch: Batch, rng: Array) -> Array:
+        grads, _, _ = gradient(state, batch, rng)
+        kernels_YDN = grads["moe_layers"]["moe"]["router"]["kernel"]
+        return kernels_YDN.reshape(kernels_YDN.shape[0], -1)
+
+    compiled = program.jit(router_gradient, out_shardings=program.replicated)
+    found = []
+    for index, start in enumerate(starts):
+
+        def load(first: int, count: int, start: int = start) -> Batch:
+            return rows.batch(start + first, count)
+
+        batch = program.put_batch(load, config.train.batch_size)
+        found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
+    return np.stack(found)
+
+
+def _state(checkpoint: Checkpoint, program: Program, rows: Rows) -> TrainState:
+    """The checkpoint's parameters, with the collections that go with the program's method and K."""
+    moe, trained = program.config.moe, checkpoint.config.moe
+    # Of a new state only what is not of the checkpoint's parameters' size is made.
+    new = program.jit(lambda: dataclasses.replace(initial_state(program.model, optax.identity(), 0), params=None))()
+    state = dataclasses.replace(new, params=checkpoint.params)
+    if moe.method == trained.method and moe.top_k == trained.top_k:
+        return dataclasses.replace(state, variables=dict(checkpoint.variables))
+    if moe.default_vectors:
+        state = warm_up(program, state, rows, max(moe.default_vectors.warm_up_batches, 1))
+    # What the method keeps beside them goes with any K.
+    kept = {name: value for name, value in checkpoint.variables.items() if name != DEFAULT_VECTORS}
+    if moe.method == trained.method:
+        state = dataclasses.replace(state, variables={**state.variables, **kept})
+    return state

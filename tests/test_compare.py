@@ -1,0 +1,369 @@
+"""Comparisons: which runs they consist of, what is concluded from them, and the command from end to end."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from run_helpers import (
+    REPOSITORY,
+    as_flags,
+    content,
+    environment,
+    metrics,
+    run_commands,
+    saved_state,
+    tiny_settings,
+    train,
+)
+
+from default_moe import trainer
+from default_moe.compare import comparison, matrix, report, runs
+from default_moe.compare.plot import picture
+from default_moe.compare.runs import Programs, Result
+from default_moe.compare.statistics import Curve, mean_curve, paired, standard_error, tokens_to_reach
+from default_moe.config import Config
+from default_moe.config_dict import default_config, to_config_dict
+from default_moe.errors import ConfigError, Diverged
+from default_moe.program import Program
+
+COMPARE = "default_moe/compare/__main__.py"
+
+# Statistics
+
+
+def test_differences_are_taken_seed_by_seed():
+    """-1, -2, -3 and 2 with mean -1: squares of deviations 0, 1, 4, 9, variance 14/3, standard error sqrt(14/12).
+
+    Student's t for 3 degrees of freedom and 95 % is 3.18245.
+    """
+    difference = paired([1.0, 2.0, 3.0, 9.0], [2.0, 4.0, 6.0, 7.0])
+    half = 3.182446 * math.sqrt(14 / 12)
+    assert difference.mean == -1.0
+    assert (difference.low, difference.high) == pytest.approx((-1 - half, -1 + half), abs=1e-5)
+    assert (difference.lower, difference.count, difference.certain) == (3, 4, False)
+    # What all seeds share cancels: 5 and 50 both fall by 1 and a bit.
+    assert paired([4.0, 48.9], [5.0, 50.0]).high == pytest.approx(-1.05 + 12.7062 * 0.05, abs=1e-4)
+    assert paired([4.0, 48.9], [5.0, 50.0]).certain
+
+
+def test_one_seed_has_no_interval():
+    difference = paired([1.0], [2.0])
+    assert (difference.mean, difference.low, difference.high, difference.certain) == (-1.0, None, None, False)
+    assert standard_error([1.0]) is None
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)  # deviation sqrt(2), by sqrt(2)
+
+
+def test_tokens_to_reach_a_loss():
+    curve = Curve((100.0, 200.0, 300.0), (4.0, 3.0, 2.0))
+    assert tokens_to_reach(curve, 2.5) == 250  # half way from 3 at 200 to 2 at 300
+    assert tokens_to_reach(curve, 2.0) == 300
+    assert tokens_to_reach(curve, 5.0) == 100  # before that nothing is known
+    assert tokens_to_reach(curve, 1.9) == math.inf
+    assert tokens_to_reach(Curve((100.0, 200.0, 300.0), (4.0, 2.0, 3.0)), 2.5) == 175  # the first time counts
+    assert mean_curve([curve, Curve(curve.tokens, (2.0, 2.0, 2.0))]).loss == (3.0, 2.5, 2.0)
+
+
+# Which runs
+
+
+def test_every_combination_with_seeds_together():
+    sets = matrix.parse_sets(["moe.top_k=1,2", "optim.peak_lr=3e-3,0.01"])
+    entries = matrix.entries(default_config(), ["topk", "default"], [5, 6], sets)
+    assert len(entries) == 2 * 2 * 2 * 2
+    assert [entry.seed for entry in entries] == [5] * 8 + [6] * 8
+    assert entries[0].folder == "topk/moe.top_k=1,optim.peak_lr=0.003/seed_5".replace(",optim", "/optim")
+    assert entries[0].task == (("moe.top_k", 1),)
+    assert str(entries[3].candidate) == "default peak_lr=0.01"
+    config = entries[-1].config
+    assert (config.moe.method.name, config.moe.top_k, config.optim.peak_lr, config.train.seed) == (
+        "default",
+        2,
+        0.01,
+        6,
+    )
+    assert len({entry.folder for entry in entries}) == 16
+
+
+def test_a_method_does_not_run_for_another_methods_settings():
+    sets = matrix.parse_sets(["moe.default.ema_decay=0.9,0.99", "moe.default.substitute=backward"])
+    entries = matrix.entries(default_config(), ["topk", "default"], [0], sets)
+    assert [str(entry.candidate) for entry in entries] == [
+        "topk",
+        "default ema_decay=0.9 substitute=backward",
+        "default ema_decay=0.99 substitute=backward",
+    ]
+    assert {entry.task for entry in entries} == {()}
+
+
+BAD_MATRIX = {
+    "no values": (["optim.peak_lr"], "--set is 'optim.peak_lr', but must be"),
+    "an empty value": (["optim.peak_lr=1,,2"], "but must be a setting and its values"),
+    "a value twice": (["optim.peak_lr=1,1"], "a value is given twice"),
+    "a setting twice": (["optim.peak_lr=1", "optim.peak_lr=2"], "gives optim.peak_lr twice"),
+    "the method": (["moe.router=topk"], "what --methods and --seeds are for"),
+    "a mistyped setting": (["optim.peak_rl=1"], "did you mean 'optim.peak_lr'?"),
+    "a group": (["optim=1"], "no such setting"),
+    "a wrong type": (["moe.top_k=many"], "moe.top_k=many, but it must be of type int"),
+    "a value that cannot work": (["moe.top_k=1,9"], "moe.top_k is 9"),
+}
+
+
+@pytest.mark.parametrize("sets,words", BAD_MATRIX.values(), ids=BAD_MATRIX.keys())
+def test_what_cannot_be_varied_is_refused(sets, words):
+    with pytest.raises(ConfigError) as caught:
+        matrix.entries(default_config(), ["topk", "default"], [0], matrix.parse_sets(sets))
+    assert words in str(caught.value)
+
+
+# What is concluded
+
+
+def result(final, tokens=(100, 200, 300), speed=10.0):
+    held_out = Curve(tuple(map(float, tokens)), (final + 2, final + 1, final))
+    return Result(held_out, held_out, final / math.log(2), speed, 1.0, 1.5)
+
+
+def compared(losses, sets=(), baseline="topk"):
+    """The task of runs whose final losses are given by method: a list over seeds, or over values of a setting."""
+    methods, seeds = list(losses), range(max(map(len, losses.values())))
+    entries = matrix.entries(default_config(), methods, seeds, matrix.parse_sets(sets))
+    values = {method: iter(of_method) for method, of_method in losses.items()}
+    results = {entry.folder: result(next(values[entry.candidate.method])) for entry in entries}
+    (task,) = comparison.compare(entries, results, baseline)
+    return task
+
+
+def test_a_clear_winner_is_named_with_how_much_sooner_it_gets_there():
+    """It is 0.1 below the baseline, whose last 100 of 300 tokens bring 1: there after 290 of them."""
+    task = compared({"topk": [3.0, 4.0, 5.0], "default": [2.9, 3.9, 4.8999]})
+    row = task.rows[1]
+    assert row.tokens_to_target == pytest.approx({0: 290 / 300, 1: 290 / 300, 2: 289.99 / 300})
+    assert row.tokens_to_target_of_means == pytest.approx(290 / 300, abs=1e-3)
+    (line,) = comparison.conclusions(task)
+    assert line.startswith(
+        "default ends with a lower held-out loss than topk: -0.1000 nats per token, 95 % interval -0.10"
+    )
+    assert "lower on 3 of 3 seeds; it reaches the final loss of topk with 0.97 of its tokens" in line
+
+
+def test_a_loser_a_draw_and_one_seed():
+    (line,) = comparison.conclusions(compared({"topk": [3.0, 4.0], "default": [3.1, 4.1001]}))
+    assert line.startswith("default ends with a higher held-out loss than topk: +0.10") and "0 of 2 seeds" in line
+    (line,) = comparison.conclusions(compared({"topk": [3.0, 4.0], "default": [2.9, 4.1]}))
+    assert line.startswith("default cannot be told from topk") and "lower on 1 of 2" in line
+    (line,) = comparison.conclusions(compared({"topk": [3.0], "default": [2.0]}))
+    assert "on one seed: chance cannot be told from effect" in line
+    task = compared({"topk": [3.0, 3.0, 3.0], "default": [2.5, 3.1, 3.1]})
+    assert task.rows[1].median_tokens_to_target == math.inf
+
+
+def test_each_method_counts_with_the_best_of_its_settings():
+    """One seed each: the baseline's best is 2.5, at the second value; Default's best 2.4, at the first."""
+    losses = {"topk": [3.0, 2.5], "default": [2.4, 2.6]}
+    sets = matrix.parse_sets(["optim.peak_lr=1e-3,2e-3"])
+    entries = matrix.entries(default_config(), ["topk", "default"], [0], sets)
+    order = [losses[entry.candidate.method].pop(0) for entry in entries]
+    results = {entry.folder: result(loss) for entry, loss in zip(entries, order, strict=True)}
+    (task,) = comparison.compare(entries, results, "topk")
+    assert str(task.baseline.candidate) == "topk peak_lr=0.002"
+    assert [str(row.candidate) for row in task.contenders] == ["default peak_lr=0.001"]
+    assert task.contenders[0].difference.mean == pytest.approx(-0.1)
+    text = report.markdown([task], 257, {})
+    assert "were chosen on these very seeds" in text and "**default peak_lr=0.001**" in text
+
+
+def test_a_run_that_diverged_leaves_its_seed_out():
+    entries = matrix.entries(default_config(), ["topk", "default"], [0, 1, 2], [])
+    losses = {"topk": [3.0, 4.0, 5.0], "default": [2.9, 3.9, 4.9]}
+    results = {e.folder: result(losses[e.candidate.method][e.seed]) for e in entries if e.folder != "default/seed_1"}
+    (task,) = comparison.compare(entries, results, "topk")
+    assert task.rows[1].difference.count == 2
+    text = report.markdown([task], 257, {"default/seed_1": "not finite"})
+    assert "failed: default/seed_1: not finite" in text
+    assert picture([task]).startswith(b"\x89PNG")
+
+
+# Whole comparisons
+
+
+def settings(folder, **sections):
+    sections = {"train": {"num_steps": 6}, "eval": {"every_steps": 2, "num_batches": 1}, **sections}
+    return tiny_settings(folder, **sections)
+
+
+def entries_for(folder, methods=("topk", "default"), seeds=(0, 1), sets=()):
+    base = to_config_dict(Config.from_mapping(settings(folder)))
+    return matrix.entries(base, methods, seeds, matrix.parse_sets(sets))
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """A comparison that was made in one go, in this process."""
+    entries = entries_for(folder)
+    assert runs.do_runs(entries, folder / "done") == ({}, None)
+    return folder / "done"
+
+
+def test_methods_start_from_the_same_weights_and_see_the_same_text(folder, monkeypatch):
+    seen, first = {}, {}
+
+    def train(config, workdir, make_program):
+        program = make_program(config, 257)
+        first[config.moe.method.name, config.train.seed] = program.new_state().params
+        return trainer_train(config, workdir, make_program)
+
+    def put_batch(self, load, size):
+        batch = program_put_batch(self, load, size)
+        key = self.config.moe.method.name, self.config.train.seed
+        seen.setdefault(key, []).append(np.asarray(batch["inputs"]).tobytes())
+        return batch
+
+    trainer_train, program_put_batch = trainer.train, Program.put_batch
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(Program, "put_batch", put_batch)
+    runs.do_runs(entries_for(folder, methods=("topk", "default", "loss_free"), seeds=(0, 3)), folder / "watched")
+    for method in ("default", "loss_free"):
+        for seed in (0, 3):
+            jax.tree.map(np.testing.assert_array_equal, first[method, seed], first["topk", seed])
+            assert sorted(seen[method, seed]) == sorted(seen["topk", seed])
+    assert sorted(seen["topk", 0]) != sorted(seen["topk", 3])
+
+
+def test_runs_of_a_kind_share_what_is_compiled(folder, monkeypatch):
+    compiled = []
+    compile_train_step = Program.compile_train_step
+
+    def counted(self, row):
+        step = compile_train_step(self, row)
+        compiled.append(step)
+        return step
+
+    monkeypatch.setattr(Program, "compile_train_step", counted)
+    runs.do_runs(entries_for(folder, seeds=(0, 1, 2)), folder / "shared")
+    assert len(compiled) == 6
+    assert len({id(step) for step in compiled}) == 2
+
+
+def test_a_run_of_a_comparison_is_the_run_that_train_makes(folder, done):
+    config = next(e.config for e in entries_for(folder) if e.folder == "default/seed_1")
+    assert train(config, folder / "alone")[0] == 0
+    ours, theirs = saved_state(done / "runs" / "default" / "seed_1", 6), saved_state(folder / "alone", 6)
+    assert {name: array.tobytes() for name, array in ours.items()} == {n: a.tobytes() for n, a in theirs.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_a_program_with_another_seed_is_that_of_this_seed(folder, seed):
+    config = Config.from_mapping(settings(folder, train={"num_steps": 6, "seed": seed}))
+    other = Config.from_mapping(settings(folder, train={"num_steps": 6, "seed": 12}))
+    programs = Programs()
+    ours = [programs(other, 257), programs(config, 257)][1]
+    assert ours.config == config
+    expected = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
+    np.testing.assert_array_equal(jax.random.key_data(ours.new_state().rng), expected)
+
+
+def test_what_is_done_is_not_done_again_and_what_is_new_is_added(folder, done, monkeypatch):
+    before = content(done)
+    began = []
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", lambda c, w, p: began.append(str(w.relative_to(done))) or train(c, w, p))
+    assert runs.do_runs(entries_for(folder), done) == ({}, None)
+    assert began == [] and content(done) == before
+    assert runs.do_runs(entries_for(folder, methods=("topk", "dense")), done) == ({}, None)
+    assert began == ["runs/dense/seed_0", "runs/dense/seed_1"]
+    assert content(done / "runs" / "topk") == {k: v for k, v in before.items() if f"{done / 'runs' / 'topk'}/" in k}
+
+
+def test_a_comparison_that_was_interrupted_goes_on(folder, done, monkeypatch):
+    """Ctrl-C in the second run's fourth step: the same command does the rest, to the same end."""
+    import os
+    import signal
+
+    from run_helpers import at_step
+
+    calls = []
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: calls.append(1) or (len(calls) == 2 and os.kill(os.getpid(), signal.SIGINT)))
+        assert runs.do_runs(entries_for(folder), folder / "stopped") == ({}, 130)
+    assert sorted(path.name for path in (folder / "stopped" / "runs").iterdir()) == ["default", "topk"]
+    assert runs.do_runs(entries_for(folder), folder / "stopped") == ({}, None)
+    for entry in entries_for(folder):
+        ours, theirs = folder / "stopped" / "runs" / entry.folder, done / "runs" / entry.folder
+        assert metrics(ours) == metrics(theirs)
+        assert runs.read_result(entry, folder / "stopped").held_out == runs.read_result(entry, done).held_out
+
+
+def test_other_settings_are_refused_before_anything_is_trained(folder, done):
+    base = to_config_dict(Config.from_mapping(settings(folder, optim={"peak_lr": 0.5})))
+    before = content(done)
+    with pytest.raises(ConfigError, match=r"seed_0 holds a run with other settings \(optim.peak_lr: 0.003 there, 0.5"):
+        runs.do_runs(matrix.entries(base, ["topk", "default"], [0], []), done)
+    assert content(done) == before
+
+
+def test_the_other_runs_go_on_when_one_diverges(folder, monkeypatch):
+    def train(config, workdir, make_program):
+        if config.moe.method.name == "default" and config.train.seed == 0:
+            raise Diverged("10 steps in a row")
+        return trainer_train(config, workdir, make_program)
+
+    trainer_train = trainer.train
+    monkeypatch.setattr(trainer, "train", train)
+    failures, code = runs.do_runs(entries_for(folder), folder / "diverged")
+    assert (failures, code) == ({"default/seed_0": "10 steps in a row"}, None)
+    assert (folder / "diverged" / "runs" / "default" / "seed_1" / "checkpoints" / "6").is_dir()
+
+
+def test_figures_of_a_run_are_those_it_logged(folder, done):
+    entry = entries_for(folder)[0]
+    found = runs.read_result(entry, done)
+    logged = metrics(done / "runs" / entry.folder)
+    assert found.held_out.tokens == (2 * 256, 4 * 256, 6 * 256)  # 8 sequences of 32
+    assert found.held_out.loss == tuple(line["eval/loss"] for line in logged if "eval/loss" in line)
+    assert found.training.tokens == tuple(256 * step for step in range(1, 7))
+    last_quarter = [line["train/max_load"] for line in logged if line["step"] > 4.5 and "train/max_load" in line]
+    assert len(last_quarter) == 2 and found.max_load == pytest.approx(np.mean(last_quarter))
+    assert found.bits_per_byte == pytest.approx(found.held_out.final / math.log(2), rel=0.01)  # a byte is a token
+    (done / "runs" / "topk" / "seed_1" / "metrics.jsonl").rename(done / "away")
+    try:
+        with pytest.raises(ConfigError, match=r"seed_1/metrics.jsonl does not hold .* remove"):
+            runs.read_result(entries_for(folder)[2], done)
+    finally:
+        (done / "away").rename(done / "runs" / "topk" / "seed_1" / "metrics.jsonl")
+
+
+def test_the_command_from_end_to_end_and_bad_input(folder):
+    flags = [*as_flags(settings(folder)), "--config.data.prefetch=0"]
+    commands = {
+        "whole": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=1,2"],
+        "again": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=1,2"],
+        "an unknown method": ["--methods=topk,defualt", f"--workdir={folder / 'none'}"],
+        "one method": ["--methods=topk", f"--workdir={folder / 'none'}"],
+        "bad seeds": ["--seeds=0,0", f"--workdir={folder / 'none'}"],
+        "a run's directory": [f"--workdir={folder / 'whole' / 'runs' / 'topk' / 'moe.top_k=1' / 'seed_0'}"],
+    }
+    env = environment(folder / "cache")
+    ended = run_commands([[COMPARE, *flags, *more] for more in commands.values()], REPOSITORY, env)
+    outcomes = dict(zip(commands, ended, strict=True))
+    assert outcomes["whole"][0] == 0, outcomes["whole"]
+    written = json.loads((folder / "whole" / "report.json").read_text())
+    assert [task["settings"] for task in written["tasks"]] == [{"moe.top_k": 1}, {"moe.top_k": 2}]
+    rows = written["tasks"][0]["rows"]
+    assert [row["name"] for row in rows] == ["topk", "default"]
+    assert len(rows[1]["results"]["0"]["held_out"]["loss"]) == 3
+    text = (folder / "whole" / "report.md").read_text()
+    assert text in outcomes["whole"][1] and text in outcomes["again"][1]
+    assert (folder / "whole" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "8 runs in" in outcomes["again"][1] and "8 of them finished before" in outcomes["again"][1]
+    errors = {
+        "an unknown method": "--methods has 'defualt', but there are default, dense, densemixer,",
+        "one method": "a comparison takes two, the baseline first",
+        "bad seeds": "--seeds is '0,0', but must be different whole numbers",
+        "a run's directory": "is the work directory of a run",
+    }
+    for name, words in errors.items():
+        code, _, error = outcomes[name]
+        assert code == 2 and error.count("\n") == 1 and words in error, (name, error)
+    assert not (folder / "none").exists()
