@@ -26,8 +26,8 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Values of train.seed.
 _SET = flags.DEFINE_multi_string(
     "set",
     [],
-    "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.* and of a method, moe.default.*, are "
-    "each method's to choose: its best counts. Results with other values of other settings are held apart.",
+    "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.*, of losses' weights and of a method "
+    "(moe.default.*) are each method's to choose: its best counts. Other settings make tables of their own.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
 

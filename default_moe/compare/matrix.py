@@ -20,12 +20,15 @@ Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the o
 # Read-outs and safety: a run is the same whatever these are.
 _FREE = ("data.dir", "data.prefetch", "eval.prompt", "eval.sample_tokens", "eval.temperature", "train.max_bad_steps")
 
+# What a method may have its own best value of, beside optim.* and its own settings: it changes no task.
+_TUNED = ("moe.load_balance_weight", "moe.sequence_balance_weight", "moe.router_z_weight", "moe.router_noise_std")
+
 
 @dataclass(frozen=True)
 class Candidate:
     """A method with settings that were chosen for it, such as its learning rate.
 
-    tuned: those of the varied settings that any method may have its own best value of.
+    tuned: those of the varied settings that each method may have its own best value of.
     """
 
     method: str
@@ -116,7 +119,7 @@ def same_run(ours: Config, saved: Config) -> list[str]:
 
 def _entry(base: ConfigDict, method: str, seed: int, chosen: Settings) -> Entry:
     own = tuple((name, value) for name, value in chosen if _group(name) in (None, method))
-    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]))
+    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
     task = tuple(item for item in own if item not in tuned)
     config = copy.deepcopy(base)
     config.moe.router = method
