@@ -43,7 +43,8 @@ class Entry:
     """One run: a candidate, with a seed, in a task.
 
     task: the varied settings that say what is to be learnt and by what size of model. Losses of different tasks are
-      not compared.  folder: relative to the comparison's.
+      not compared.  folder: below the comparison's, named by what differs from the config: so a run is found again when
+      more is varied.
     """
 
     candidate: Candidate
@@ -124,9 +125,8 @@ def _entry(base: ConfigDict, method: str, seed: int, chosen: Settings) -> Entry:
     config = copy.deepcopy(base)
     config.moe.router = method
     config.train.seed = seed
-    for name, value in own:
-        _assign(config, name, value)
-    folder = "/".join([method, *(_file_name(f"{name}={value}") for name, value in own), f"seed_{seed}"])
+    changed = [f"{name}={value}" for name, value in own if _assign(config, name, value)]
+    folder = "/".join([method, *map(_file_name, changed), f"seed_{seed}"])
     return Entry(Candidate(method, tuned), task, seed, Config.from_config_dict(config), folder)
 
 
@@ -136,7 +136,8 @@ def _group(name: str) -> str | None:
     return parts[1] if len(parts) == 3 and parts[0] == "moe" and parts[1] in METHODS else None
 
 
-def _assign(config: ConfigDict, name: str, value: Any) -> None:
+def _assign(config: ConfigDict, name: str, value: Any) -> bool:
+    """Set a setting. Returns whether that changes it."""
     *groups, key = name.split(".")
     section: Any = config
     for part in groups:
@@ -144,11 +145,13 @@ def _assign(config: ConfigDict, name: str, value: Any) -> None:
     if not isinstance(section, ConfigDict) or key not in section or isinstance(section[key], ConfigDict):
         known = [name for name, _ in flat_items(config.to_dict())]
         raise ConfigError(f"--set gives {name!r}, but there is no such setting{closest(name, known)}")
+    before = section[key]
     try:
         section[key] = value
     except TypeError:
         kind = section.get_type(key).__name__
         raise ConfigError(f"--set gives {name}={value}, but it must be of type {kind}") from None
+    return bool(section[key] != before)
 
 
 def _value(text: str) -> Any:
