@@ -41,7 +41,7 @@ def tail_rows(rows: int) -> int:
     return min(rows, math.ceil(rows / 64) * 8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def block_experts(
     x_TD: Array,
     weight_TK: Array,
@@ -49,6 +49,7 @@ def block_experts(
     weights: ExpertWeights,
     layout: Layout,
     rows: int,
+    sums_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
     """Weighted sum of each token's experts, and per expert the sum of its outputs weighted by `counted_TK`.
 
@@ -59,11 +60,12 @@ def block_experts(
       weights: of the M experts held here, in the compute dtype.
       layout: of the assignments, with align = 1.
       rows: R.
+      sums_gradient: whether the sums pass their gradient on to the experts (to their outputs, not to `counted_TK`).
 
     Returns:
-      y, float32 [T, D], and the sums, float32 [M, D] or None, which carry no gradient.
+      y, float32 [T, D], and the sums, float32 [M, D] or None.
     """
-    return _forward(x_TD, weight_TK, counted_TK, weights, layout, rows)[0]
+    return _forward(x_TD, weight_TK, counted_TK, weights, layout, rows, sums_gradient)[0]
 
 
 def _forward(
@@ -73,6 +75,7 @@ def _forward(
     weights: ExpertWeights,
     layout: Layout,
     rows: int,
+    sums_gradient: bool,
 ) -> tuple:
     num_choices = weight_TK.shape[1]
     weight_A = weight_TK.reshape(-1)
@@ -103,12 +106,14 @@ def _forward(
     )
     y_TD, gate_SF, up_SF, sums_MD = _over_blocks(one_block, start, weights, layout, rows)
     gate_SF, up_SF = (checkpoint_name(a, EXPERT_PRODUCT) for a in (gate_SF, up_SF))
-    return (y_TD, None if counted_TK is None else sums_MD), (x_TD, weight_TK, weights, layout, gate_SF, up_SF)
+    counted_A = counted_A if sums_gradient else None
+    residuals = x_TD, weight_TK, counted_A, weights, layout, gate_SF, up_SF
+    return (y_TD, None if counted_TK is None else sums_MD), residuals
 
 
-def _backward(rows: int, residuals: tuple, cotangents: tuple) -> tuple:
-    x_TD, weight_TK, weights, layout, gate_SF, up_SF = residuals
-    g_TD, _ = cotangents
+def _backward(rows: int, sums_gradient: bool, residuals: tuple, cotangents: tuple) -> tuple:
+    x_TD, weight_TK, counted_A, weights, layout, gate_SF, up_SF = residuals
+    g_TD, g_sums_MD = cotangents
     num_choices = weight_TK.shape[1]
     weight_A = weight_TK.reshape(-1)
 
@@ -124,13 +129,20 @@ def _backward(rows: int, residuals: tuple, cotangents: tuple) -> tuple:
         d_weight_R = (d_hidden_RF * hidden_RF).sum(axis=-1)
         d_weight_A = d_weight_A.at[block.assignment_R].set(d_weight_R, mode="drop")
         sigmoid_RF = jax.nn.sigmoid(gate_RF)
-        d_up_RF = weight_R1 * d_hidden_RF * gate_RF * sigmoid_RF
-        d_gate_RF = weight_R1 * d_hidden_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+        d_hidden_RF = weight_R1 * d_hidden_RF
+        if counted_A is not None:
+            counted_R1 = take_or_zeros(counted_A, block.assignment_R)[:, None]
+            g_sum_D = g_sums_MD[block.expert].astype(x_TD.dtype)
+            d_hidden_RF += counted_R1 * jnp.matmul(g_sum_D, w.down.T, preferred_element_type=jnp.float32)
+        d_up_RF = d_hidden_RF * gate_RF * sigmoid_RF
+        d_gate_RF = d_hidden_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
         d_gate_RF, d_up_RF = d_gate_RF.astype(x_TD.dtype), d_up_RF.astype(x_TD.dtype)
         d_x_RD = d_gate_RF @ w.gate.T + d_up_RF @ w.up.T
         d_x_TD = d_x_TD.at[token_R].add(d_x_RD.astype(jnp.float32), mode="drop")
         factors = (x_RD, d_gate_RF), (x_RD, d_up_RF), ((weight_R1 * hidden_RF).astype(x_TD.dtype), g_RD)
-        more = (jnp.matmul(a.T, b, preferred_element_type=jnp.float32) for a, b in factors)
+        more = [jnp.matmul(a.T, b, preferred_element_type=jnp.float32) for a, b in factors]
+        if counted_A is not None:
+            more[2] += jnp.outer((counted_R1 * hidden_RF).sum(axis=0), g_sum_D.astype(jnp.float32))
         d_weights = jax.tree.map(lambda sum_, one: sum_.at[block.expert].add(one), d_weights, ExpertWeights(*more))
         return d_x_TD, d_weight_A, d_weights
 

@@ -5,6 +5,7 @@ forward pass it may stand in for the inactive expert; in the backward pass it al
 it. See `routing.py` for the dimension key.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -25,6 +26,9 @@ class DefaultVectorSettings:
       router's gradient alone.
     substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
       The gradient is dense from the start. 0: all of it at once.
+    expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as
+      if the vectors were the means of their outputs over the batch. Not in the paper, where an expert moves its vector
+      with no regard to the tokens that the vector is for.
     warm_up_batches: batches that the vectors of a model that has none yet are averaged over, before it trains on from
       another run (`init_from`).
     """
@@ -36,6 +40,7 @@ class DefaultVectorSettings:
     ema_update: str = "before"
     substitute: str = "forward"
     substitute_ramp_steps: int = 0
+    expert_gradient: bool = False
     warm_up_batches: int = 8
 
     def __post_init__(self) -> None:
@@ -51,6 +56,11 @@ class DefaultVectorSettings:
             f"{prefix}.substitute_ramp_steps is {self.substitute_ramp_steps}, but {prefix}.substitute is 'backward': "
             "nothing is substituted that could be ramped in",
         )
+        check(
+            not self.expert_gradient or self.substitute == "forward",
+            f"{prefix}.expert_gradient is True, but {prefix}.substitute is 'backward': default vectors add nothing to "
+            "the output whose gradient could reach the experts",
+        )
         check_at_least(f"{prefix}.warm_up_batches", self.warm_up_batches, 0)
 
 
@@ -63,21 +73,35 @@ def update_ema(ema_MD: Array, sum_MD: Array, weight_M: Array, decay: float) -> A
       weight_M: float32, sum of those weights. An expert with weight 0 had no token and keeps its vector.
       decay: beta, in [0, 1].
     """
-    seen = (weight_M > 0)[:, None]
-    mean_MD = sum_MD / jnp.where(seen, weight_M[:, None], 1.0)
-    return jnp.where(seen, decay * ema_MD + (1 - decay) * mean_MD, ema_MD)
+    return jnp.where((weight_M > 0)[:, None], decay * ema_MD + (1 - decay) * mean(sum_MD, weight_M), ema_MD)
 
 
-@jax.custom_vjp
-def combine(active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array, substitution: Array | None) -> Array:
+def mean(sum_MD: Array, weight_M: Array) -> Array:
+    """sum / weight, and the sum where the weight is 0. Arguments as `update_ema`'s."""
+    return sum_MD / jnp.where(weight_M > 0, weight_M, 1.0)[:, None]
+
+
+def straight_through(ema_MD: Array, mean_MD: Array) -> Array:
+    """The value of `ema_MD`, with its gradient passed on to `mean_MD` alone (Bengio et al. 2013)."""
+    return jax.lax.stop_gradient(ema_MD) + (mean_MD - jax.lax.stop_gradient(mean_MD))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def combine(
+    active_TD: Array,
+    weights_TM: Array,
+    ema_MD: Array,
+    active_TM: Array,
+    substitution: Array | None,
+    vector_gradient: bool = False,
+) -> Array:
     """Add what inactive experts contribute, and give the router a gradient for them.
 
     With A_t the active experts of token t, whose weighted outputs are already in active_t, and a the substitution:
       y_t = sum_{i in A_t} p_ti E_i(x_t)  +  a sum_{i not in A_t} p_ti E^_i      (eq. 2 at a = 0, eq. 11 at a = 1)
       dy_t/dp_ti = E_i(x_t) for i in A_t, E^_i otherwise, whatever a            (eq. 8)
-    The first case of eq. 8 reaches the router through active_t; the second is this function's. No gradient flows into
-    E^. It costs one [T, M] x [M, D] product in each direction: beside the factors it reads and writes y once, and
-    backward reads g once.
+    The first case of eq. 8 reaches the router through active_t; the second is this function's. It costs one
+    [T, M] x [M, D] product in each direction: beside the factors it reads and writes y once, and backward reads g once.
 
     Args:
       active_TD: float32, sum of the active experts' outputs, weighted.
@@ -85,6 +109,7 @@ def combine(active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array
       ema_MD: float32, default vectors.
       active_TM: bool, whether the expert runs for the token.
       substitution: a, a scalar; None stands for 0, at no cost in the forward pass.
+      vector_gradient: whether E^ gets the gradient that its part in y has, else none, as in the paper.
 
     Returns:
       float32 [T, D], summed over the experts held here.
@@ -95,14 +120,24 @@ def combine(active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array
 
 
 def _combine_fwd(
-    active_TD: Array, weights_TM: Array, ema_MD: Array, active_TM: Array, substitution: Array | None
+    active_TD: Array,
+    weights_TM: Array,
+    ema_MD: Array,
+    active_TM: Array,
+    substitution: Array | None,
+    vector_gradient: bool,
 ) -> tuple:
-    return combine(active_TD, weights_TM, ema_MD, active_TM, substitution), (ema_MD, active_TM)
+    y_TD = combine(active_TD, weights_TM, ema_MD, active_TM, substitution, vector_gradient)
+    return y_TD, (ema_MD, active_TM, (weights_TM, substitution) if vector_gradient else None)
 
 
-def _combine_bwd(residuals: tuple, g_TD: Array) -> tuple:
-    ema_MD, active_TM = residuals
-    return g_TD, _inactive(jnp.matmul(g_TD, ema_MD.T), active_TM), None, None, None
+def _combine_bwd(vector_gradient: bool, residuals: tuple, g_TD: Array) -> tuple:
+    ema_MD, active_TM, share = residuals
+    d_ema_MD = None
+    if vector_gradient:
+        weights_TM, substitution = share
+        d_ema_MD = jnp.matmul(substitution * _inactive(weights_TM, active_TM).T, g_TD)
+    return g_TD, _inactive(jnp.matmul(g_TD, ema_MD.T), active_TM), d_ema_MD, None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.block_experts import block_experts, block_rows
 from default_moe.config import MoEConfig
-from default_moe.default_vectors import DefaultVectorSettings, combine, update_ema
+from default_moe.default_vectors import DefaultVectorSettings, combine, mean, straight_through, update_ema
 from default_moe.dense_gradient import experts_for_gradient
 from default_moe.exchange import exchange, received_slots, slices
 from default_moe.grouped_matmul import group_alignment, largest_block, slots_multiple
@@ -103,16 +103,18 @@ def gathered_experts(
     if vectors and update:
         counted_TM = _counted_weights(weights_TM, active_TM, mask_T, vectors.ema_weighted, x_TD.dtype)
         counted_TK = choice_weights(counted_TM, layout.expert_TK)
-    y_TD, sum_MD = run_experts(x_TD, weight_TK, counted_TK, weights, layout, config.num_experts, backend)
+    gradient = bool(vectors and vectors.expert_gradient and update)
+    y_TD, sum_MD = run_experts(x_TD, weight_TK, counted_TK, weights, layout, config.num_experts, backend, gradient)
     if config.method.dense_gradient and config.top_k < config.num_experts:
         others_TK = inactive_experts(index_TK, config.num_experts) - first
         y_TD += experts_for_gradient(x_TD, weights_TM, others_TK, weights, config.num_experts, backend)
     if vectors and defaults is not None:
-        before = defaults
+        ema_MD, before = defaults.ema, defaults
         if sum_MD is not None and counted_TM is not None:
-            defaults = _updated(defaults, sum_MD, counted_TM.sum(axis=0), axes, vectors.ema_decay)
-        ema_MD = _used(before, defaults, vectors)
-        y_TD = combine(y_TD, weights_TM, ema_MD, active_TM, _substitution(routing, vectors))
+            sums = _over_others((sum_MD, counted_TM.sum(axis=0)), axes)
+            defaults = _updated(defaults, *sums, vectors.ema_decay)
+            ema_MD = _used(before, defaults, *sums, axes, vectors)
+        y_TD = combine(y_TD, weights_TM, ema_MD, active_TM, _substitution(routing, vectors), gradient)
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)
     elif axes.experts:
@@ -162,17 +164,16 @@ def exchanged_experts(
     vectors = config.default_vectors
     if vectors and defaults is not None:
         active_TN = active_experts(index_TK, config.num_experts)
-        before = defaults
+        ema_MD, before, gradient = defaults.ema, defaults, vectors.expert_gradient and update
         if update:
             counted_TN = _counted_weights(weights_TN, active_TN, mask_T, vectors.ema_weighted, x_TD.dtype)
-            sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align)
-            sum_MD, weight_M = (
-                jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0))
-            )
-            defaults = _updated(defaults, sum_MD, weight_M, axes, vectors.ema_decay)
-        ema_MD = _used(before, defaults, vectors)
+            sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align, gradient)
+            scattered = (jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0)))
+            sums = _over_others(tuple(scattered), axes)
+            defaults = _updated(defaults, *sums, vectors.ema_decay)
+            ema_MD = _used(before, defaults, *sums, axes, vectors)
         ema_ND = checkpoint_name(jax.lax.all_gather(ema_MD, axes.experts, tiled=True), EXPERT_PRODUCT)
-        y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, _substitution(routing, vectors))
+        y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, _substitution(routing, vectors), gradient)
     return y_TD.reshape(x_BLD.shape), defaults
 
 
@@ -184,6 +185,7 @@ def run_experts(
     layout: Layout,
     num_experts: int,
     backend: str,
+    sums_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
     """What `block_experts` gives, which says what arguments and results are, by any backend.
 
@@ -191,8 +193,9 @@ def run_experts(
     """
     if backend == "blocks":
         rows = block_rows(layout.slot_TK.size, num_experts, largest_block())
-        return block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows)
-    return sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, group_alignment(backend), backend)
+        return block_experts(x_TD, weight_TK, counted_TK, weights, layout, rows, sums_gradient)
+    align = group_alignment(backend)
+    return sorted_experts(x_TD, weight_TK, counted_TK, weights, layout, align, backend, sums_gradient)
 
 
 def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array, rows: int) -> Array:
@@ -210,9 +213,21 @@ def _flat(a: Array) -> Array:
     return a.reshape((-1, *a.shape[2:]))
 
 
-def _used(before: DefaultVectors, after: DefaultVectors, vectors: DefaultVectorSettings) -> Array:
-    """The vectors that a batch uses, of those before and after it."""
-    return jax.lax.stop_gradient((before if vectors.ema_update == "after" else after).ema)
+def _used(
+    before: DefaultVectors,
+    after: DefaultVectors,
+    sum_MD: Array,
+    weight_M: Array,
+    axes: Axes,
+    vectors: DefaultVectorSettings,
+) -> Array:
+    """The vectors that a training batch uses, of those before and after it. sum_MD, weight_M: what the batch adds."""
+    ema_MD = jax.lax.stop_gradient((before if vectors.ema_update == "after" else after).ema)
+    if not vectors.expert_gradient:
+        return ema_MD
+    ema_MD = straight_through(ema_MD, mean(sum_MD, weight_M))
+    # Each device has a part of the gradient.
+    return jax.lax.pcast(ema_MD, axes.others, to="varying") if axes.others else ema_MD
 
 
 def _substitution(routing: Routing, vectors: DefaultVectorSettings) -> Array | None:
@@ -222,11 +237,14 @@ def _substitution(routing: Routing, vectors: DefaultVectorSettings) -> Array | N
     return jnp.ones((), jnp.float32) if routing.substitution is None else routing.substitution
 
 
-def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, axes: Axes, decay: float) -> DefaultVectors:
-    """The default vectors after a batch of which these sums are one device's, or one expert group's."""
-    if axes.others:
-        sum_MD, weight_M = jax.lax.psum((sum_MD, weight_M), axes.others)
-    sum_MD, weight_M = defaults.sum + sum_MD, defaults.weight + weight_M
+def _over_others(sums: tuple[Array, Array], axes: Axes) -> tuple[Array, Array]:
+    """One device's, or one expert group's, sums added up over all that hold other tokens."""
+    return jax.lax.psum(sums, axes.others) if axes.others else sums
+
+
+def _updated(defaults: DefaultVectors, sum_MD: Array, weight_M: Array, decay: float) -> DefaultVectors:
+    """The default vectors after a batch of these sums."""
+    sum_MD, weight_M = defaults.sum + jax.lax.stop_gradient(sum_MD), defaults.weight + weight_M
     # Named: recomputing it would take the products over again.
     ema_MD = checkpoint_name(update_ema(defaults.ema, sum_MD, weight_M, decay), EXPERT_PRODUCT)
     return DefaultVectors(ema_MD, sum_MD, weight_M)

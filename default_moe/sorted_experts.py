@@ -34,13 +34,14 @@ def sorted_experts(
     layout: Layout,
     align: int,
     backend: str,
+    sums_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
     """What `block_experts` gives, which says what arguments and results are.
 
     align: of the layout.  backend: one of `grouped_matmul`.
     """
     out_SD = row_experts(dispatch(x_TD, layout), weights, layout.group_sizes_M, backend)
-    sums_MD = None if counted_TK is None else counted_sums(out_SD, counted_TK, layout, align)
+    sums_MD = None if counted_TK is None else counted_sums(out_SD, counted_TK, layout, align, sums_gradient)
     return weigh(out_SD, weight_TK, layout), sums_MD
 
 
@@ -54,10 +55,14 @@ def row_experts(x_SD: Array, weights: ExpertWeights, group_sizes_M: Array, backe
     return product(hidden_SF.astype(x_SD.dtype), weights.down)
 
 
-def counted_sums(out_SD: Array, counted_TK: Array, layout: Layout, align: int) -> Array:
-    """Per expert the sum of its outputs, each weighted by `counted_TK`: float32 [M, D], without a gradient."""
+def counted_sums(out_SD: Array, counted_TK: Array, layout: Layout, align: int, gradient: bool) -> Array:
+    """Per expert the sum of its outputs, each weighted by `counted_TK`: float32 [M, D].
+
+    gradient: whether it passes its gradient on to `out_SD`.
+    """
     counted_S = take_or_zeros(counted_TK.reshape(-1), layout.assignment_S)
-    return _group_sums(jax.lax.stop_gradient(out_SD), counted_S, layout.group_sizes_M, align)
+    out_SD = out_SD if gradient else jax.lax.stop_gradient(out_SD)
+    return _group_sums(out_SD, counted_S, layout.group_sizes_M, align)
 
 
 @jax.custom_vjp

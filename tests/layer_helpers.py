@@ -50,6 +50,7 @@ def settings_of(config: MoEConfig, length: int) -> Settings:
         vectors.ema_decay,
         vectors.ema_update,
         substitution=steps_of(config) / ramp if ramp else 1.0,
+        expert_gradient=vectors.expert_gradient,
         score_function=config.score_function,
         normalize_weights=config.normalize_weights,
         bias=bias_of(config),

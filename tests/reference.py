@@ -151,7 +151,8 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
 
     Chain: the weight of expert i receives <g, E_i(x)> or <g, E^_i>; the distribution that of the load-balance loss,
     N f_i / T, f being a constant; the method says how both reach the logits; d lse^2/ds_j = 2 lse p_j; s = x W.
-    Expert i receives w_i g.
+    Expert i receives w_i g. With expert_gradient the default vectors are no constants, but stand for the weighted means
+    of the experts' outputs: these receive a sum of w_i g over the tokens that they fill in for.
 
     more: further gradients of the distribution and of the weights, [T, N] each.
     """
@@ -183,7 +184,21 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
                 d_logit += b * 2 * lse * math.exp(result.routes.logits[t, j] - lse) / kept
             d.kernel[:, j] += d_logit * x[t]
             d.x[t] += d_logit * params.kernel[:, j]
+    if s.expert_gradient:
+        _add_gradient_of_means(d, x, params, result.routes, s, g, mask)
     return d
+
+
+def _add_gradient_of_means(d: Gradients, x, params: Params, routes: Routes, s: Settings, g, mask) -> None:
+    for i in range(params.kernel.shape[1]):
+        active = [t for t in range(len(x)) if i in routes.active[t] and mask[t]]
+        counts = {t: routes.weights[t, i] if s.ema_weighted else 1.0 for t in active}
+        d_mean = np.zeros(x.shape[1])
+        for t in range(len(x)):
+            if i not in routes.active[t]:
+                d_mean += s.substitution * routes.weights[t, i] * g[t]
+        for t in active:
+            _add_expert_gradient(d, params, i, x, t, counts[t] / sum(counts.values()) * d_mean)
 
 
 def _add_expert_gradient(d: Gradients, params: Params, i: int, x: np.ndarray, t: int, d_out: np.ndarray) -> None:

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     ema_decay: float = 0.9
     ema_update: str = "before"
     substitution: float = 1.0
+    expert_gradient: bool = False
     score_function: str = "softmax"
     normalize_weights: bool = False
     bias: tuple[float, ...] | None = None

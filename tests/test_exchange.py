@@ -94,6 +94,8 @@ def test_every_row_reaches_its_expert_and_returns_to_its_slot(num_devices, align
         ((1, 1, 8), "ragged", {"substitute": "backward"}, {"masked": True}),
         ((2, 2, 2), "blocks", {"router": "topk"}, {}),
         ((2, 2, 2), "ragged", {}, {"train": False}),
+        ((2, 1, 4), "blocks", {"expert_gradient": True}, {"masked": True}),
+        ((2, 2, 2), "tokamax", {"expert_gradient": True}, {}),
     ],
     ids=str,
 )

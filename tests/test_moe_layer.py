@@ -34,6 +34,10 @@ VARIANTS = [
     {"substitute": "backward", "matmul": "ragged"},
     {"substitute": "backward", "ema_weighted": False, "matmul": "blocks"},
     {"router": "topk", "matmul": "ragged"},
+    {"expert_gradient": True, "matmul": "ragged"},
+    {"expert_gradient": True, "matmul": "blocks"},
+    {"expert_gradient": True, "ema_weighted": False, "ema_update": "after", "matmul": "ragged"},
+    {"expert_gradient": True, "ema_weighted": False, "substitute_ramp_steps": 4, "matmul": "blocks"},
 ]
 
 
@@ -224,6 +228,27 @@ def test_gradients_equal_finite_differences_with_the_ema_held(fields):
             np.testing.assert_allclose((getattr(by_hand, name) * step).sum(), slope, rtol=1e-6, atol=1e-6, err_msg=name)
             size = np.abs(by_layer[name] * step).max() + np.abs(by_layer[name]).max()
             np.testing.assert_allclose((by_layer[name] * step).sum(), slope, rtol=1e-5, atol=1e-5 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_with_means_for_vectors_the_experts_gradient_is_the_true_one(weighted):
+    """With a decay of 0 the vectors are the means: then the straight-through gradient is that of y, by differences.
+
+    Moving experts' weights moves no routing; the weights in the means are constants.
+    """
+    x, params, ema, g = reference.make_inputs(12, TOKENS, 8)
+    config = make_config(8, 2, matmul="blocks", expert_gradient=True, ema_decay=0.0, ema_weighted=weighted)
+    _, _, got = check_step(config, x, params, ema, g)
+    s, rng, h = settings_of(config, LENGTH), np.random.default_rng(1), 1e-6
+    for name in ("gate", "up", "down"):
+        step = rng.normal(size=getattr(params, name).shape)
+
+        def value(shift: float, name=name, step=step) -> float:
+            moved = params._replace(**{name: getattr(params, name) + shift * step})
+            return float((g * reference.forward(x, moved, ema, s).y).sum())
+
+        slope = (value(h) - value(-h)) / (2 * h)
+        np.testing.assert_allclose((np.asarray(got["experts"][name], np.float64) * step).sum(), slope, rtol=1e-5)
 
 
 def test_bfloat16_is_near_float32():

@@ -156,12 +156,22 @@ def test_every_mesh_equals_the_loops(sizes, matmul):
     check_step(mesh_of(sizes), make_config(matmul=matmul))
 
 
+VARIANTS = [
+    {"ema_weighted": False},
+    {"substitute": "backward"},
+    {"router": "topk"},
+    {"expert_gradient": True, "matmul": "blocks"},
+    {"expert_gradient": True, "matmul": "ragged"},
+    {"expert_gradient": True, "matmul": "tokamax"},
+]
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
 def test_replicated_arrays_give_the_same(sizes):
     check_step(mesh_of(sizes), make_config(), placement="replicated")
 
 
-@pytest.mark.parametrize("fields", [{"ema_weighted": False}, {"substitute": "backward"}, {"router": "topk"}], ids=str)
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_on_a_mesh(fields):
     check_step(mesh_of((2, 2, 2)), make_config(**fields))
 
