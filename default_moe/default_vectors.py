@@ -27,8 +27,8 @@ class DefaultVectorSettings:
     substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
       The gradient is dense from the start. 0: all of it at once.
     expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as
-      if the vectors were the means of their outputs over the batch. Not in the paper, where an expert moves its vector
-      with no regard to the tokens that the vector is for.
+      if the vectors were the means of their outputs over the (micro)batch. Not in the paper, where an expert moves its
+      vector with no regard to the tokens that the vector is for.
     warm_up_batches: batches that the vectors of a model that has none yet are averaged over, before it trains on from
       another run (`init_from`).
     """

@@ -42,7 +42,10 @@ def steps_by_hand(before, counts):
     [
         ({"router": "loss_free", "bias_update_rate": 0.25, "score_function": "sigmoid"}, bias_by_hand),
         ({"router": "remoe", "initial_lambda": 0.5}, lambda_by_hand),
-        ({"router": "default", "substitute_ramp_steps": 2, "router_noise_std": 0.5}, steps_by_hand),
+        (
+            {"router": "default", "substitute_ramp_steps": 2, "router_noise_std": 0.5, "expert_gradient": True},
+            steps_by_hand,
+        ),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
         ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1}, None),
     ],
@@ -208,6 +211,7 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "topk", "normalize_weights": True}, "with moe.top_k = 1 that makes every weight 1"),
         ({"router": "loss_free", "normalize_weights": True}, "with moe.top_k = 1 that makes every weight 1"),
         ({"router": "default", "top_k": 2, "normalize_weights": True}, "leave none for the default vectors"),
+        ({"substitute": "backward", "expert_gradient": True}, "default vectors add nothing to the output"),
         ({"router": "default", "substitute": "backward", "substitute_ramp_steps": 3}, "could be ramped in"),
         ({"router": "default", "ema_update": "never"}, "'before', 'after'"),
         ({"router": "dense", "load_balance_weight": 0.01}, "the balance loss is constant"),

@@ -240,6 +240,7 @@ def test_random_numbers_are_the_same_on_any_mesh(fields):
         ((2, 2, 2), {"router": "remoe", "matmul": "blocks"}),
         ((2, 2, 2), {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0}),
         ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "substitute_ramp_steps": 8, "matmul": "ragged"}),
+        ((2, 2, 2), {"capacity_factor": 1.0, "expert_gradient": True, "matmul": "blocks"}),
     ],
     ids=str,
 )
