@@ -29,6 +29,7 @@ from default_moe.errors import ConfigError, Diverged
 from default_moe.program import Program
 
 COMPARE = "default_moe/compare/__main__.py"
+TWO = matrix.parse_methods(["topk", "default"])
 
 # Statistics
 
@@ -70,7 +71,7 @@ def test_tokens_to_reach_a_loss():
 
 def test_every_combination_with_seeds_together():
     sets = matrix.parse_sets(["moe.top_k=1,2", "optim.peak_lr=3e-3,0.01"])
-    entries = matrix.entries(default_config(), ["topk", "default"], [5, 6], sets)
+    entries = matrix.entries(default_config(), matrix.parse_methods(["topk", "default"]), [5, 6], sets)
     assert len(entries) == 2 * 2 * 2 * 2
     assert [entry.seed for entry in entries] == [5] * 8 + [6] * 8
     assert entries[0].folder == "topk/seed_5"  # as the config has it, so that it serves other comparisons too
@@ -89,13 +90,49 @@ def test_every_combination_with_seeds_together():
 
 def test_a_method_does_not_run_for_another_methods_settings():
     sets = matrix.parse_sets(["moe.default.ema_decay=0.9,0.99", "moe.default.substitute=backward"])
-    entries = matrix.entries(default_config(), ["topk", "default"], [0], sets)
+    entries = matrix.entries(default_config(), TWO, [0], sets)
     assert [str(entry.candidate) for entry in entries] == [
         "topk",
         "default ema_decay=0.9 substitute=backward",
         "default ema_decay=0.99 substitute=backward",
     ]
     assert {entry.task for entry in entries} == {()}
+
+
+def test_a_method_with_settings_counts_as_one_of_its_own():
+    methods = matrix.parse_methods(["topk", "default", "default:substitute=backward:ema_decay=0.5"])
+    sets = matrix.parse_sets(["moe.default.ema_decay=0.9,0.99"])
+    entries = matrix.entries(default_config(), methods, [0], sets)
+    assert [(str(e.candidate), e.folder) for e in entries] == [
+        ("topk", "topk/seed_0"),
+        ("default ema_decay=0.9", "default/seed_0"),
+        (
+            "default:substitute=backward:ema_decay=0.5",
+            "default/moe.default.substitute=backward/moe.default.ema_decay=0.5/seed_0",
+        ),
+        ("default ema_decay=0.99", "default/moe.default.ema_decay=0.99/seed_0"),
+    ]
+    method = entries[2].config.moe.method
+    assert (method.substitute, method.ema_decay) == ("backward", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (["topk", "defualt"], "did you mean 'default'?"),
+        (["topk"], "a comparison takes two"),
+        (["topk", "topk"], "given twice"),
+        (["topk", "default:ema_dekay=1"], "did you mean 'ema_decay'?"),
+        (["topk", "default:substitute"], "must be its settings"),
+        (["topk:decay=1", "default"], "and topk has none"),
+        (["default", "default:ema_decay=0.9"], "default and default:ema_decay=0.9, which are the same here"),
+    ],
+    ids=str,
+)
+def test_methods_that_cannot_be_compared_are_refused(methods, words):
+    with pytest.raises(ConfigError) as caught:
+        matrix.entries(default_config(), matrix.parse_methods(methods), [0], [])
+    assert words in str(caught.value)
 
 
 BAD_MATRIX = {
@@ -114,7 +151,7 @@ BAD_MATRIX = {
 @pytest.mark.parametrize("sets,words", BAD_MATRIX.values(), ids=BAD_MATRIX.keys())
 def test_what_cannot_be_varied_is_refused(sets, words):
     with pytest.raises(ConfigError) as caught:
-        matrix.entries(default_config(), ["topk", "default"], [0], matrix.parse_sets(sets))
+        matrix.entries(default_config(), TWO, [0], matrix.parse_sets(sets))
     assert words in str(caught.value)
 
 
@@ -129,7 +166,7 @@ def result(final, tokens=(100, 200, 300), speed=10.0):
 def compared(losses, sets=(), baseline="topk"):
     """The task of runs whose final losses are given by method: a list over seeds, or over values of a setting."""
     methods, seeds = list(losses), range(max(map(len, losses.values())))
-    entries = matrix.entries(default_config(), methods, seeds, matrix.parse_sets(sets))
+    entries = matrix.entries(default_config(), matrix.parse_methods(methods), seeds, matrix.parse_sets(sets))
     values = {method: iter(of_method) for method, of_method in losses.items()}
     results = {entry.folder: result(next(values[entry.candidate.method])) for entry in entries}
     (task,) = comparison.compare(entries, results, baseline)
@@ -164,7 +201,7 @@ def test_each_method_counts_with_the_best_of_its_settings():
     """One seed each: the baseline's best is 2.5, at the second value; Default's best 2.4, at the first."""
     losses = {"topk": [3.0, 2.5], "default": [2.4, 2.6]}
     sets = matrix.parse_sets(["optim.peak_lr=1e-3,2e-3"])
-    entries = matrix.entries(default_config(), ["topk", "default"], [0], sets)
+    entries = matrix.entries(default_config(), TWO, [0], sets)
     order = [losses[entry.candidate.method].pop(0) for entry in entries]
     results = {entry.folder: result(loss) for entry, loss in zip(entries, order, strict=True)}
     (task,) = comparison.compare(entries, results, "topk")
@@ -176,7 +213,7 @@ def test_each_method_counts_with_the_best_of_its_settings():
 
 
 def test_a_run_that_diverged_leaves_its_seed_out():
-    entries = matrix.entries(default_config(), ["topk", "default"], [0, 1, 2], [])
+    entries = matrix.entries(default_config(), TWO, [0, 1, 2], [])
     losses = {"topk": [3.0, 4.0, 5.0], "default": [2.9, 3.9, 4.9]}
     results = {e.folder: result(losses[e.candidate.method][e.seed]) for e in entries if e.folder != "default/seed_1"}
     (task,) = comparison.compare(entries, results, "topk")
@@ -196,7 +233,7 @@ def settings(folder, **sections):
 
 def entries_for(folder, methods=("topk", "default"), seeds=(0, 1), sets=()):
     base = to_config_dict(Config.from_mapping(settings(folder)))
-    return matrix.entries(base, methods, seeds, matrix.parse_sets(sets))
+    return matrix.entries(base, matrix.parse_methods(methods), seeds, matrix.parse_sets(sets))
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +337,7 @@ def test_other_settings_are_refused_before_anything_is_trained(folder, done):
     base = to_config_dict(Config.from_mapping(settings(folder, optim={"peak_lr": 0.5})))
     before = content(done)
     with pytest.raises(ConfigError, match=r"seed_0 holds a run with other settings \(optim.peak_lr: 0.003 there, 0.5"):
-        runs.do_runs(matrix.entries(base, ["topk", "default"], [0], []), done)
+        runs.do_runs(matrix.entries(base, TWO, [0], []), done)
     assert content(done) == before
 
 

@@ -21,7 +21,12 @@ from default_moe.workdir import RUN_FILE
 
 _DEFAULT_CONFIG = "configs/compare_small.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAULT_CONFIG} if not given.")
-_METHODS = flags.DEFINE_list("methods", ["topk", "default"], "Values of moe.router; the first is the baseline.")
+_METHODS = flags.DEFINE_list(
+    "methods",
+    ["topk", "default"],
+    "Values of moe.router, with settings of their own after colons (default:substitute=backward); the first is the "
+    "baseline.",
+)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Values of train.seed.")
 _SET = flags.DEFINE_multi_string(
     "set",
@@ -34,8 +39,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; ru
 
 def main(argv: list[str]) -> int:
     base = cli.parse_config_dict(argv, _CONFIG, _DEFAULT_CONFIG)
-    methods = [name.strip() for name in _METHODS.value]
-    matrix.check_methods(methods)
+    methods = matrix.parse_methods(_METHODS.value)
     seeds, sets = matrix.parse_seeds(_SEEDS.value), matrix.parse_sets(_SET.value)
     entries = matrix.entries(base, methods, seeds, sets)
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}").expanduser()
@@ -47,9 +51,9 @@ def main(argv: list[str]) -> int:
         say("the comparison is not finished; the same command goes on")
         return code
     results = {entry.folder: runs.read_result(entry, workdir) for entry in entries if entry.folder not in failures}
-    tasks = compare(entries, results, methods[0])
+    tasks = compare(entries, results, methods[0].label)
     if not tasks:
-        raise TrainingFailed(f"no run of {methods[0]} came to its end: {next(iter(failures.values()))}")
+        raise TrainingFailed(f"no run of {methods[0].label} came to its end: {next(iter(failures.values()))}")
     text = report.markdown(tasks, runs.vocab_size(entries[0], workdir), failures)
     content = report.as_json(tasks, entries, base.to_dict(), failures)
     try:

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -25,10 +26,22 @@ _TUNED = ("moe.load_balance_weight", "moe.sequence_balance_weight", "moe.router_
 
 
 @dataclass(frozen=True)
+class Method:
+    """A value of --methods: a name in `METHODS`, and settings of that method, by the names they have in a config.
+
+    label: what it is called, "default:substitute=backward" for instance.
+    """
+
+    label: str
+    name: str
+    settings: Settings = ()
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A method with settings that were chosen for it, such as its learning rate.
 
-    tuned: those of the varied settings that each method may have its own best value of.
+    method: its label.  tuned: those of the varied settings that each method may have its own best value of.
     """
 
     method: str
@@ -83,16 +96,31 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def check_methods(names: Sequence[str]) -> None:
-    for name in names:
-        known = sorted(METHODS)
-        check(name in METHODS, f"--methods has {name!r}, but there are {', '.join(known)}{closest(name, known)}")
-    check(len(set(names)) == len(names), f"--methods is {','.join(names)!r}, but a method is given twice")
-    check(len(names) > 1, f"--methods is {','.join(names)!r}, but a comparison takes two, the baseline first")
+def parse_methods(texts: Sequence[str]) -> list[Method]:
+    """Of ["topk", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
+    labels = [text.strip() for text in texts]
+    check(len(set(labels)) == len(labels), f"--methods is {','.join(labels)!r}, but a method is given twice")
+    check(len(labels) > 1, f"--methods is {','.join(labels)!r}, but a comparison takes two, the baseline first")
+    return [_method(label) for label in labels]
+
+
+def _method(label: str) -> Method:
+    name, *settings = label.split(":")
+    known = sorted(METHODS)
+    check(name in METHODS, f"--methods has {name!r}, but there are {', '.join(known)}{closest(name, known)}")
+    of_method = [f.name for f in dataclasses.fields(METHODS[name])]
+    parts = [setting.partition("=") for setting in settings]
+    for key, equals, value in parts:
+        check(
+            key in of_method and bool(equals and value),
+            f"--methods has {label!r}, but what follows a method must be its settings, "
+            + (f"{of_method[0]}=VALUE for instance{closest(key, of_method)}" if of_method else f"and {name} has none"),
+        )
+    return Method(label, name, tuple((f"moe.{name}.{key}", _value(value)) for key, _, value in parts))
 
 
 def entries(
-    base: ConfigDict, methods: Sequence[str], seeds: Sequence[int], sets: Sequence[tuple[str, list[Any]]]
+    base: ConfigDict, methods: Sequence[Method], seeds: Sequence[int], sets: Sequence[tuple[str, list[Any]]]
 ) -> list[Entry]:
     """Every combination, those with the same seed next to each other, so that their speeds compare.
 
@@ -104,7 +132,11 @@ def entries(
             chosen: Settings = tuple(zip((name for name, _ in sets), values, strict=True))
             for method in methods:
                 entry = _entry(base, method, seed, chosen)
-                found.setdefault(entry.folder, entry)
+                same = found.setdefault(entry.folder, entry)
+                check(
+                    same.candidate.method == method.label,
+                    f"--methods has {same.candidate.method} and {method.label}, which are the same here",
+                )
     return list(found.values())
 
 
@@ -118,16 +150,17 @@ def same_run(ours: Config, saved: Config) -> list[str]:
     ]
 
 
-def _entry(base: ConfigDict, method: str, seed: int, chosen: Settings) -> Entry:
-    own = tuple((name, value) for name, value in chosen if _group(name) in (None, method))
+def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Entry:
+    fixed = dict(method.settings)
+    own = tuple((name, value) for name, value in chosen if _group(name) in (None, method.name) and name not in fixed)
     tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
     task = tuple(item for item in own if item not in tuned)
     config = copy.deepcopy(base)
-    config.moe.router = method
+    config.moe.router = method.name
     config.train.seed = seed
-    changed = [f"{name}={value}" for name, value in own if _assign(config, name, value)]
-    folder = "/".join([method, *map(_file_name, changed), f"seed_{seed}"])
-    return Entry(Candidate(method, tuned), task, seed, Config.from_config_dict(config), folder)
+    changed = [f"{name}={value}" for name, value in (*method.settings, *own) if _assign(config, name, value)]
+    folder = "/".join([method.name, *map(_file_name, changed), f"seed_{seed}"])
+    return Entry(Candidate(method.label, tuned), task, seed, Config.from_config_dict(config), folder)
 
 
 def _group(name: str) -> str | None:
