@@ -102,6 +102,7 @@ def combine(
       dy_t/dp_ti = E_i(x_t) for i in A_t, E^_i otherwise, whatever a            (eq. 8)
     The first case of eq. 8 reaches the router through active_t; the second is this function's. It costs one
     [T, M] x [M, D] product in each direction: beside the factors it reads and writes y once, and backward reads g once.
+    With vector_gradient it costs another one backward.
 
     Args:
       active_TD: float32, sum of the active experts' outputs, weighted.

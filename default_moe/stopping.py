@@ -38,11 +38,16 @@ class StopRequest:
         """What the process should exit with: 0 after SIGTERM (all is saved), 130 after Ctrl-C, 0 without either."""
         return 130 if self._signal == signal.SIGINT else 0
 
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._signal != 0
+
     def received(self, step: int) -> bool:
         """Whether to stop after `step`, since a process was asked to; the same answer in all. To be asked each step."""
         if distributed.several():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal != 0
+        return self.requested
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame

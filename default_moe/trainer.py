@@ -1,5 +1,6 @@
 """The training loop: batches in, metrics and checkpoints out. All arithmetic is elsewhere."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -29,10 +30,16 @@ from default_moe.train_step import Batch
 from default_moe.workdir import Run, check_ours, open_run
 
 
-def train(config: Config, workdir: Path, make_program: Callable[[Config, int], Program] = Program) -> int:
+def train(
+    config: Config,
+    workdir: Path,
+    make_program: Callable[[Config, int], Program] = Program,
+    stop: StopRequest | None = None,
+) -> int:
     """Train as `config` says, in `workdir`; go on from the newest checkpoint there, bit for bit.
 
     make_program: `Program`, or one that gives a run what another has compiled.
+    stop: entered by the caller, who wants to know of it too.
 
     Returns:
       the exit code: 0 when done or stopped by SIGTERM, 130 when stopped by Ctrl-C.
@@ -56,7 +63,7 @@ def train(config: Config, workdir: Path, make_program: Callable[[Config, int], P
     with (
         open_run(workdir, config, *identity) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
-        StopRequest() as stop,
+        contextlib.nullcontext(stop) if stop else StopRequest() as stop,
         out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
     ):
         for note in run.notes:

@@ -82,9 +82,10 @@ def test_the_reference_is_the_slope_of_the_dense_models_loss(trained):
 def test_the_more_experts_run_the_closer_the_gradient(trained):
     """Nearly all experts give nearly the dense gradient, and Default MoE's is that of its training step."""
     checkpoint, rows = trained
-    reported = []
-    found = measure(checkpoint, rows, ["topk", "default", "sparsemixer"], [1, 3], 2, reported.append)
+    reported, omitted = [], []
+    found = measure(checkpoint, rows, ["topk", "default", "sparsemixer"], [1, 3], 2, reported.append, omitted.append)
     assert reported == found
+    assert len(omitted) == 1 and omitted[0].startswith("K 3  sparsemixer is left out: ")
     by = {(f.method, f.top_k): f for f in found}
     assert set(by) == {(m, k) for m in ("topk", "default") for k in (1, 3)} | {("sparsemixer", 1)}  # K = 1 or 2 only
     assert all(f.cosine.shape == f.norm_ratio.shape == (2, 2) for f in found)
@@ -105,12 +106,16 @@ def test_default_vectors_are_the_checkpoints_or_means_for_that_k(trained):
 
 
 def test_losses_and_noise_that_are_no_part_of_the_question_are_off(trained):
-    config = config_for(trained[0].config, "topk", 1)
-    assert (config.moe.balance_weight, config.moe.router_z_weight, config.train.grad_accum_steps) == (0.0, 0.0, 1)
-    assert config.moe.method == METHODS["topk"]()
+    config = trained[0].config
+    more = {"router_noise_std": 0.5, "sequence_balance_weight": 2.0, "capacity_factor": 1.0}
+    noisy = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **more))
+    moe = config_for(noisy, "topk", 1).moe
+    weights = (moe.balance_weight, moe.router_z_weight, moe.sequence_balance_weight, moe.router_noise_std)
+    assert weights == (0.0, 0.0, 0.0, 0.0) and moe.capacity_factor is None
+    assert (moe.method, moe.top_k) == (METHODS["topk"](), 1)
     kept = dataclasses.replace(METHODS["default"](), substitute="backward")
-    moe = dataclasses.replace(trained[0].config.moe, router=kept)
-    assert config_for(dataclasses.replace(trained[0].config, moe=moe), "default", 1).moe.method == kept
+    backward = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=kept))
+    assert config_for(backward, "default", 1).moe.method == kept
 
 
 def fidelity(method, top_k, cosine):
@@ -122,7 +127,11 @@ def test_the_verdict_says_for_which_k_and_for_which_not():
     found += [fidelity("default", k, c) for k, c in ((1, 0.9), (2, 0.9), (3, 0.8))]
     words = "default is closer to the true gradient than topk for K = 1, 2, not for K = 3"
     assert gradients_report.verdict(found, "default", "topk") == words
-    assert gradients_report.verdict(found[2:3] + found[5:], "default", "topk") == "default is closer than topk for no K"
+    words = "default is closer to the true gradient than topk for no K, not for K = 3"
+    assert gradients_report.verdict(found[2:3] + found[5:], "default", "topk") == words
+    assert gradients_report.verdict(found[:3], "default", "topk") == "default and topk have no K in common"
+    undefined = gradients_report.verdict([fidelity("topk", 1, np.nan), fidelity("default", 1, 0.9)], "default", "topk")
+    assert undefined.endswith("for no K, a gradient is zero for K = 1")
 
 
 def test_a_picture_of_many_layers_shows_six(tmp_path):
@@ -141,6 +150,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
         "a K that is not sparse": ["gradients", run, "--top_k=1,4"],
         "a method without K": ["gradients", run, "--methods=topk,remoe"],
         "an unknown method": ["gradients", run, "--methods=topk,defualt"],
+        "a method twice": ["gradients", run, "--methods=topk,topk"],
         "a setting of the checkpoint": ["gradients", run, "--config.moe.top_k=1"],
     }
     ended = run_commands([[ANALYSIS, *more] for more in commands.values()], REPOSITORY, environment(folder / "cache"))
@@ -163,6 +173,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
         "a K that is not sparse": "--top_k is '1,4', but must be numbers from 1 to 3",
         "a method without K": "'remoe', which has no number of experts",
         "an unknown method": "--methods has 'defualt', but there are",
+        "a method twice": "a method is given twice",
         "a setting of the checkpoint": "moe.* is fixed by the checkpoint",
     }
     for name, words in errors.items():

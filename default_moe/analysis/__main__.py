@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         meta = store.read_meta(_STEP.value)
         config = cli.parse_overrides(overrides, Config.from_mapping(meta["config"]), allowed=("mesh", "data"))
         methods, top_ks = [name.strip() for name in _METHODS.value], _top_ks(config)
-        gradients.check_methods(methods, config.moe.num_experts)
+        gradients.check_methods(methods, config)
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
         data = open_data(config.data, say, tokenizer)
         if data.corpus_hash != meta["corpus_hash"]:
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     def report(fidelity: Fidelity) -> None:
         say(gradients_report.line(fidelity))
 
-    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, report)
+    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, report, say)
     if not found:
         raise ConfigError(f"--methods={','.join(methods)} can run with no K of {', '.join(map(str, top_ks))}")
     for method in methods[1:]:
@@ -85,7 +85,7 @@ def _top_ks(config: Config) -> list[int]:
     if _TOP_K.value is None:
         return list(range(1, most + 1))
     texts = [text.strip() for text in _TOP_K.value]
-    if not texts or not all(text.isdigit() and 1 <= int(text) <= most for text in texts):
+    if not texts or not all(text.isdecimal() and 1 <= int(text) <= most for text in texts):
         raise ConfigError(f"--top_k is {','.join(texts)!r}, but must be numbers from 1 to {most}")
     return sorted({int(text) for text in texts})
 

@@ -16,7 +16,9 @@ from jax import Array
 
 from default_moe.config import Config, ConfigError
 from default_moe.data import Rows
+from default_moe.errors import TrainingFailed
 from default_moe.fine_tuning import warm_up
+from default_moe.memory import out_of_memory_in_one_line
 from default_moe.methods import METHODS
 from default_moe.moe import DEFAULT_VECTORS
 from default_moe.program import Program
@@ -51,10 +53,12 @@ class Fidelity:
     norm_ratio: np.ndarray
 
 
-def check_methods(names: Sequence[str], num_experts: int) -> None:
+def check_methods(names: Sequence[str], config: Config) -> None:
     """Raises ConfigError if one is not a method that runs K experts, for K that can be chosen."""
-    if num_experts < 2:
-        raise ConfigError(f"the run has moe.num_experts = {num_experts}: there is no sparse gradient to compare")
+    if config.moe.num_experts < 2 or not config.model.num_moe_layers:
+        raise ConfigError("the run has no MoE layers with several experts: there is no sparse gradient to compare")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--methods is {','.join(names)!r}, but a method is given twice")
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"--methods has {name!r}, but there are {', '.join(sorted(METHODS))}")
@@ -69,12 +73,13 @@ def measure(
     top_ks: Sequence[int],
     num_batches: int,
     report: Callable[[Fidelity], None],
+    omitted: Callable[[str], None],
 ) -> list[Fidelity]:
     """Every method with every K, on the training batches that come after the checkpoint.
 
     A method that the checkpoint was not trained with has its default settings. Default vectors are the checkpoint's
     with its own method and K, else means over the first training batches, taken with K experts.
-    A method that cannot work with a K is left out there.  report: takes each result as it comes.
+    report: takes each result as it comes.  omitted: takes one line for a method that cannot work with a K, and why.
     """
     batch_size = checkpoint.config.train.batch_size
     starts = [(checkpoint.step + index) * batch_size for index in range(num_batches)]
@@ -84,7 +89,8 @@ def measure(
         for method in methods:
             try:
                 ours = _gradients(checkpoint, method, top_k, rows, starts)
-            except ConfigError:
+            except ConfigError as error:
+                omitted(f"K {top_k}  {method} is left out: {error}")
                 continue
             fidelity = Fidelity(method, top_k, *similarity(ours, true))
             report(fidelity)
@@ -101,7 +107,7 @@ def similarity(ours: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def config_for(config: Config, method: str, top_k: int) -> Config:
-    """The checkpoint's config with another method and K, and the language model's loss alone.
+    """The checkpoint's config with another method and K, and no loss that all methods have but the language model's.
 
     Raises ConfigError if the method cannot work like that.
     """
@@ -116,8 +122,7 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
         router_noise_std=0.0,
         capacity_factor=None,
     )
-    train = dataclasses.replace(config.train, grad_accum_steps=1)
-    return dataclasses.replace(config, moe=moe, train=train)
+    return dataclasses.replace(config, moe=moe)
 
 
 def _gradients(checkpoint: Checkpoint, method: str, top_k: int, rows: Rows, starts: Sequence[int]) -> np.ndarray:
@@ -134,13 +139,14 @@ def _gradients(checkpoint: Checkpoint, method: str, top_k: int, rows: Rows, star
 
     compiled = program.jit(router_gradient, out_shardings=program.replicated)
     found = []
-    for index, start in enumerate(starts):
+    with out_of_memory_in_one_line(TrainingFailed, "computing gradients", config, program.num_batch_shards):
+        for index, start in enumerate(starts):
 
-        def load(first: int, count: int, start: int = start) -> Batch:
-            return rows.batch(start + first, count)
+            def load(first: int, count: int, start: int = start) -> Batch:
+                return rows.batch(start + first, count)
 
-        batch = program.put_batch(load, config.train.batch_size)
-        found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
+            batch = program.put_batch(load, config.train.batch_size)
+            found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
     return np.stack(found)
 
 

@@ -25,11 +25,16 @@ def verdict(found: Sequence[Fidelity], method: str, other: str) -> str:
     """For which K a method's gradient is closer to the true one than another's, in the mean over layers and batches."""
     mean = {(f.method, f.top_k): float(f.cosine.mean()) for f in found}
     top_ks = sorted({k for name, k in mean if name == method and (other, k) in mean})
+    if not top_ks:
+        return f"{method} and {other} have no K in common"
+    unknown = [k for k in top_ks if math.isnan(mean[method, k] - mean[other, k])]
+    top_ks = [k for k in top_ks if k not in unknown]
     above = [k for k in top_ks if mean[method, k] > mean[other, k]]
     below = [k for k in top_ks if k not in above]
-    parts = [f"closer to the true gradient than {other} for K = {_listed(above)}" if above else ""]
+    parts = [f"closer to the true gradient than {other} for " + (f"K = {_listed(above)}" if above else "no K")]
     parts += [f"not for K = {_listed(below)}" if below else ""]
-    return f"{method} is " + ", ".join(filter(None, parts)) if above else f"{method} is closer than {other} for no K"
+    parts += [f"a gradient is zero for K = {_listed(unknown)}" if unknown else ""]
+    return f"{method} is " + ", ".join(filter(None, parts))
 
 
 def as_json(found: Sequence[Fidelity], checkpoint: Checkpoint, machine: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ on where it was stopped, and adds what is new to what is done: more seeds, anoth
 """
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 from default_moe import cli
 from default_moe.compare import matrix, plot, report, runs
 from default_moe.compare.comparison import compare
-from default_moe.errors import ConfigError, TrainingFailed
+from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.files import write_atomically
 from default_moe.metrics import Progress
 from default_moe.workdir import RUN_FILE
@@ -31,8 +32,8 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Values of train.seed.
 _SET = flags.DEFINE_multi_string(
     "set",
     [],
-    "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.*, of losses' weights and of a method "
-    "(moe.default.*) are each method's to choose: its best counts. Other settings make tables of their own.",
+    "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.*, weights of losses, noise and a "
+    "method's own (moe.default.*) are each method's to choose: its best counts. Others make tables of their own.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
 
@@ -43,18 +44,26 @@ def main(argv: list[str]) -> int:
     seeds, sets = matrix.parse_seeds(_SEEDS.value), matrix.parse_sets(_SET.value)
     entries = matrix.entries(base, methods, seeds, sets)
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}").expanduser()
-    if (workdir / RUN_FILE).exists():
+    if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
     say = Progress(0).message
     failures, code = runs.do_runs(entries, workdir)
     if code is not None:
         say("the comparison is not finished; the same command goes on")
         return code
-    results = {entry.folder: runs.read_result(entry, workdir) for entry in entries if entry.folder not in failures}
+    results = {}
+    for entry in entries:
+        if entry.folder not in failures:
+            try:
+                results[entry.folder] = runs.read_result(entry, workdir)
+            except Diverged as error:
+                failures[entry.folder] = str(error)
     tasks = compare(entries, results, methods[0].label)
     if not tasks:
         raise TrainingFailed(f"no run of {methods[0].label} came to its end: {next(iter(failures.values()))}")
-    text = report.markdown(tasks, runs.vocab_size(entries[0], workdir), failures)
+    vocab_sizes = {entry.task: runs.vocab_size(entry, workdir) for entry in entries if entry.folder in results}
+    text = report.markdown(tasks, vocab_sizes, failures)
+    say(f"\n{text}")
     content = report.as_json(tasks, entries, base.to_dict(), failures)
     try:
         write_atomically(workdir / "report.json", json.dumps(content, indent=1))
@@ -62,7 +71,7 @@ def main(argv: list[str]) -> int:
         write_atomically(workdir / "report.png", plot.picture(tasks))
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {workdir}: {error.strerror}") from error
-    say(f"\n{text}\nwritten to {workdir}: report.md, report.json, report.png")
+    say(f"written to {workdir}: report.md, report.json, report.png")
     if failures:
         raise TrainingFailed(f"{len(failures)} of {len(entries)} runs failed: {', '.join(failures)}")
     return 0

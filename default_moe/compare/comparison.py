@@ -1,5 +1,6 @@
 """Runs held against the baseline: who wins, by how much, with what certainty."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Row:
         averaged over seeds.
       speed: tokens per second in multiples of the baseline's, median over seeds; None if not known.
     None in the baseline's own row, and where no seed is shared.
-    best: whether its mean loss is the method's lowest in this task.
+    missing: how many of its runs have no result, for they diverged.
+    best: whether its mean loss is the method's lowest in this task, among those with the fewest runs missing.
     """
 
     candidate: Candidate
@@ -35,6 +37,7 @@ class Row:
     tokens_to_target: Mapping[int, float] | None
     tokens_to_target_of_means: float | None
     speed: float | None
+    missing: int
     best: bool
 
     @property
@@ -55,12 +58,14 @@ class Row:
 class Task:
     """Candidates that learnt the same.
 
-    config: of one of the runs.  baseline: the baseline method's row with the lowest loss; it comes first.
+    config: of one of the baseline's runs.  baseline: the baseline method's best row; it comes first.
+    without: methods of which no run has a result.
     """
 
     settings: Settings
     config: Config
     rows: tuple[Row, ...]
+    without: tuple[str, ...]
 
     @property
     def baseline(self) -> Row:
@@ -81,38 +86,48 @@ def compare(entries: Sequence[Entry], results: Mapping[str, Result], baseline: s
 
     results: by folder, those that there are.
     """
-    tasks: dict[Settings, dict[Candidate, dict[int, Result]]] = {}
-    configs: dict[Settings, Config] = {}
+    tasks: dict[Settings, list[Entry]] = {}
     for entry in entries:
-        configs.setdefault(entry.task, entry.config)
-        if entry.folder in results:
-            candidates = tasks.setdefault(entry.task, {})
-            candidates.setdefault(entry.candidate, {})[entry.seed] = results[entry.folder]
+        tasks.setdefault(entry.task, []).append(entry)
     return [
-        _task(settings, configs[settings], candidates, baseline)
-        for settings, candidates in tasks.items()
-        if any(candidate.method == baseline for candidate in candidates)
+        _task(settings, of_task, results, baseline)
+        for settings, of_task in tasks.items()
+        if any(entry.candidate.method == baseline and entry.folder in results for entry in of_task)
     ]
 
 
-def _task(
-    settings: Settings, config: Config, candidates: Mapping[Candidate, Mapping[int, Result]], baseline: str
-) -> Task:
-    def loss(candidate: Candidate) -> float:
-        return float(np.mean([result.held_out.final for result in candidates[candidate].values()]))
+def _task(settings: Settings, entries: Sequence[Entry], results: Mapping[str, Result], baseline: str) -> Task:
+    runs: dict[Candidate, dict[int, Result]] = {}
+    missing: collections.Counter[Candidate] = collections.Counter()
+    for entry in entries:
+        if entry.folder in results:
+            runs.setdefault(entry.candidate, {})[entry.seed] = results[entry.folder]
+        else:
+            missing[entry.candidate] += 1
 
-    methods = dict.fromkeys(candidate.method for candidate in candidates)
-    best = {method: min((c for c in candidates if c.method == method), key=loss) for method in methods}
+    def rank(candidate: Candidate) -> tuple[int, float]:
+        return missing[candidate], float(np.mean([result.held_out.final for result in runs[candidate].values()]))
+
+    methods = dict.fromkeys(candidate.method for candidate in runs)
+    best = {method: min((c for c in runs if c.method == method), key=rank) for method in methods}
     reference = best[baseline]
-    order = sorted(candidates, key=lambda candidate: candidate != reference)
-    rows = [_row(candidate, reference, candidates, candidate == best[candidate.method]) for candidate in order]
-    return Task(settings, config, tuple(rows))
+    rows = [
+        _row(candidate, reference, runs, missing[candidate], candidate == best[candidate.method])
+        for candidate in sorted(runs, key=lambda candidate: candidate != reference)
+    ]
+    config = next(entry.config for entry in entries if entry.candidate == reference)
+    without = dict.fromkeys(entry.candidate.method for entry in entries if entry.candidate.method not in methods)
+    return Task(settings, config, tuple(rows), tuple(without))
 
 
 def _row(
-    candidate: Candidate, reference: Candidate, candidates: Mapping[Candidate, Mapping[int, Result]], best: bool
+    candidate: Candidate,
+    reference: Candidate,
+    runs: Mapping[Candidate, Mapping[int, Result]],
+    missing: int,
+    best: bool,
 ) -> Row:
-    results, baseline = candidates[candidate], candidates[reference]
+    results, baseline = runs[candidate], runs[reference]
     losses = [result.held_out.final for result in results.values()]
     seeds = [seed for seed in results if seed in baseline] if candidate != reference else []
     difference = tokens = of_means = speed = None
@@ -125,35 +140,43 @@ def _row(
         ratios = [a / b for a, b in speeds if a and b]
         speed = float(np.median(ratios)) if ratios else None
     mean = float(np.mean(losses))
-    return Row(candidate, results, mean, standard_error(losses), difference, tokens, of_means, speed, best)
+    return Row(candidate, results, mean, standard_error(losses), difference, tokens, of_means, speed, missing, best)
 
 
 def _tokens_to_target(curve: Curve, baseline: Curve) -> float:
-    return tokens_to_reach(curve, baseline.final) / baseline.tokens[-1]
+    return tokens_to_reach(curve, baseline.final) / tokens_to_reach(baseline, baseline.final)
 
 
 def conclusions(task: Task) -> list[str]:
     """For each other method, one sentence about what may be concluded, and nothing that may not."""
-    return [_conclusion(row, task.baseline) for row in task.contenders]
+    nothing = [f"{method}: every run failed." for method in task.without]
+    return [*(_conclusion(row, task.baseline) for row in task.contenders), *nothing]
 
 
 def _conclusion(row: Row, baseline: Row) -> str:
     difference, name, other = row.difference, row.candidate, baseline.candidate
+    lost = [
+        f"{r.missing} of the {r.missing + len(r.results)} runs of {r.candidate}" for r in (row, baseline) if r.missing
+    ]
+    failed = f" {' and '.join(lost)} failed and are left out, which may flatter." if lost else ""
     if difference is None:
-        return f"{name}: no seed has come to its end with {other} too, so nothing can be concluded."
+        return f"{name}: no seed has come to its end with {other} too, so nothing can be concluded.{failed}"
     seeds = f"{difference.lower} of {difference.count} seeds"
     if difference.low is None or difference.high is None:
-        return f"{name} differs from {other} by {difference.mean:+.4f} on one seed: chance cannot be told from effect."
+        return (
+            f"{name} differs from {other} by {difference.mean:+.4f} on one seed: chance cannot be told from effect."
+            f"{failed}"
+        )
     interval = f"{difference.mean:+.4f} nats per token, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
     if not difference.certain:
-        return f"{name} cannot be told from {other}: {interval}, lower on {seeds}."
+        return f"{name} cannot be told from {other}: {interval}, lower on {seeds}.{failed}"
     if difference.mean > 0:
-        return f"{name} ends with a higher held-out loss than {other}: {interval}, lower on {seeds}."
+        return f"{name} ends with a higher held-out loss than {other}: {interval}, lower on {seeds}.{failed}"
     tokens = row.median_tokens_to_target
     assert tokens is not None
     reach = (
         f"it reaches the final loss of {other} with {tokens:.2f} of its tokens (median)"
         if math.isfinite(tokens)
-        else f"but on most seeds it does not reach the final loss of {other}"
+        else f"but on half of the seeds or more it does not reach the final loss of {other}"
     )
-    return f"{name} ends with a lower held-out loss than {other}: {interval}, lower on {seeds}; {reach}."
+    return f"{name} ends with a lower held-out loss than {other}: {interval}, lower on {seeds}; {reach}.{failed}"

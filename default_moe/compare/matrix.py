@@ -3,11 +3,13 @@
 import ast
 import copy
 import dataclasses
+import functools
 import itertools
-import re
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from ml_collections import ConfigDict
 
@@ -90,7 +92,7 @@ def parse_sets(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
 def parse_seeds(texts: Sequence[str]) -> list[int]:
     """Raises ConfigError on anything but different whole numbers."""
     check(
-        bool(texts) and all(text.strip().isdigit() for text in texts) and len(set(map(int, texts))) == len(texts),
+        bool(texts) and all(text.strip().isdecimal() for text in texts) and len(set(map(int, texts))) == len(texts),
         f"--seeds is {','.join(texts)!r}, but must be different whole numbers, 0,1,2,3 for instance",
     )
     return [int(text) for text in texts]
@@ -116,6 +118,7 @@ def _method(label: str) -> Method:
             f"--methods has {label!r}, but what follows a method must be its settings, "
             + (f"{of_method[0]}=VALUE for instance{closest(key, of_method)}" if of_method else f"and {name} has none"),
         )
+    check(len({key for key, _, _ in parts}) == len(parts), f"--methods has {label!r}, which gives a setting twice")
     return Method(label, name, tuple((f"moe.{name}.{key}", _value(value)) for key, _, value in parts))
 
 
@@ -126,6 +129,14 @@ def entries(
 
     A method does not have a run for each value of another method's settings. Raises ConfigError on bad settings.
     """
+    labels = ",".join(method.label for method in methods)
+    for name, to_try in sets:
+        for value in to_try:
+            _assign(copy.deepcopy(base), name, value)
+        check(
+            any(_applies(name, method) for method in methods),
+            f"--set gives {name}, but none of --methods={labels} leaves it open",
+        )
     found: dict[str, Entry] = {}
     for seed in seeds:
         for values in itertools.product(*(values for _, values in sets)):
@@ -151,16 +162,26 @@ def same_run(ours: Config, saved: Config) -> list[str]:
 
 
 def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Entry:
-    fixed = dict(method.settings)
-    own = tuple((name, value) for name, value in chosen if _group(name) in (None, method.name) and name not in fixed)
-    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
-    task = tuple(item for item in own if item not in tuned)
     config = copy.deepcopy(base)
     config.moe.router = method.name
     config.train.seed = seed
-    changed = [f"{name}={value}" for name, value in (*method.settings, *own) if _assign(config, name, value)]
-    folder = "/".join([method.name, *map(_file_name, changed), f"seed_{seed}"])
+    changed = []
+    for name, value, where in (
+        *((name, value, "--methods") for name, value in method.settings),
+        *((name, value, "--set") for name, value in chosen if _applies(name, method)),
+    ):
+        before, now = _assign(config, name, value, where)
+        changed += [f"{name}={now}"] if now != before else []
+    own = tuple((name, _value_of(config, name)) for name, _ in chosen if _applies(name, method))
+    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
+    task = tuple(item for item in own if item not in tuned)
+    folder = "/".join([method.name, *(quote(text, safe="=,+*") for text in sorted(changed)), f"seed_{seed}"])
     return Entry(Candidate(method.label, tuned), task, seed, Config.from_config_dict(config), folder)
+
+
+def _applies(name: str, method: Method) -> bool:
+    """Whether a setting that is varied is one of this method's, or of none, and is not fixed with the method."""
+    return _group(name) in (None, method.name) and name not in dict(method.settings)
 
 
 def _group(name: str) -> str | None:
@@ -169,34 +190,34 @@ def _group(name: str) -> str | None:
     return parts[1] if len(parts) == 3 and parts[0] == "moe" and parts[1] in METHODS else None
 
 
-def _assign(config: ConfigDict, name: str, value: Any) -> bool:
-    """Set a setting. Returns whether that changes it."""
+def _assign(config: ConfigDict, name: str, value: Any, where: str = "--set") -> tuple[Any, Any]:
+    """Set a setting that the flag `where` gives. Returns its values before and after."""
     *groups, key = name.split(".")
     section: Any = config
     for part in groups:
         section = section[part] if isinstance(section, ConfigDict) and part in section else None
     if not isinstance(section, ConfigDict) or key not in section or isinstance(section[key], ConfigDict):
         known = [name for name, _ in flat_items(config.to_dict())]
-        raise ConfigError(f"--set gives {name!r}, but there is no such setting{closest(name, known)}")
+        raise ConfigError(f"{where} gives {name!r}, but there is no such setting{closest(name, known)}")
     before = section[key]
     try:
         section[key] = value
     except TypeError:
         kind = section.get_type(key).__name__
-        raise ConfigError(f"--set gives {name}={value}, but it must be of type {kind}") from None
-    return bool(section[key] != before)
+        raise ConfigError(f"{where} gives {name}={value}, but it must be of type {kind}") from None
+    return before, section[key]
+
+
+def _value_of(config: ConfigDict, name: str) -> Any:
+    return functools.reduce(operator.getitem, name.split("."), config)
 
 
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
 def _short(name: str) -> str:
     return name.rsplit(".", 1)[-1]
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.,=+-]", "_", text)

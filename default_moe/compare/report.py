@@ -7,7 +7,7 @@ from typing import Any
 
 from default_moe.bench.report import heading, machine
 from default_moe.compare.comparison import Row, Task, conclusions
-from default_moe.compare.matrix import Entry
+from default_moe.compare.matrix import Entry, Settings
 from default_moe.model_size import parameter_counts
 
 _COLUMNS = (
@@ -24,10 +24,10 @@ _COLUMNS = (
 )
 
 
-def markdown(tasks: Sequence[Task], vocab_size: int, failures: Mapping[str, str]) -> str:
+def markdown(tasks: Sequence[Task], vocab_sizes: Mapping[Settings, int], failures: Mapping[str, str]) -> str:
     """What was compared, a table per task, and what may be concluded.
 
-    failures: what went wrong, by folder of the run.
+    vocab_sizes: of each task.  failures: what went wrong, by folder of the run.
     """
     lines = [
         "# Comparison",
@@ -35,7 +35,7 @@ def markdown(tasks: Sequence[Task], vocab_size: int, failures: Mapping[str, str]
         f"{heading()}. Within a seed all methods see the same text in the same order and start from the same weights.",
     ]
     for task in tasks:
-        lines += ["", f"## {task.name or 'Results'}", "", _description(task, vocab_size), ""]
+        lines += ["", f"## {task.name or 'Results'}", "", _description(task, vocab_sizes[task.settings]), ""]
         lines += [*_table([_cells(row) for row in task.rows]), ""]
         lines += [f"**{line}**" for line in conclusions(task)] or ["Nothing to compare with."]
     lines += ["", _caveat(tasks), "", "![curves](report.png)", "", _explanation(tasks[0].baseline)]
@@ -112,8 +112,9 @@ def _description(task: Task, vocab_size: int) -> str:
     tokens = train.num_steps * train.batch_size * train.sequence_length
     return (
         f"{counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, {config.moe.num_experts} experts, "
-        f"top {config.moe.experts_per_token}; {tokens:,} tokens of {config.data.name} ({config.data.tokenizer}) in "
-        f"{train.num_steps:,} steps of {train.batch_size:,} x {train.sequence_length:,}."
+        f"of which a token runs {config.moe.experts_per_token} (in the baseline); {tokens:,} tokens of "
+        f"{config.data.name} ({config.data.tokenizer}) in {train.num_steps:,} steps of {train.batch_size:,} x "
+        f"{train.sequence_length:,}."
     )
 
 
@@ -122,8 +123,8 @@ def _explanation(baseline: Row) -> str:
         f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. "
         "Difference: to the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to "
         "reach the baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in "
-        "multiples of the baseline's. Balance loss (1 is perfect) and the load of the busiest expert in any layer, in "
-        "multiples of the mean: over the last quarter of training. Bold: a method's best."
+        "multiples of the baseline's, as timed when each ran. Balance loss (1 is perfect) and the load of the busiest "
+        "expert in any layer, in multiples of the mean: over the last quarter of training. Bold: a method's best."
     )
 
 
@@ -137,7 +138,8 @@ def _caveat(tasks: Sequence[Task]) -> str:
         "The best settings of each method were chosen on these very seeds, which flatters whichever had more to choose "
         "from: confirm them on other seeds."
         if tuned
-        else "All methods had the same settings, which may suit one better than another: vary them with --set."
+        else "All methods had the same settings but for their own, which may suit one better than another: vary them "
+        "with --set."
     )
     return (
         "This holds for this model, this text and this many tokens; it says nothing about larger models or longer "

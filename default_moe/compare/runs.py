@@ -12,12 +12,13 @@ import numpy as np
 
 from default_moe import trainer
 from default_moe.checkpoint import CheckpointStore
-from default_moe.compare.matrix import Entry, same_run
+from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
 from default_moe.config import Config, ConfigError
 from default_moe.errors import Diverged
 from default_moe.metrics import Progress
 from default_moe.program import Program
+from default_moe.stopping import StopRequest
 from default_moe.workdir import RUN_FILE
 
 RUNS = "runs"
@@ -67,17 +68,32 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     waiting = [entry for entry in entries if not _finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
     programs, failures = Programs(), {}
-    for number, entry in enumerate(waiting, 1):
-        say(f"\nrun {number} of {len(waiting)}: {entry.folder}")
-        try:
-            code = trainer.train(entry.config, workdir / RUNS / entry.folder, programs)
-        except Diverged as error:
-            failures[entry.folder] = str(error)
-            say(f"failed: {error}")
-            continue
-        if code or not _finished(entry, workdir):
-            return failures, code
+    with StopRequest() as stop:
+        for number, entry in enumerate(waiting, 1):
+            say(f"\nrun {number} of {len(waiting)}: {entry.folder}")
+            try:
+                trainer.train(entry.config, workdir / RUNS / entry.folder, programs, stop)
+            except Diverged as error:
+                failures[entry.folder] = str(error)
+                say(f"failed: {error}")
+            if stop.requested and (number < len(waiting) or not _finished(entry, workdir)):
+                return failures, stop.exit_code
+    _check_same_text([entry for entry in entries if entry.folder not in failures], workdir)
     return failures, None
+
+
+def _check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
+    """Raises ConfigError if runs that are to be compared read different text: it may have changed between them."""
+    first: dict[Settings, tuple[Entry, Any]] = {}
+    for entry in entries:
+        run = json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())
+        text = [run["corpus_hash"], run["vocab_size"], run["tokenizer_hash"]]
+        other, before = first.setdefault(entry.task, (entry, text))
+        if text != before:
+            raise ConfigError(
+                f"the runs {other.folder} and {entry.folder} in {workdir / RUNS} were trained on different text, which "
+                "has changed between them: choose another --workdir"
+            )
 
 
 def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
@@ -99,7 +115,7 @@ def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
 
 
 def read_result(entry: Entry, workdir: Path) -> Result:
-    """Raises ConfigError if the run's metrics are not there or not whole."""
+    """Raises ConfigError if the run's metrics are not there or not whole, Diverged if a held-out loss is not finite."""
     path = workdir / RUNS / entry.folder / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -135,6 +151,9 @@ def _result(lines: list[dict[str, Any]], config: Config) -> Result:
     def mean_at_the_end(name: str) -> float:
         return float(np.mean([value for _, value in _values(lines, name, 3 * last / 4)] or [math.nan]))
 
+    for line in lines:
+        if "eval/loss" in line and line["eval/loss"] is None:
+            raise Diverged(f"the held-out loss of step {line['step']} is not finite")
     held_out = curve("eval/loss")
     if held_out.tokens[-1] != last * tokens_per_step:
         raise ValueError(f"the last evaluation is not that of step {last}")

@@ -45,7 +45,7 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out loss, in nats per token, after `tokens` training tokens, in their order."""
+    """Loss, in nats per token, after `tokens` training tokens, in their order."""
 
     tokens: tuple[float, ...]
     loss: tuple[float, ...]
