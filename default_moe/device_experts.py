@@ -114,7 +114,9 @@ def gathered_experts(
             sums = _over_others((sum_MD, counted_TM.sum(axis=0)), axes)
             defaults = _updated(defaults, *sums, vectors.ema_decay)
             ema_MD = _used(before, defaults, *sums, axes, vectors)
-        y_TD = combine(y_TD, weights_TM, ema_MD, active_TM, _substitution(routing, vectors), gradient)
+        # With the exact gradient of the inactive experts' weights theirs is not needed.
+        combined_TM = jax.lax.stop_gradient(weights_TM) if config.method.dense_gradient else weights_TM
+        y_TD = combine(y_TD, combined_TM, ema_MD, active_TM, _substitution(routing, vectors), gradient)
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)
     elif axes.experts:

@@ -116,9 +116,8 @@ class MoEConfig:
             )
         method.check(self)
         check(
-            not (method.dense_gradient and (self.default_vectors or self.most_experts_per_token != self.top_k)),
-            f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts without "
-            "default vectors",
+            not (method.dense_gradient and self.most_experts_per_token != self.top_k),
+            f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts",
         )
 
     @property

@@ -4,17 +4,22 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from layer_helpers import moe_config, settings_of, variables_of
+from reference import assert_close
 from run_helpers import REPOSITORY, environment, run_commands, tiny_config
 
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity, config_for, measure, similarity
 from default_moe.checkpoint import CheckpointStore
+from default_moe.config import Config
 from default_moe.data import open_data
 from default_moe.losses import token_sums
 from default_moe.methods import METHODS
-from default_moe.moe import DEFAULT_VECTORS
+from default_moe.moe import DEFAULT_VECTORS, MoELayer
 from default_moe.program import Program
 
 ANALYSIS = "default_moe/analysis/__main__.py"
@@ -56,7 +61,8 @@ def test_the_reference_is_the_slope_of_the_dense_models_loss(trained):
     batch = rows.batch(8 * 4, 8)
     config = config_for(checkpoint.config, "dense", 1)
     program = Program(config, 257)
-    gradient = gradients._gradients(checkpoint, "dense", 1, rows, [8 * 4])[0]  # [layers, D N]
+    state = gradients._state(checkpoint, program, rows)
+    gradient = gradients._gradients(program, state, rows, [8 * 4])[0]  # [layers, D N]
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(gradient.shape)
     kernel = checkpoint.params["moe_layers"]["moe"]["router"]["kernel"]
@@ -83,7 +89,8 @@ def test_the_more_experts_run_the_closer_the_gradient(trained):
     """Nearly all experts give nearly the dense gradient, and Default MoE's is that of its training step."""
     checkpoint, rows = trained
     reported, omitted = [], []
-    found = measure(checkpoint, rows, ["topk", "default", "sparsemixer"], [1, 3], 2, reported.append, omitted.append)
+    methods, tell = ["topk", "default", "sparsemixer"], (reported.append, omitted.append)
+    found = measure(checkpoint, rows, methods, [1, 3], 2, "dense", *tell)
     assert reported == found
     assert len(omitted) == 1 and omitted[0].startswith("K 3  sparsemixer is left out: ")
     by = {(f.method, f.top_k): f for f in found}
@@ -92,6 +99,45 @@ def test_the_more_experts_run_the_closer_the_gradient(trained):
     assert by["topk", 3].cosine.mean() > by["topk", 1].cosine.mean()
     assert by["topk", 3].cosine.min() > 0.8
     assert by["default", 1].cosine.mean() > by["topk", 1].cosine.mean()
+
+
+@pytest.mark.parametrize("matmul", ["blocks", "ragged"])
+@pytest.mark.parametrize("fields", [{}, {"expert_gradient": True}, {"router": "topk"}], ids=str)
+def test_an_exact_gradient_leaves_the_forward_pass_and_all_else_as_they_are(fields, matmul):
+    """The router's gradient is what loops make of <g, E_i(x)> for every expert, and nothing else differs."""
+    x, params, ema, g = reference.make_inputs(3, 24, 8)
+    config = moe_config(num_experts=8, top_k=2, expert_dim=10, matmul=matmul, **fields)
+    exact = gradients._exact(Config(moe=config)).moe
+    assert type(exact.method).name not in METHODS and exact.method.dense_gradient
+
+    tokens = jnp.asarray(x, jnp.float32).reshape(2, 12, -1)
+
+    def run(config):
+        def loss(variables):
+            y, _ = MoELayer(config).apply(variables, tokens, train=True, mutable=["default_vectors"])[0]
+            return (y * g.reshape(2, 12, -1)).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))(variables_of(config, params, ema))
+
+    ((_, y), grads), ((_, exact_y), exact_grads) = run(config), run(exact)
+    np.testing.assert_array_equal(exact_y, y)
+    jax.tree.map(np.testing.assert_array_equal, exact_grads["params"]["experts"], grads["params"]["experts"])
+    s = settings_of(config, 12)
+    result = reference.forward(x, params, ema, s)
+    d_kernel = np.zeros_like(params.kernel)
+    for t in range(len(x)):
+        d_weights = np.array([g[t] @ reference.expert(params, i, x[t]) for i in range(8)])
+        d_kernel += np.outer(x[t], d_weights @ result.routes.tokens[t].weights_to_logits)
+    assert_close(exact_grads["params"]["router"]["kernel"], d_kernel, "gradient of the router")
+    assert np.abs(np.asarray(grads["params"]["router"]["kernel"]) - d_kernel).max() > 1e-3 * np.abs(d_kernel).max()
+
+
+def test_methods_are_measured_against_their_own_exact_gradient(trained):
+    checkpoint, rows = trained
+    found = measure(checkpoint, rows, ["topk", "default", "densemixer"], [1], 1, "exact", print, print)
+    by = {f.method: f.cosine for f in found}
+    np.testing.assert_allclose(by["densemixer"], 1, rtol=1e-5)
+    assert by["default"].mean() > by["topk"].mean()
 
 
 def test_default_vectors_are_the_checkpoints_or_means_for_that_k(trained):
@@ -136,7 +182,7 @@ def test_the_verdict_says_for_which_k_and_for_which_not():
 
 def test_a_picture_of_many_layers_shows_six(tmp_path):
     many = [Fidelity("topk", k, np.full((2, 24), 0.5), np.ones((2, 24))) for k in (1, 2)]
-    assert gradients_report.picture(many, 1).startswith(b"\x89PNG")
+    assert gradients_report.picture(many, "exact", 1).startswith(b"\x89PNG")
 
 
 def test_the_command_from_end_to_end_and_bad_input(folder, trained):
@@ -148,6 +194,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
         "no workdir": ["gradients"],
         "no such run": ["gradients", f"--workdir={folder / 'none'}"],
         "a K that is not sparse": ["gradients", run, "--top_k=1,4"],
+        "a method without an exact gradient": ["gradients", run, "--methods=topk,sparsemixer"],
         "a method without K": ["gradients", run, "--methods=topk,remoe"],
         "an unknown method": ["gradients", run, "--methods=topk,defualt"],
         "a method twice": ["gradients", run, "--methods=topk,topk"],
@@ -171,6 +218,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
         "no workdir": "--workdir is missing",
         "no such run": "there is no work directory",
         "a K that is not sparse": "--top_k is '1,4', but must be numbers from 1 to 3",
+        "a method without an exact gradient": "no exact gradient: use --reference=dense",
         "a method without K": "'remoe', which has no number of experts",
         "an unknown method": "--methods has 'defualt', but there are",
         "a method twice": "a method is given twice",

@@ -1,7 +1,7 @@
 """What a trained router is like: `python -m default_moe.analysis gradients --workdir=runs/quickstart`.
 
 gradients: how close router gradients of --methods are to the true dense one, for each K, layer by layer. Prints them,
-and writes gradients.json and gradients.png to <workdir>/analysis.
+and writes gradients.json and gradients.png to <workdir>/analysis. `gradients.py` says what true is.
 """
 
 import json
@@ -24,7 +24,13 @@ from default_moe.program import Program
 _KINDS = ("gradients",)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
-_METHODS = flags.DEFINE_list("methods", ["topk", "default", "densemixer"], "Values of moe.router to compare.")
+_METHODS = flags.DEFINE_list("methods", ["topk", "default"], "Values of moe.router to compare.")
+_REFERENCE = flags.DEFINE_enum(
+    "reference",
+    gradients.REFERENCES[0],
+    gradients.REFERENCES,
+    "What is true: the exact gradient of the same forward pass, or that of the model with all experts active.",
+)
 _TOP_K = flags.DEFINE_list("top_k", None, "Values of K; 1 to N - 1 if not given.")
 _BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the checkpoint.", lower_bound=1)
 
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> int:
         meta = store.read_meta(_STEP.value)
         config = cli.parse_overrides(overrides, Config.from_mapping(meta["config"]), allowed=("mesh", "data"))
         methods, top_ks = [name.strip() for name in _METHODS.value], _top_ks(config)
-        gradients.check_methods(methods, config)
+        gradients.check_methods(methods, config, _REFERENCE.value)
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
         data = open_data(config.data, say, tokenizer)
         if data.corpus_hash != meta["corpus_hash"]:
@@ -56,24 +62,25 @@ def main(argv: list[str]) -> int:
     rows = data.train_rows(config.train.sequence_length, config.train.seed)
     say(
         f"step {step} of {workdir}, trained with {config.moe.method.name!r}, top {config.moe.top_k} of "
-        f"{config.moe.num_experts}: cosine similarity of router gradients to the dense one, mean over layers ± "
-        f"standard deviation over {_BATCHES.value} batches, by layer, and their norms relative to its"
+        f"{config.moe.num_experts}: cosine similarity of router gradients to the {_REFERENCE.value} ones, mean over "
+        f"layers ± standard deviation over {_BATCHES.value} batches, by layer, and their norms relative to those"
     )
 
     def report(fidelity: Fidelity) -> None:
         say(gradients_report.line(fidelity))
 
-    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, report, say)
+    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, _REFERENCE.value, report, say)
     if not found:
         raise ConfigError(f"--methods={','.join(methods)} can run with no K of {', '.join(map(str, top_ks))}")
     for method in methods[1:]:
         say(gradients_report.verdict(found, method, methods[0]))
     folder = workdir / "analysis"
-    content = gradients_report.as_json(found, checkpoint, machine())
+    picture = gradients_report.picture(found, _REFERENCE.value, config.model.num_dense_layers)
+    content = gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())
     try:
         folder.mkdir(exist_ok=True)
         write_atomically(folder / "gradients.json", json.dumps(content, indent=1))
-        write_atomically(folder / "gradients.png", gradients_report.picture(found, config.model.num_dense_layers))
+        write_atomically(folder / "gradients.png", picture)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
     say(f"written to {folder}: gradients.json, gradients.png")

@@ -1,10 +1,16 @@
 """How close a method's router gradient is to the true dense one (arXiv:2504.12463, figures 4 and 32 to 38).
 
-The reference is the gradient of the language model's loss, without balance losses, with all experts active in all
-layers. Every method's gradient is that of a training step: its own forward pass with K experts, its own estimator.
+Gradients are those of the language model's loss, without balance losses, in a training step: the method's own forward
+pass with K experts, its own estimator. There are two references:
+
+  exact: of the same forward pass, the gradient <dL/dy, E_i(x)> for the weights of all experts, those that run or not,
+    in all layers (DenseMixer's). It tells the estimator apart from what it is for.
+  dense: of the model with all experts active in all layers. A model that was trained with few of them is another model
+    with all, and may be a bad one: then its gradient says little.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +25,13 @@ from default_moe.data import Rows
 from default_moe.errors import TrainingFailed
 from default_moe.fine_tuning import warm_up
 from default_moe.memory import out_of_memory_in_one_line
-from default_moe.methods import METHODS
+from default_moe.methods import METHODS, Method
 from default_moe.moe import DEFAULT_VECTORS
 from default_moe.program import Program
 from default_moe.train_state import TrainState, initial_state
 from default_moe.train_step import Batch, make_gradient
 
-REFERENCE = "dense"
+REFERENCES = ("exact", "dense")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Fidelity:
     norm_ratio: np.ndarray
 
 
-def check_methods(names: Sequence[str], config: Config) -> None:
+def check_methods(names: Sequence[str], config: Config, reference: str) -> None:
     """Raises ConfigError if one is not a method that runs K experts, for K that can be chosen."""
     if config.moe.num_experts < 2 or not config.model.num_moe_layers:
         raise ConfigError("the run has no MoE layers with several experts: there is no sparse gradient to compare")
@@ -62,8 +68,12 @@ def check_methods(names: Sequence[str], config: Config) -> None:
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"--methods has {name!r}, but there are {', '.join(sorted(METHODS))}")
-        if name in (REFERENCE, "remoe"):
+        if name in ("dense", "remoe"):
             raise ConfigError(f"--methods has {name!r}, which has no number of experts that run that could be varied")
+        if name == "sparsemixer" and reference == "exact":
+            raise ConfigError(
+                "--methods has 'sparsemixer', of whose draws there is no exact gradient: use --reference=dense"
+            )
 
 
 def measure(
@@ -72,6 +82,7 @@ def measure(
     methods: Sequence[str],
     top_ks: Sequence[int],
     num_batches: int,
+    reference: str,
     report: Callable[[Fidelity], None],
     omitted: Callable[[str], None],
 ) -> list[Fidelity]:
@@ -83,16 +94,24 @@ def measure(
     """
     batch_size = checkpoint.config.train.batch_size
     starts = [(checkpoint.step + index) * batch_size for index in range(num_batches)]
-    true = _gradients(checkpoint, REFERENCE, 1, rows, starts)
+
+    def gradients(config: Config, state: TrainState | None = None) -> tuple[np.ndarray, TrainState]:
+        program = Program(config, checkpoint.vocab_size)
+        state = state or _state(checkpoint, program, rows)
+        return _gradients(program, state, rows, starts), state
+
+    true = gradients(config_for(checkpoint.config, "dense", 1))[0] if reference == "dense" else None
     found = []
     for top_k in top_ks:
         for method in methods:
             try:
-                ours = _gradients(checkpoint, method, top_k, rows, starts)
+                config = config_for(checkpoint.config, method, top_k)
             except ConfigError as error:
                 omitted(f"K {top_k}  {method} is left out: {error}")
                 continue
-            fidelity = Fidelity(method, top_k, *similarity(ours, true))
+            ours, state = gradients(config)
+            theirs = gradients(_exact(config), state)[0] if true is None else true
+            fidelity = Fidelity(method, top_k, *similarity(ours, theirs))
             report(fidelity)
             found.append(fidelity)
     return found
@@ -125,11 +144,24 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
     return dataclasses.replace(config, moe=moe)
 
 
-def _gradients(checkpoint: Checkpoint, method: str, top_k: int, rows: Rows, starts: Sequence[int]) -> np.ndarray:
+def _exact(config: Config) -> Config:
+    """The same forward pass, with the exact gradient for the weights of all experts."""
+    method = config.moe.method
+    router = _exact_class(type(method))(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
+
+
+@functools.cache
+def _exact_class(method: type[Method]) -> Any:
+    name = f"{method.name} with an exact gradient"
+    made = type(f"Exact{method.__name__}", (method,), {"name": name, "dense_gradient": True})
+    del METHODS[name]  # it is not to be chosen in a config
+    return dataclass(frozen=True)(made)
+
+
+def _gradients(program: Program, state: TrainState, rows: Rows, starts: Sequence[int]) -> np.ndarray:
     """Gradients of the routers' kernels, flat, [batches, layers, D N]."""
-    config = config_for(checkpoint.config, method, top_k)
-    program = Program(config, checkpoint.vocab_size)
-    state = _state(checkpoint, program, rows)
+    config = program.config
     gradient = make_gradient(program.model, config)
 
     def router_gradient(state: TrainState, batch: Batch, rng: Array) -> Array:

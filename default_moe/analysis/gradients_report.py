@@ -37,11 +37,14 @@ def verdict(found: Sequence[Fidelity], method: str, other: str) -> str:
     return f"{method} is " + ", ".join(filter(None, parts))
 
 
-def as_json(found: Sequence[Fidelity], checkpoint: Checkpoint, machine: dict[str, Any]) -> dict[str, Any]:
+def as_json(
+    found: Sequence[Fidelity], checkpoint: Checkpoint, reference: str, machine: dict[str, Any]
+) -> dict[str, Any]:
     """Every number, and means and standard deviations over batches; None for what is not finite."""
     first = checkpoint.config.model.num_dense_layers
     return {
         "step": checkpoint.step,
+        "reference": reference,
         "num_experts": checkpoint.config.moe.num_experts,
         "trained_with": {"method": checkpoint.config.moe.method.name, "top_k": checkpoint.config.moe.top_k},
         "layers": list(range(first, checkpoint.config.model.num_layers)),
@@ -60,7 +63,7 @@ def as_json(found: Sequence[Fidelity], checkpoint: Checkpoint, machine: dict[str
     }
 
 
-def picture(found: Sequence[Fidelity], first_layer: int) -> bytes:
+def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> bytes:
     """A PNG: cosine similarity above, norms below, against K; the mean over layers, then each layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,8 +88,8 @@ def picture(found: Sequence[Fidelity], first_layer: int) -> bytes:
         axes[1, column].axhline(1, color="grey", linewidth=0.8)
         axes[1, column].set_yscale("log")
         axes[1, column].set_xlabel("experts active, K")
-    axes[0, 0].set_ylabel("cosine similarity to\nthe dense router gradient")
-    axes[1, 0].set_ylabel("norm / that of\nthe dense router gradient")
+    axes[0, 0].set_ylabel(f"cosine similarity to\nthe {reference} router gradient")
+    axes[1, 0].set_ylabel(f"norm / that of\nthe {reference} router gradient")
     axes[0, 0].legend(fontsize=8)
     png = io.BytesIO()
     figure.savefig(png, format="png")

@@ -64,7 +64,7 @@ class Method(abc.ABC):
     random: whether `route` draws random numbers in training.
     dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
       their weights the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
-      methods that choose K different experts, without default vectors.
+      methods that choose K different experts. Default vectors then only add to the output.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """
 
