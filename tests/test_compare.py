@@ -339,7 +339,7 @@ def test_a_run_of_a_comparison_is_the_run_that_train_makes(folder, done):
     assert {name: array.tobytes() for name, array in ours.items()} == {n: a.tobytes() for n, a in theirs.items()}
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("seed", [7, 2**32 - 1])
 def test_a_program_with_another_seed_is_that_of_this_seed(folder, seed):
     config = Config.from_mapping(settings(folder, train={"num_steps": 6, "seed": seed}))
     other = Config.from_mapping(settings(folder, train={"num_steps": 6, "seed": 12}))
