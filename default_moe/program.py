@@ -135,12 +135,14 @@ class Program:
 
         Nothing but the code is allocated. Raises ConfigError if it would not fit the memory of a device.
         """
-        if self._compiled_train_step:
-            return self._compiled_train_step[0]
-        with out_of_memory_in_one_line(ConfigError, "compiling the training step", self.config, self.num_batch_shards):
-            compiled = self.train_step.compile(self.abstract_state(), self.abstract_batch(row))
+        if not self._compiled_train_step:
+            with out_of_memory_in_one_line(
+                ConfigError, "compiling the training step", self.config, self.num_batch_shards
+            ):
+                compiled = self.train_step.compile(self.abstract_state(), self.abstract_batch(row))
+            self._compiled_train_step.append(compiled)
+        compiled = self._compiled_train_step[0]
         check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)
-        self._compiled_train_step.append(compiled)
         return compiled
 
     def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:
