@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from default_moe import distributed
 from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config, ConfigError, flat_items
 from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.evaluation import Evaluation, evaluate
-from default_moe.files import write_atomically
+from default_moe.files import finite_or_null, write_atomically
 from default_moe.generate import sample_text
 from default_moe.metrics import Progress
 from default_moe.program import Program
@@ -58,7 +56,7 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
     if distributed.process_index() > 0:
         return 0
     path = workdir / "eval" / f"step_{step}.json"
-    report = _finite_or_null({"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text})
+    report = finite_or_null({"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text})
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(report, indent=1))
@@ -66,15 +64,6 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
         raise ConfigError(f"the report cannot be written to {path}: {error.strerror}") from error
     say(f"\nwritten to {path}")
     return 0
-
-
-def _finite_or_null(value: Any) -> Any:
-    """`value` with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite_or_null(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(result: Evaluation, step: int, config: Config) -> str:

@@ -17,7 +17,7 @@ from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.errors import ConfigError
-from default_moe.files import write_atomically
+from default_moe.files import finite_or_null, write_atomically
 from default_moe.metrics import Progress
 from default_moe.program import Program
 
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     content = gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())
     try:
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / "gradients.json", json.dumps(content, indent=1))
+        write_atomically(folder / "gradients.json", json.dumps(finite_or_null(content), indent=1))
         write_atomically(folder / "gradients.png", picture)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error

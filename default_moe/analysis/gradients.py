@@ -68,12 +68,19 @@ def check_methods(names: Sequence[str], config: Config, reference: str) -> None:
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"--methods has {name!r}, but there are {', '.join(sorted(METHODS))}")
-        if name in ("dense", "remoe"):
+        if not _runs_top_k(config, name):
             raise ConfigError(f"--methods has {name!r}, which has no number of experts that run that could be varied")
-        if name == "sparsemixer" and reference == "exact":
+        if METHODS[name].random and reference == "exact":
             raise ConfigError(
-                "--methods has 'sparsemixer', of whose draws there is no exact gradient: use --reference=dense"
+                f"--methods has {name!r}, of whose draws there is no exact gradient: use --reference=dense"
             )
+
+
+def _runs_top_k(config: Config, name: str) -> bool:
+    try:
+        return config_for(config, name, 1).moe.most_experts_per_token == 1
+    except ConfigError:  # with another K perhaps
+        return True
 
 
 def measure(

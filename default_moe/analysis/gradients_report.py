@@ -40,7 +40,7 @@ def verdict(found: Sequence[Fidelity], method: str, other: str) -> str:
 def as_json(
     found: Sequence[Fidelity], checkpoint: Checkpoint, reference: str, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """Every number, and means and standard deviations over batches; None for what is not finite."""
+    """Every number, and means and standard deviations over batches."""
     first = checkpoint.config.model.num_dense_layers
     return {
         "step": checkpoint.step,
@@ -53,10 +53,10 @@ def as_json(
             {
                 "method": f.method,
                 "top_k": f.top_k,
-                "mean_cosine": _finite(f.cosine.mean()),
-                "std_of_mean_cosine": _finite(f.cosine.mean(axis=1).std()),
-                "cosine": _finite(f.cosine.tolist()),
-                "norm_ratio": _finite(f.norm_ratio.tolist()),
+                "mean_cosine": float(f.cosine.mean()),
+                "std_of_mean_cosine": float(f.cosine.mean(axis=1).std()),
+                "cosine": f.cosine.tolist(),
+                "norm_ratio": f.norm_ratio.tolist(),
             }
             for f in found
         ],
@@ -98,9 +98,3 @@ def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> byte
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return float(value) if math.isfinite(value) else None

@@ -16,7 +16,7 @@ from default_moe import cli
 from default_moe.compare import matrix, plot, report, runs
 from default_moe.compare.comparison import compare
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
-from default_moe.files import write_atomically
+from default_moe.files import finite_or_null, write_atomically
 from default_moe.metrics import Progress
 from default_moe.workdir import RUN_FILE
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     say(f"\n{text}")
     content = report.as_json(tasks, entries, base.to_dict(), failures)
     try:
-        write_atomically(workdir / "report.json", json.dumps(content, indent=1))
+        write_atomically(workdir / "report.json", json.dumps(finite_or_null(content), indent=1))
         write_atomically(workdir / "report.md", text)
         write_atomically(workdir / "report.png", plot.picture(tasks))
     except OSError as error:

@@ -46,11 +46,11 @@ def markdown(tasks: Sequence[Task], vocab_sizes: Mapping[Settings, int], failure
 def as_json(
     tasks: Sequence[Task], entries: Sequence[Entry], base: Mapping[str, Any], failures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything the report is made of, curves included. Infinite and unknown numbers are None.
+    """Everything the report is made of, curves included.
 
     base: the settings that the runs were derived from.
     """
-    content = {
+    return {
         "machine": machine(),
         "config": base,
         "failures": dict(failures),
@@ -64,8 +64,6 @@ def as_json(
             for task in tasks
         ],
     }
-    plain: dict[str, Any] = _plain(content)
-    return plain
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -129,11 +127,7 @@ def _explanation(baseline: Row) -> str:
 
 
 def _caveat(tasks: Sequence[Task]) -> str:
-    tuned = any(
-        len([r for r in task.rows if r.candidate.method == row.candidate.method]) > 1
-        for task in tasks
-        for row in task.rows
-    )
+    tuned = any(not row.best for task in tasks for row in task.rows)
     choice = (
         "The best settings of each method were chosen on these very seeds, which flatters whichever had more to choose "
         "from: confirm them on other seeds."
@@ -146,11 +140,3 @@ def _caveat(tasks: Sequence[Task]) -> str:
         "training. The interval is about seeds (weights and order of data), not about other texts, and each comparison "
         f"has its own, so that one in twenty misses. {choice}"
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
