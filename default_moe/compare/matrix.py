@@ -3,9 +3,7 @@
 import ast
 import copy
 import dataclasses
-import functools
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,14 +163,15 @@ def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Ent
     config = copy.deepcopy(base)
     config.moe.router = method.name
     config.train.seed = seed
-    changed = []
-    for name, value, where in (
-        *((name, value, "--methods") for name, value in method.settings),
-        *((name, value, "--set") for name, value in chosen if _applies(name, method)),
-    ):
-        before, now = _assign(config, name, value, where)
+    changed, own = [], []
+    for name, value in method.settings:
+        before, now = _assign(config, name, value, "--methods")
         changed += [f"{name}={now}"] if now != before else []
-    own = tuple((name, _value_of(config, name)) for name, _ in chosen if _applies(name, method))
+    for name, value in chosen:
+        if _applies(name, method):
+            before, now = _assign(config, name, value)
+            changed += [f"{name}={now}"] if now != before else []
+            own.append((name, now))
     tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
     task = tuple(item for item in own if item not in tuned)
     folder = "/".join([method.name, *(quote(text, safe="=,+*") for text in sorted(changed)), f"seed_{seed}"])
@@ -206,10 +205,6 @@ def _assign(config: ConfigDict, name: str, value: Any, where: str = "--set") -> 
         kind = section.get_type(key).__name__
         raise ConfigError(f"{where} gives {name}={value}, but it must be of type {kind}") from None
     return before, section[key]
-
-
-def _value_of(config: ConfigDict, name: str) -> Any:
-    return functools.reduce(operator.getitem, name.split("."), config)
 
 
 def _value(text: str) -> Any:
