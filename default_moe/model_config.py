@@ -39,6 +39,8 @@ class MoEConfig:
       `config.moe.default.ema_decay`.
     score_function: "softmax" or "sigmoid" makes scores of router logits.  normalize_weights: divide the weights of a
       token's experts by their sum.
+    router_init_std: standard deviation of the router's weights at the start; None takes small
+      init's, sqrt(2 / (5 D)).
     router_noise_std: standard deviation of Gaussian noise that is added to the logits in training, for all they are
       used for.
     capacity_factor: if set, an expert takes at most ceil(capacity_factor K L / N) tokens of each sequence of L in
@@ -61,6 +63,7 @@ class MoEConfig:
     router: str | Method = "default"
     score_function: str = "softmax"
     normalize_weights: bool = False
+    router_init_std: float | None = None
     router_noise_std: float = 0.0
     capacity_factor: float | None = None
     load_balance_weight: float | None = None
@@ -79,6 +82,8 @@ class MoEConfig:
         check_at_least("moe.expert_dim", self.expert_dim, 1)
         check_at_least("moe.num_shared_experts", self.num_shared_experts, 0)
         check_choice("moe.score_function", self.score_function, ("softmax", "sigmoid"))
+        if self.router_init_std is not None:
+            check_at_least("moe.router_init_std", self.router_init_std, 0)
         check_at_least("moe.router_noise_std", self.router_noise_std, 0)
         check(
             self.capacity_factor is None or self.capacity_factor > 0,

@@ -24,14 +24,19 @@ ROUTER_STATE = "router_state"
 
 
 class Router(nn.Module):
-    """Router logits W x in float32, without a bias (arXiv:2504.12463, eq. 1)."""
+    """Router logits W x in float32, without a bias (arXiv:2504.12463, eq. 1).
+
+    init_std: standard deviation of W at the start; None takes small init's.
+    """
 
     num_experts: int
+    init_std: float | None
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         d_model = x_BLD.shape[-1]
-        init = with_axes(nn.initializers.normal(small_init_std(d_model)), "embed", None)
+        std = small_init_std(d_model) if self.init_std is None else self.init_std
+        init = with_axes(nn.initializers.normal(std), "embed", None)
         kernel_DN = self.param("kernel", init, (d_model, self.num_experts), jnp.float32)
         # Highest precision: TPUs and recent GPUs would round float32 operands otherwise.
         return jnp.matmul(x_BLD.astype(jnp.float32), kernel_DN, precision=jax.lax.Precision.HIGHEST)
@@ -107,7 +112,7 @@ class MoELayer(nn.Module):
         update = train and not self.is_initializing()
         noise_key, method_key = self._keys(update)
         state = self._read_state()
-        logits_BLN = Router(config.num_experts, name="router")(x)
+        logits_BLN = Router(config.num_experts, config.router_init_std, name="router")(x)
         if noise_key is not None:
             noise_BLN = jax.random.normal(noise_key, logits_BLN.shape, jnp.float32)
             logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)

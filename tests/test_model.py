@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import paper
 from default_moe.attention import rotary_embedding
@@ -163,6 +164,14 @@ def test_initial_standard_deviations_are_the_papers():
         # The relative error of a standard deviation from n samples is 1 / sqrt(2 n); four of them.
         assert float(array.std()) == pytest.approx(expected, rel=4 / (2 * array.size) ** 0.5)
     assert not np.allclose(layers["moe"]["experts"]["up"][0], layers["moe"]["experts"]["up"][1])
+
+
+def test_the_routers_initial_scale_can_be_set_alone():
+    configs = MOE, dataclasses.replace(MOE, router_init_std=0.5)
+    small, other = (flatten_dict(init(LanguageModel(MODEL, config, VOCAB))["params"]) for config in configs)
+    for name, array in small.items():
+        scale = 0.5 / (2 / (5 * 16)) ** 0.5 if "router" in name else 1
+        np.testing.assert_allclose(other[name], scale * array, rtol=1e-6)
 
 
 def test_tied_embeddings_have_no_head():

@@ -22,7 +22,13 @@ Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the o
 _FREE = ("data.dir", "data.prefetch", "eval.prompt", "eval.sample_tokens", "eval.temperature", "train.max_bad_steps")
 
 # What a method may have its own best value of, beside optim.* and its own settings: it changes no task.
-_TUNED = ("moe.load_balance_weight", "moe.sequence_balance_weight", "moe.router_z_weight", "moe.router_noise_std")
+_TUNED = (
+    "moe.load_balance_weight",
+    "moe.sequence_balance_weight",
+    "moe.router_z_weight",
+    "moe.router_noise_std",
+    "moe.router_init_std",
+)
 
 
 @dataclass(frozen=True)
