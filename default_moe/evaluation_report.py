@@ -44,7 +44,7 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
         if data.corpus_hash != meta["corpus_hash"]:
             say("note: this is not the text that the run was trained on, or another version of it")
         program = Program(config, tokenizer.vocab_size, training=False)
-        state = program.abstract_state()
+        state = program.abstract_state
         wanted = {"params": state.params, "variables": state.variables}
         restored, _, step = store.restore_for_eval(wanted, step)
     rows = data.validation_rows(config.train.sequence_length)

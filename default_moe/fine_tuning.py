@@ -71,7 +71,7 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from error
     # Of the model that goes with the source's tokenizer: whether the run has the same is known once its data is.
-    state = Program(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size).abstract_state()
+    state = Program(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size).abstract_state
     problem = difference(_below("params", saved), shapes({"params": state.params}))
     if problem:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     Default vectors that the source does not have are averaged over the batches that training will begin with.
     """
     state = dataclasses.replace(program.new_state(), params=None)  # frees these before others are read
-    abstract = program.abstract_state()
+    abstract = program.abstract_state
     wanted = {"params": abstract.params}
     if source.kept:  # an empty part is not what Orbax finds there
         wanted["variables"] = {name: abstract.variables[name] for name in source.kept}

@@ -60,6 +60,7 @@ class Program:
       config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
       matmul, attention: how experts and attention are computed here, "auto" resolved.
       expert_parallel: how tokens of training batches reach experts on other devices, None if experts are not split.
+      abstract_state: shapes, dtypes and shardings of the `TrainState`, for restoring one; state_shardings: the latter.
       num_batch_shards: devices that each hold a part of a batch.
       train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
@@ -82,13 +83,14 @@ class Program:
             self.attention = attention_implementation(
                 config.model, config.train.sequence_length, config.data.mask_documents
             )
-            self.state_shardings = sharding.shardings_of(self._initial_state, self.mesh, config.mesh.rules, _A_SEED)
+            self.abstract_state = sharding.abstract_arrays(self._initial_state, self.mesh, config.mesh.rules, _A_SEED)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
             microbatch_tokens = config.train.batch_size // config.train.grad_accum_steps * config.train.sequence_length
             self.expert_parallel = resolve_expert_parallel(
                 config.moe, microbatch_tokens // self.num_batch_shards, config.model.d_model
             )
+        self.state_shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
         self._new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
@@ -115,14 +117,6 @@ class Program:
         """The mesh and the logical axis rules in force."""
         return in_force(self.mesh, self.config)
 
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, for restoring one."""
-        with self.context():
-            shapes = jax.eval_shape(self._initial_state, _A_SEED)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
-        )
-
     def abstract_batch(self, row: Batch) -> Batch:
         """Shapes, dtypes and shardings of a training batch of rows like `row`, arrays [1, ...]."""
         rows = self.config.train.batch_size
@@ -139,7 +133,7 @@ class Program:
             with out_of_memory_in_one_line(
                 ConfigError, "compiling the training step", self.config, self.num_batch_shards
             ):
-                compiled = self.train_step.compile(self.abstract_state(), self.abstract_batch(row))
+                compiled = self.train_step.compile(self.abstract_state, self.abstract_batch(row))
             self._compiled_train_step.append(compiled)
         compiled = self._compiled_train_step[0]
         check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)

@@ -144,8 +144,8 @@ def _annotations() -> Iterator[None]:
         _annotating.reset(token)
 
 
-def shardings_of(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args: Any) -> Any:
-    """The NamedSharding of every array that `init(*args)` would make, without making any.
+def abstract_arrays(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args: Any) -> Any:
+    """Shape, dtype and NamedSharding of every array that `init(*args)` would make, without making any.
 
     Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
     """
@@ -159,7 +159,7 @@ def shardings_of(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args:
         lambda leaf, s: NamedSharding(mesh, PartitionSpec()) if len(s.spec) > len(leaf.shape) else s, shapes, shardings
     )
     jax.tree_util.tree_map_with_path(_check_divisible, shapes, shardings)
-    return shardings
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
 
 
 def _check_divisible(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:

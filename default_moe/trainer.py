@@ -74,7 +74,7 @@ def train(
         if not saved or saved[-1] < config.train.num_steps:
             # Before anything of the state's size is read or made: it may not fit.
             train_step = _compile(program, train_rows, run, progress)
-        restored = store.restore_latest(program.abstract_state())
+        restored = store.restore_latest(program.abstract_state)
         state, start = (restored[0], restored[2]) if restored else (None, 0)
         progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
         if start >= config.train.num_steps:

@@ -204,14 +204,14 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
     outcomes = dict(zip(commands, ended, strict=True))
     code, output, error = outcomes["whole"]
     assert code == 0, error
-    written = json.loads((folder / "run" / "analysis" / "gradients.json").read_text())
+    written = json.loads((folder / "run" / "analysis" / "gradients_exact.json").read_text())
     assert [(r["method"], r["top_k"]) for r in written["results"]] == [
         (m, k) for k in (1, 2, 3) for m in ("topk", "default")
     ]
     assert written["layers"] == [1, 2] and np.shape(written["results"][0]["cosine"]) == (2, 2)
     assert written["results"][1]["mean_cosine"] == pytest.approx(np.mean(written["results"][1]["cosine"]))
     assert "default is closer" in output and output.count("\nK ") == 6
-    assert (folder / "run" / "analysis" / "gradients.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "run" / "analysis" / "gradients_exact.png").read_bytes().startswith(b"\x89PNG")
     errors = {
         "no kind": "which analysis is not said: python -m default_moe.analysis gradients --workdir=...",
         "an unknown kind": "there is no analysis 'gradient'",

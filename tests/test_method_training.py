@@ -82,7 +82,7 @@ def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save(2, state, {})
     with CheckpointStore(tmp_path) as store:
-        restored, _, _ = store.restore_latest(program.abstract_state())
+        restored, _, _ = store.restore_latest(program.abstract_state)
     assert_trees_equal(restored, state)
     straight, _ = program.train_step(state, make_batch(2))
     resumed, _ = program.train_step(restored, make_batch(2))

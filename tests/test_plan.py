@@ -152,7 +152,7 @@ def test_collectives_in_a_loop_know_their_axis_and_bytes():
 
 def test_the_state_is_counted_as_it_is_split(plan):
     """Float32 parameters in parts, two moments of each."""
-    held = [math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(plan.program.abstract_state().params)]
+    held = [math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(plan.program.abstract_state.params)]
     assert plan.state.parameters == 4 * sum(held)
     assert plan.state.optimizer == 8 * sum(held) + 2 * 4  # and two counts
     assert sum(plan.state) == pytest.approx(plan.memory.state, rel=0.01)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,16 +56,11 @@ def compiled_layer(devices, mesh_config: MeshConfig, **fields):
         return (y.astype(jnp.float32) ** 2).sum() + aux["load_balance_loss"], state
 
     with program.in_force(mesh, Config(mesh=mesh_config)):
-        shardings = sharding.shardings_of(init, mesh, mesh_config.rules)
-        others = nn.unbox(jax.eval_shape(init))
-        params, params_shardings = others.pop("params"), shardings.pop("params")
+        others = sharding.abstract_arrays(init, mesh, mesh_config.rules)
+        params = others.pop("params")
         batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
-        gradient = jax.jit(
-            jax.grad(loss, argnums=(0, 2), has_aux=True),
-            in_shardings=(params_shardings, shardings, batch),
-        )
-        x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16)
-        return gradient.lower(params, others, x).compile()
+        x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16, sharding=batch)
+        return jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True)).lower(params, others, x).compile()
 
 
 # Operations of one product of a device's slots: 512 tokens make 1,024 assignments, with up to 7 rows of padding for
@@ -148,7 +142,7 @@ def test_the_training_step_compiles(devices, monkeypatch):
     # Twice forward and twice backward: what the forward pass received is kept.
     exchanges = [name for name, *_ in along_the_expert_axis(compiled.as_text()) if name == "ragged-all-to-all"]
     assert len(exchanges) == 4
-    state = made.abstract_state()
+    state = made.abstract_state
     shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     needed = step_memory(compiled)
     # Float32 parameters and two moments.

@@ -1,7 +1,8 @@
 """What a trained router is like: `python -m default_moe.analysis gradients --workdir=runs/quickstart`.
 
 gradients: how close router gradients of --methods are to the true dense one, for each K, layer by layer. Prints them,
-and writes gradients.json and gradients.png to <workdir>/analysis. `gradients.py` says what true is.
+and writes gradients_exact.json and .png (gradients_dense with --reference=dense) to <workdir>/analysis. `gradients.py`
+says what true is.
 """
 
 import json
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         if data.corpus_hash != meta["corpus_hash"]:
             say("note: this is not the text that the run was trained on, or another version of it")
         program = Program(config, tokenizer.vocab_size)
-        state = program.abstract_state()
+        state = program.abstract_state
         wanted = {"params": state.params, "variables": state.variables}
         restored, _, step = store.restore_for_eval({k: v for k, v in wanted.items() if v}, _STEP.value)
     checkpoint = Checkpoint(config, program.vocab_size, step, restored["params"], restored.get("variables", {}))
@@ -74,16 +75,16 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--methods={','.join(methods)} can run with no K of {', '.join(map(str, top_ks))}")
     for method in methods[1:]:
         say(gradients_report.verdict(found, method, methods[0]))
-    folder = workdir / "analysis"
+    folder, name = workdir / "analysis", f"gradients_{_REFERENCE.value}"
     picture = gradients_report.picture(found, _REFERENCE.value, config.model.num_dense_layers)
     content = gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())
     try:
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / "gradients.json", json.dumps(finite_or_null(content), indent=1))
-        write_atomically(folder / "gradients.png", picture)
+        write_atomically(folder / f"{name}.json", json.dumps(finite_or_null(content), indent=1))
+        write_atomically(folder / f"{name}.png", picture)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
-    say(f"written to {folder}: gradients.json, gradients.png")
+    say(f"written to {folder}: {name}.json, {name}.png")
     return 0
 
 

@@ -106,7 +106,7 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
     """Compiles the training step that `config` stands for. Raises ConfigError as `program_for` does."""
     program = program_for(config, vocab_size, topology)
     with traced_for(topology.devices[0]):
-        state = program.abstract_state()
+        state = program.abstract_state
         batch = program.abstract_batch(pack([], 1, config.train.sequence_length, 0, np.zeros(1, np.int32)))
         compiled, too_large = None, None
         try:
@@ -137,7 +137,7 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
 
 def state_bytes(program: Program) -> int:
     """Of the state on each device, without compiling."""
-    return _device_bytes(program.abstract_state())
+    return _device_bytes(program.abstract_state)
 
 
 def _filled(config: Config, program: Program) -> float:
