@@ -86,8 +86,9 @@ def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> byte
         title = "mean over layers" if layer is None else f"layer {first_layer + layer}"
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].axhline(1, color="grey", linewidth=0.8)
-        axes[1, column].set_yscale("log")
+        axes[1, column].xaxis.get_major_locator().set_params(integer=True)
         axes[1, column].set_xlabel("experts active, K")
+    axes[1, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel(f"cosine similarity to\nthe {reference} router gradient")
     axes[1, 0].set_ylabel(f"norm / that of\nthe {reference} router gradient")
     axes[0, 0].legend(fontsize=8)
