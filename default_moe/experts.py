@@ -20,7 +20,7 @@ from default_moe.expert_parallel import resolve_expert_parallel
 from default_moe.grouped_matmul import resolve_backend
 from default_moe.swiglu import WEIGHT_AXES, ExpertWeights
 
-# shard_map checks which values vary over which mesh axes, where every operation says so. tokamax's kernels do not.
+# shard_map checks which values vary over which mesh axes, where every operation says so. Pallas' kernels do not.
 _KERNELS_SAY_WHERE_THEY_VARY = ("blocks", "ragged")
 
 _WHOLE_WEIGHTS = "whole_expert_weights"

@@ -5,10 +5,12 @@
              choice on a CPU, where XLA expands `jax.lax.ragged_dot` to a product with every expert.
   "ragged"   `sorted_experts.py` with `jax.lax.ragged_dot`: on GPU a product with every expert, like on a CPU; on TPU a
              kernel of its own, but for the weights' gradient, which is one with every expert.
-  "tokamax"  `sorted_experts.py` with the kernels of the package tokamax: the choice on NVIDIA GPUs and TPUs.
+  "mosaic"   `sorted_experts.py` with JAX's own kernels for Hopper, `hopper_matmul.py`: the choice on an H100 or H200.
+  "tokamax"  `sorted_experts.py` with the kernels of the package tokamax: the choice on other NVIDIA GPUs and on TPUs.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import warnings
@@ -21,9 +23,10 @@ from absl import flags
 from jax import Array
 from jax.lax import RaggedDotDimensionNumbers
 
+from default_moe import hopper_matmul
 from default_moe.config import MATMUL_BACKENDS
 from default_moe.errors import ConfigError
-from default_moe.hardware import is_nvidia, platform
+from default_moe.hardware import is_hopper, is_nvidia, platform
 
 _INSTALL_TOKAMAX = "pip install tokamax"
 
@@ -44,6 +47,8 @@ def resolve_backend(backend: str) -> str:
     if backend == "auto":
         if platform() == "cpu":
             return "blocks"
+        if is_hopper():
+            return "mosaic"
         if not _tokamax_runs():
             return "ragged"
         if _tokamax_installed():
@@ -54,6 +59,11 @@ def resolve_backend(backend: str) -> str:
             f"backward pass alone), because tokamax is not installed: {_INSTALL_TOKAMAX}",
         )
         return "ragged"
+    if backend == "mosaic" and not is_hopper():
+        raise ConfigError(
+            f"moe.matmul is 'mosaic', whose kernels run on Hopper GPUs (H100, H200), but this is {platform()!r}: "
+            "use 'auto'"
+        )
     if backend == "tokamax":
         if not _tokamax_runs():
             raise ConfigError(
@@ -83,7 +93,7 @@ def group_alignment(backend: str) -> int:
 
 def slots_multiple(backend: str) -> int:
     """What the number of all rows is a multiple of: kernels may take them in tiles of as many."""
-    return 128 if backend == "tokamax" else group_alignment(backend)
+    return 128 if backend in ("mosaic", "tokamax") else group_alignment(backend)
 
 
 def largest_block() -> int:
@@ -104,9 +114,9 @@ def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend:
         must be finite.
       rhs_MDF: one matrix per group, of the same dtype.
       group_sizes_M: int32.
-      backend: "ragged" or "tokamax".
+      backend: "ragged", "mosaic" or "tokamax".
     """
-    out_SF = _kernel(backend)(lhs_SD, rhs_MDF, group_sizes_M, PRODUCT)
+    out_SF = kernel_of(backend)(lhs_SD, rhs_MDF, group_sizes_M, PRODUCT)
     return _rows_of_groups(out_SF, group_sizes_M)
 
 
@@ -116,7 +126,7 @@ def _forward(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend: str) 
 
 def _backward(backend: str, residuals: tuple, d_out_SF: Array) -> tuple:
     lhs_SD, rhs_MDF, group_sizes_M = residuals
-    kernel = _kernel(backend)
+    kernel = kernel_of(backend)
     d_out_SF = _rows_of_groups(d_out_SF, group_sizes_M)
     d_lhs_SD = kernel(d_out_SF, rhs_MDF, group_sizes_M, ROWS_GRADIENT)
     d_rhs_MDF = kernel(lhs_SD, d_out_SF, group_sizes_M, MATRICES_GRADIENT)
@@ -136,33 +146,46 @@ def _rows_of_groups(rows_SF: Array, group_sizes_M: Array) -> Array:
 Kernel = Callable[[Array, Array, Array, RaggedDotDimensionNumbers], Array]
 
 
-def _kernel(backend: str) -> Kernel:
-    return {"ragged": _ragged, "tokamax": _tokamax}[backend]
+def kernel_of(backend: str) -> Kernel:
+    """How a backend for sorted rows computes the products: a function of lhs, rhs, group sizes and one of the three."""
+    return {"ragged": _ragged, "mosaic": _mosaic, "tokamax": _tokamax}[backend]
 
 
 def _ragged(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     return jax.lax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions)
 
 
+def _mosaic(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
+    """Hopper's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
+    reason = hopper_matmul.unsupported(lhs, rhs)
+    if reason:
+        _warn_of_ragged(lhs, rhs, reason)
+        return _ragged(lhs, rhs, group_sizes_M, dimensions)
+    if dimensions == MATRICES_GRADIENT:
+        return hopper_matmul.matrices_gradient(lhs, rhs, group_sizes_M)
+    return hopper_matmul.product(lhs, rhs, group_sizes_M, transpose_rhs=dimensions == ROWS_GRADIENT)
+
+
 def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     """tokamax's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
-    import tokamax
-
-    _prepare_tokamax()
-    kernels: tuple[str, ...] = ("mosaic_tpu",) if platform() == "tpu" else ("mosaic_gpu", "triton")
-    if is_nvidia() and any(size % 128 for size in (*lhs.shape[1:], *rhs.shape[1:])):
-        kernels = ("triton",)  # Mosaic's for Hopper (0.0.12) leaves out what goes beyond a multiple of its block of 128
+    # Its Mosaic kernels for Hopper (0.0.12, 0.0.17) give wrong gradients of the matrices.
+    kernels = ("mosaic_tpu",) if platform() == "tpu" else ("triton",)
     try:
+        import tokamax
+
+        _prepare_tokamax()
         return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=kernels)
     except (NotImplementedError, ValueError, ExceptionGroup) as error:
         errors: Any = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
         reason = "; ".join(dict.fromkeys(" ".join(str(e).split()) for e in errors))
-        _warn(
-            reason,
-            f"tokamax has no kernel for {lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)} here ({reason}): "
-            "jax.lax.ragged_dot computes this product, and any other of which that is true",
-        )
+        _warn_of_ragged(lhs, rhs, f"tokamax: {reason}")
         return _ragged(lhs, rhs, group_sizes_M, dimensions)
+    except (AttributeError, ImportError, TypeError) as error:
+        versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tokamax", "jax"))
+        raise ConfigError(
+            f"moe.matmul is 'tokamax', but {versions} do not go together ({type(error).__name__}: {error}): "
+            "install a tokamax made for this jax, or choose another moe.matmul"
+        ) from error
 
 
 @functools.cache
@@ -186,6 +209,14 @@ class SlowKernel(UserWarning):
 
 
 _warned_of: set[str] = set()
+
+
+def _warn_of_ragged(lhs: Array, rhs: Array, reason: str) -> None:
+    _warn(
+        reason,
+        f"there is no kernel for {lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)} here ({reason}): "
+        "jax.lax.ragged_dot computes this product, and any other of which that is true",
+    )
 
 
 def _warn(reason: str, text: str) -> None:

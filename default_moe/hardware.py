@@ -45,6 +45,11 @@ def is_nvidia() -> bool:
     return "rocm" not in getattr(jax.devices()[0].client, "platform_version", "").lower()
 
 
+def is_hopper() -> bool:
+    """Whether that is an NVIDIA GPU of the Hopper architecture: an H100, an H200 or another of compute capability 9."""
+    return is_nvidia() and getattr(jax.devices()[0], "compute_capability", "").startswith("9.")
+
+
 def memory_bytes(device: jax.Device) -> int | None:
     """What arrays and temporaries may take on a device, None if unknown. Simulated CPU devices share the host's."""
     if device.platform != "cpu":

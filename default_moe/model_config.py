@@ -13,7 +13,7 @@ from default_moe.checks import check, check_at_least, check_choice, check_keys, 
 from default_moe.default_vectors import DefaultVectorSettings
 from default_moe.methods import METHODS, Method
 
-MATMUL_BACKENDS = ("blocks", "ragged", "tokamax")
+MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
 
@@ -50,8 +50,8 @@ class MoEConfig:
       balance over the batch (None: what the method asks for), balance within each sequence, and the z-loss.
     dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
       router and the default vectors are float32 always.
-    matmul: how experts are computed, "blocks", "ragged" or "tokamax", see `grouped_matmul.py`; "auto" picks by
-      platform.
+    matmul: how experts are computed, "blocks", "ragged", "mosaic" or "tokamax", see `grouped_matmul.py`; "auto" picks
+      by platform.
     expert_parallel: how devices that hold different experts share tokens, "gather" or "exchange", see
       `expert_parallel.py`; "auto" picks by platform and by what is moved.
     """

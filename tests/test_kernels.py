@@ -10,7 +10,7 @@ import pytest
 from reference import assert_close
 from test_grouped_matmul import UNITS, check, random_arrays
 
-from default_moe import attention, grouped_matmul
+from default_moe import attention, grouped_matmul, hopper_matmul
 from default_moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from default_moe.grouped_matmul import MATRICES_GRADIENT, available_backends, resolve_backend
 from default_moe.program import Program
@@ -22,10 +22,11 @@ from default_moe.tpu_attention import splash_attention
 def on(monkeypatch):
     """A function that makes a platform look in use, with or without tokamax."""
 
-    def use(platform: str, nvidia: bool = False, tokamax: bool = True) -> None:
+    def use(platform: str, nvidia: bool = False, hopper: bool = False, tokamax: bool = True) -> None:
         for module in (grouped_matmul, attention):
             monkeypatch.setattr(module, "platform", lambda: platform)
             monkeypatch.setattr(module, "is_nvidia", lambda: nvidia)
+        monkeypatch.setattr(grouped_matmul, "is_hopper", lambda: hopper)
         monkeypatch.setattr(grouped_matmul, "_tokamax_installed", lambda: tokamax)
         monkeypatch.setattr(grouped_matmul, "_warned_of", set())
 
@@ -43,7 +44,7 @@ def faulty(lhs, rhs, sizes, dimensions):
 
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS.keys())
 def test_faults_of_kernels_reach_no_result(units, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "_kernel", lambda backend: faulty)
+    monkeypatch.setattr(grouped_matmul, "kernel_of", lambda backend: faulty)
     lhs, rhs, g = random_arrays(np.random.default_rng(0))
     # A name of its own: compiled products are remembered by it.
     check(lhs, rhs, [8 * u for u in units], g, "faulty")
@@ -51,7 +52,7 @@ def test_faults_of_kernels_reach_no_result(units, monkeypatch):
 
 def test_the_output_gradient_past_the_last_group_counts_for_nothing(monkeypatch):
     """It is NaN here; a kernel that reads it would spoil the matrices' gradient."""
-    monkeypatch.setattr(grouped_matmul, "_kernel", lambda backend: faulty)
+    monkeypatch.setattr(grouped_matmul, "kernel_of", lambda backend: faulty)
     lhs, rhs, g = (jnp.asarray(a) for a in random_arrays(np.random.default_rng(1)))
     sizes = jnp.array([8, 0, 16, 8])
     _, gradients = jax.vjp(lambda lhs, rhs: grouped_matmul.grouped_matmul(lhs, rhs, sizes, "faulty too"), lhs, rhs)
@@ -71,12 +72,14 @@ def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(mo
     assert len(messages) == 1
     # The second is what a version says that has no Triton kernels without triton.
     reasons = ("Not supported on cpu.", "Unknown implementation: triton")
-    assert any(f"no kernel for float32 [40, 5] x [4, 5, 3] here ({reason})" in messages[0] for reason in reasons)
+    assert any(
+        f"no kernel for float32 [40, 5] x [4, 5, 3] here (tokamax: {reason})" in messages[0] for reason in reasons
+    )
     assert "jax.lax.ragged_dot computes this product" in messages[0]
 
 
-def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(on, monkeypatch):
-    """Mosaic's kernel for Hopper drops what goes beyond a multiple of 128 columns: it must not be asked for such."""
+def test_tokamax_is_not_asked_for_kernels_that_are_wrong(on, monkeypatch):
+    """Mosaic's for Hopper give wrong gradients of the matrices."""
     import tokamax
 
     asked = []
@@ -88,9 +91,71 @@ def test_tokamax_is_asked_for_the_kernels_that_take_the_shape(on, monkeypatch):
     monkeypatch.setattr(tokamax, "ragged_dot_general", ragged_dot_general)
     for platform in ("gpu", "tpu"):
         on(platform, nvidia=platform == "gpu")
-        for width in (256, 704):
-            grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, width)), jnp.array([8]), "tokamax")
-    assert asked == [("mosaic_gpu", "triton"), ("triton",), ("mosaic_tpu",), ("mosaic_tpu",)]
+        grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, 256)), jnp.array([8]), "tokamax")
+    assert asked == [("triton",), ("mosaic_tpu",)]
+
+
+def test_a_tokamax_made_for_another_jax_is_reported_in_one_line(monkeypatch):
+    import tokamax
+
+    def ragged_dot_general(*args, **kwargs):
+        raise TypeError("Mesh.__init__() got an unexpected keyword argument 'out_shape'")
+
+    monkeypatch.setattr(tokamax, "ragged_dot_general", ragged_dot_general)
+    with pytest.raises(
+        ConfigError, match=r"tokamax [\d.]+ and jax [\d.]+ do not go together \(TypeError: Mesh"
+    ) as caught:
+        grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, 128)), jnp.array([8]), "tokamax")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hopper_kernels(monkeypatch):
+    """JAX's kernels for Hopper replaced by `jax.lax.ragged_dot_general`, which refuses tiles that they do not take."""
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
+
+    def checked(rows, columns, depth, block_m, block_n, block_k, max_concurrent_steps, grid_block_n):
+        assert columns % (block_n * grid_block_n) == 0 and depth % block_k == 0
+        assert block_m % 64 == 0 and block_n % 8 == 0
+        # In bfloat16: what is in flight, and the tile of the output.
+        assert 2 * (max_concurrent_steps * (block_m + block_n) * block_k + block_m * block_n) <= 227 * 1024
+        return rows % block_m == 0
+
+    def ragged_dot(lhs, rhs, *, group_sizes, transpose_rhs, **tiles):
+        checked(len(lhs), rhs.shape[1 if transpose_rhs else 2], lhs.shape[1], **tiles)
+        dimensions = grouped_matmul.ROWS_GRADIENT if transpose_rhs else grouped_matmul.PRODUCT
+        return faulty(lhs, rhs, group_sizes, dimensions)
+
+    def transposed_ragged_dot(lhs, rhs, *, group_sizes, **tiles):
+        assert checked(lhs.shape[1], rhs.shape[1], len(lhs), **tiles)
+        return faulty(lhs, rhs, group_sizes, MATRICES_GRADIENT)
+
+    monkeypatch.setattr(ragged_dot_mgpu, "ragged_dot", ragged_dot)
+    monkeypatch.setattr(transposed_ragged_dot_mgpu, "transposed_ragged_dot", transposed_ragged_dot)
+
+
+@pytest.mark.parametrize(("d_model", "width"), [(128, 192), (64, 1408), (256, 384)])
+def test_hopper_kernels_are_asked_for_the_three_products(d_model, width, hopper_kernels, monkeypatch):
+    monkeypatch.setattr(hopper_matmul, "unsupported", lambda lhs, rhs: None)  # to compare in float32
+    rng = np.random.default_rng(3)
+    lhs, rhs, g = (
+        rng.normal(size=size).astype(np.float32) for size in ((128, d_model), (4, d_model, width), (128, width))
+    )
+    check(lhs, rhs / d_model**0.5, [40, 0, 56, 16], g / width**0.5, "mosaic")
+
+
+def test_what_hopper_kernels_do_not_take_is_computed_all_the_same_with_a_warning(hopper_kernels, monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "_warned_of", set())
+    lhs, rhs = jnp.ones((64, 64)), jnp.ones((1, 64, 64))
+    reasons = {
+        "bfloat16 and float16": (lhs, rhs),
+        "multiples of 64": (lhs.astype(jnp.bfloat16), rhs[:, :, :40].astype(jnp.bfloat16)),
+    }
+    for reason, (a, b) in reasons.items():
+        with pytest.warns(grouped_matmul.SlowKernel, match=f"Hopper's kernels take .*{reason}"):
+            out = grouped_matmul.grouped_matmul(a, b, jnp.array([64]), "mosaic")
+        assert float(jnp.abs(out - 64).max()) == 0
+    assert hopper_matmul.unsupported(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)) is None
 
 
 def test_the_choice_of_backend(on):
@@ -102,6 +167,9 @@ def test_the_choice_of_backend(on):
     on("gpu", nvidia=True)
     assert resolve_backend("auto") == "tokamax"
     assert available_backends() == ["blocks", "ragged", "tokamax"]
+    on("gpu", nvidia=True, hopper=True, tokamax=False)
+    assert resolve_backend("auto") == "mosaic"
+    assert available_backends() == ["blocks", "ragged", "mosaic"]
     on("gpu", nvidia=False)
     assert resolve_backend("auto") == "ragged"
 
@@ -110,6 +178,8 @@ def test_a_backend_that_cannot_run_here_is_refused_in_one_line(on):
     on("cpu")
     with pytest.raises(ConfigError, match="'tokamax', whose kernels run on NVIDIA GPUs and TPUs, but this is 'cpu'"):
         resolve_backend("tokamax")
+    with pytest.raises(ConfigError, match=r"'mosaic', whose kernels run on Hopper GPUs .*, but this is 'cpu'"):
+        resolve_backend("mosaic")
     on("gpu", nvidia=True, tokamax=False)
     with pytest.raises(ConfigError, match="tokamax is not installed: pip install"):
         resolve_backend("tokamax")

@@ -21,6 +21,16 @@ def check_installed() -> None:
         raise ConfigError(f"--vs_torch needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
+class Pending:
+    """All that torch has been asked for, to be waited for by `jax.block_until_ready`."""
+
+    def block_until_ready(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 def candidates(shape: LayerShape, work: Work) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """Forward, and forward and backward, of the block and of a dense SwiGLU network on torch."""
     import torch
@@ -59,16 +69,14 @@ def candidates(shape: LayerShape, work: Work) -> dict[str, tuple[Callable[[], An
         return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
 
     def passes(forward: Callable[[], Any], parameters: list[Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        def finished(result: Any) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        def only_forward() -> None:
+        def only_forward() -> Pending:
             with torch.no_grad():
-                finished(forward())
+                forward()
+            return Pending()
 
-        def both() -> None:
-            finished(torch.autograd.grad(forward(), parameters, g))
+        def both() -> Pending:
+            torch.autograd.grad(forward(), parameters, g)
+            return Pending()
 
         return only_forward, both
 

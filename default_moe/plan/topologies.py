@@ -93,13 +93,13 @@ def open_topology(name: str) -> Topology:
 
 @contextlib.contextmanager
 def traced_for(device: Any) -> Iterator[None]:
-    """tokamax picks its kernels by the default device, which is a CPU here: while entered it sees `device`."""
-    before = backend.get_default_device
-    backend.get_default_device = lambda *_: device
+    """Kernels are picked by the default device or the first, which is a CPU here: while entered it is `device`."""
+    before = backend.get_default_device, jax.devices
+    backend.get_default_device, jax.devices = (lambda *_: device), (lambda *_: [device])
     try:
         yield
     finally:
-        backend.get_default_device = before
+        backend.get_default_device, jax.devices = before
 
 
 def _tpu_devices(name: str, shape: str) -> list[Any]:

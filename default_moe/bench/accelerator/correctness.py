@@ -1,6 +1,7 @@
 """Every backend's experts, forward and backward, against float64 on random inputs, with idle and overfull experts."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,10 @@ def measure(results: Results) -> None:
         if backend not in available_backends():
             results.guarded(backend, functools.partial(_unavailable, backend))
             continue
-        for dtype in dict.fromkeys((s.dtype, "float32")):
+        for shape, dtype in itertools.product(s.checked, dict.fromkeys((s.dtype, "float32"))):
             for seed, route in enumerate(_ROUTES):
-                check = functools.partial(_check, s.checked, backend, dtype, seed)
-                results.guarded(f"{backend} {dtype}, {route}", check)
+                check = functools.partial(_check, shape, backend, dtype, seed)
+                results.guarded(f"{backend} {dtype} F{shape.expert_dim}, {route}", check)
 
 
 def _unavailable(backend: str) -> Row:

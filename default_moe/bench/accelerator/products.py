@@ -17,8 +17,8 @@ from default_moe.bench.accelerator.scale import Scale, scale
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.bench.workload import LayerShape
-from default_moe.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT
-from default_moe.hardware import is_nvidia
+from default_moe.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, kernel_of
+from default_moe.hardware import is_hopper, is_nvidia
 
 _KINDS = {"product": PRODUCT, "rows' gradient": ROWS_GRADIENT, "matrices' gradient": MATRICES_GRADIENT}
 
@@ -74,7 +74,8 @@ def _kernels() -> list[tuple[str, Callable, dict[str, Any]]]:
     ]
     if is_nvidia():
         found.append(("ragged_dot, XLA's fusion", ragged, {"xla_gpu_experimental_use_ragged_dot_fusion": True}))
-        found.append(("Pallas kernels of JAX", _pallas, {}))
+    if is_hopper():
+        found.append(("mosaic", kernel_of("mosaic"), {}))
     if jax.default_backend() != "cpu" and importlib.util.find_spec("tokamax"):
         import tokamax
 
@@ -89,14 +90,3 @@ def _dense(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, dimensions: Any) ->
     if dimensions == PRODUCT:
         return lhs @ rhs[0]
     return lhs @ rhs[0].T if dimensions == ROWS_GRADIENT else lhs.T @ rhs
-
-
-def _pallas(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, dimensions: Any) -> jax.Array:
-    """JAX's own example kernels for Hopper, with tiles that its matrix product does well with."""
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
-
-    tiles: Any = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 1}
-    if dimensions == MATRICES_GRADIENT:
-        return transposed_ragged_dot_mgpu.transposed_ragged_dot(lhs, rhs, group_sizes=sizes, **tiles)
-    transpose = dimensions == ROWS_GRADIENT
-    return ragged_dot_mgpu.ragged_dot(lhs, rhs, group_sizes=sizes, transpose_rhs=transpose, **tiles)

@@ -16,7 +16,7 @@ PAPER = Path(__file__).parents[3] / "configs" / "paper.py"
 
 class Scale(NamedTuple):
     """dtype: compute type.  copied_bytes, matrix: of the ceilings.  layers: shapes of the layer table, the first and
-    last also of products and torch.  checked: shape of the correctness checks.  rounds: times that each thing is timed.
+    last also of products and torch.  checked: shapes of the correctness checks.  rounds: times each thing is timed.
     attempts: (sequences, remat) of the training step, in the order in which they are tried.
     """
 
@@ -24,7 +24,7 @@ class Scale(NamedTuple):
     copied_bytes: int
     matrix: int
     layers: tuple[LayerShape, ...]
-    checked: LayerShape
+    checked: tuple[LayerShape, ...]
     rounds: int
     attempts: tuple[tuple[int, str], ...]
 
@@ -32,9 +32,11 @@ class Scale(NamedTuple):
 def scale() -> Scale:
     if jax.default_backend() == "cpu":
         tiny = LayerShape(128, 32, 4, 2, 16)
-        return Scale("float32", 2**16, 64, (tiny,), LayerShape(64, 16, 4, 2, 8), 2, ((2, "dots"), (4, "none")))
+        return Scale("float32", 2**16, 64, (tiny,), (LayerShape(64, 16, 4, 2, 8),), 2, ((2, "dots"), (4, "none")))
     attempts = ((32, "dots"), (16, "dots"), (64, "full"), (64, "dots"), (8, "none"))
-    return Scale("bfloat16", 2**31, 8192, ACCELERATOR_SHAPES, LayerShape(1024, 256, 8, 2, 384), 10, attempts)
+    # Widths of whole tiles of 128, and not.
+    checked = tuple(LayerShape(1024, 256, 8, 2, width) for width in (384, 320))
+    return Scale("bfloat16", 2**31, 8192, ACCELERATOR_SHAPES, checked, 10, attempts)
 
 
 def step_config(sequences: int, remat: str) -> Config:

@@ -11,7 +11,7 @@ from default_moe.bench.accelerator.results import Results
 from default_moe.bench.accelerator.scale import scale
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
-from default_moe.bench.torch_block import missing_packages
+from default_moe.bench.torch_block import Pending, missing_packages
 from default_moe.bench.workload import LayerShape
 
 
@@ -45,14 +45,13 @@ def _time(shape: LayerShape, dtype_name: str, backward: bool, rounds: int, ceili
     down = normal(shape.num_experts, width, d_model)
     g = torch.randn_like(x)
 
-    def run() -> None:
+    def run() -> Pending:
         with torch.set_grad_enabled(backward):
             hidden = torch.nn.functional.silu(torch._grouped_mm(x, gate, offs=ends))
             y = torch._grouped_mm(hidden * torch._grouped_mm(x, up, offs=ends), down, offs=ends)
         if backward:
             torch.autograd.grad(y, (x, gate, up, down), g)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        return Pending()
 
     timing = time_alternately({"": run}, rounds)[""]
     flops = shape.active_flops() * (3 if backward else 1) / timing.seconds
