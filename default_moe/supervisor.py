@@ -1,7 +1,7 @@
-"""A process that waits for another and says in one line why it ended, where JAX's runtime would abort it.
+"""A process that waits for another, which JAX's runtime may end: no Python in that process has a say in it.
 
-When a process of several has lost the others, the runtime prints a stack trace and aborts: no Python in that process
-has a say in it.
+When one of several processes has lost the others, the runtime prints a stack trace and aborts: the parent says in one
+line why. When a driver crashes in one run of many, the parent starts another process for the rest.
 """
 
 import contextlib
@@ -10,10 +10,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _RUNTIME = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")
 
 
@@ -24,26 +25,14 @@ def go_on_in_child(if_aborted: str) -> None:
     starts.
     """
     reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
+    child = _fork()
     if child == 0:
         os.close(reader)
         os.dup2(writer, sys.stderr.fileno())
         os.close(writer)
-        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches it through its parent, once
-        with contextlib.suppress(AttributeError):  # Linux alone has it
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         return
     os.close(writer)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        del frame
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    _pass_signals_on(child)
     with os.fdopen(reader, "rb") as lines:
         explained, runtime = _show(lines)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -54,6 +43,58 @@ def go_on_in_child(if_aborted: str) -> None:
         if code < 0:
             _print([f"error: the process was ended by {signal.Signals(-code).name}\n".encode()])
     os._exit(code if code >= 0 else 1)
+
+
+def go_on_in_children(progress: Callable[[], object]) -> None:
+    """Fork, and return in the child. One that crashes is replaced by another, as long as each gets further.
+
+    progress: compared between the start of a child and its end. To be called before JAX's backend starts. The parent
+    passes signals on, after which it starts no other child, and exits as the last child does.
+    """
+    while True:
+        before = progress()
+        handlers = [signal.getsignal(number) for number in _PASSED_ON]
+        child = _fork()
+        if child == 0:
+            return
+        told = _pass_signals_on(child)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for number, handler in zip(_PASSED_ON, handlers, strict=True):
+            signal.signal(number, handler)
+        if code >= 0:
+            os._exit(code)
+        ended_by = f"the process was ended by {signal.Signals(-code).name}"
+        if told or progress() == before:
+            _print([f"error: {ended_by}\n".encode()])
+            os._exit(1)
+        _print([f"{ended_by}: another goes on\n".encode()])
+
+
+def _fork() -> int:
+    """0 in the child, which dies with its parent."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches it through its parent, once
+        with contextlib.suppress(AttributeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return child
+
+
+def _pass_signals_on(child: int) -> list[int]:
+    """From now on. Returns those that have come, filled as they come."""
+    told: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        told.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    return told
 
 
 def _show(lines: Iterable[bytes]) -> tuple[bool, list[bytes]]:

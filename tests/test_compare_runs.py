@@ -204,6 +204,34 @@ def test_figures_of_a_run_are_those_it_logged(folder, done):
         (done / "away").rename(done / "runs" / "topk" / "seed_1" / "metrics.jsonl")
 
 
+def test_a_crash_in_one_run_costs_that_run_alone(folder, done, tmp_path):
+    """A driver may end the process at the second run that it makes. Another process goes on, and nothing is lost."""
+    program = tmp_path / "crashing.py"
+    program.write_text(f"""
+import os, runpy, signal
+from default_moe import trainer
+
+train, made = trainer.train, []
+
+def crash_at_the_second(config, workdir, make_program, stop):
+    made.append(workdir)
+    if len(made) == 2:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return train(config, workdir, make_program, stop)
+
+trainer.train = crash_at_the_second
+runpy.run_path({str(REPOSITORY / COMPARE)!r}, run_name="__main__")
+""")
+    workdir = folder / "crashing"
+    flags = [*as_flags(settings(folder)), f"--workdir={workdir}", "--seeds=0"]
+    ((code, out, err),) = run_commands([[str(program), *flags]], REPOSITORY, environment(folder / "cache"))
+    assert code == 0, err
+    assert err.count("the process was ended by SIGSEGV: another goes on") == 1
+    assert out.count("a new run") == 2 and "written to" in out
+    for entry in entries_for(folder, seeds=[0]):
+        assert metrics(workdir / runs.RUNS / entry.folder) == metrics(done / runs.RUNS / entry.folder)
+
+
 def test_the_command_from_end_to_end_and_bad_input(folder):
     flags = [*as_flags(settings(folder)), "--config.data.prefetch=0"]
     commands = {

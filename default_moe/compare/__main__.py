@@ -18,6 +18,7 @@ from default_moe.compare.comparison import compare
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.files import finite_or_null, write_atomically
 from default_moe.metrics import Progress
+from default_moe.supervisor import go_on_in_children
 from default_moe.workdir import RUN_FILE
 
 _DEFAULT_CONFIG = "configs/compare_small.py"
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}").expanduser()
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
+    if __name__ == "__main__":
+        go_on_in_children(lambda: runs.checkpoints(workdir))
     say = Progress(0).message
     failures, code = runs.do_runs(entries, workdir)
     if code is not None:

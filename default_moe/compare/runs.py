@@ -127,6 +127,11 @@ def read_result(entry: Entry, workdir: Path) -> Result:
         ) from None
 
 
+def checkpoints(workdir: Path) -> set[Path]:
+    """Those of all runs: others are there when a run has got further."""
+    return {path for path in (workdir / RUNS).glob("**/checkpoints/*") if path.name.isdigit()}
+
+
 def vocab_size(entry: Entry, workdir: Path) -> int:
     """Of a run that has begun."""
     return int(json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())["vocab_size"])
