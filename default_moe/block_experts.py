@@ -25,7 +25,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.routing import Layout, take_or_zeros
-from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights, swiglu_hidden
+from default_moe.swiglu import EXPERT_PRODUCT, ExpertWeights, swiglu_gradients, swiglu_hidden
 
 
 def block_rows(num_assignments: int, num_experts: int, largest: int) -> int:
@@ -128,15 +128,12 @@ def _backward(rows: int, sums_gradient: bool, residuals: tuple, cotangents: tupl
         # <g, E(x)> = <g, hidden @ down> = <g @ down^T, hidden>: the output is not needed.
         d_weight_R = (d_hidden_RF * hidden_RF).sum(axis=-1)
         d_weight_A = d_weight_A.at[block.assignment_R].set(d_weight_R, mode="drop")
-        sigmoid_RF = jax.nn.sigmoid(gate_RF)
         d_hidden_RF = weight_R1 * d_hidden_RF
         if counted_A is not None:
             counted_R1 = take_or_zeros(counted_A, block.assignment_R)[:, None]
             g_sum_D = g_sums_MD[block.expert].astype(x_TD.dtype)
             d_hidden_RF += counted_R1 * jnp.matmul(g_sum_D, w.down.T, preferred_element_type=jnp.float32)
-        d_up_RF = d_hidden_RF * gate_RF * sigmoid_RF
-        d_gate_RF = d_hidden_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-        d_gate_RF, d_up_RF = d_gate_RF.astype(x_TD.dtype), d_up_RF.astype(x_TD.dtype)
+        d_gate_RF, d_up_RF = (d.astype(x_TD.dtype) for d in swiglu_gradients(gate_RF, up_RF, d_hidden_RF))
         d_x_RD = d_gate_RF @ w.gate.T + d_up_RF @ w.up.T
         d_x_TD = d_x_TD.at[token_R].add(d_x_RD.astype(jnp.float32), mode="drop")
         factors = (x_RD, d_gate_RF), (x_RD, d_up_RF), ((weight_R1 * hidden_RF).astype(x_TD.dtype), g_RD)

@@ -47,10 +47,12 @@ class Unembedding(NamedTuple):
 
 
 def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, its result in the compute dtype."""
-    return nn.LayerNorm(
+    """LayerNorm in float32, its result in the compute dtype. Its backward pass keeps no copies in float32."""
+    dtype = jnp.dtype(config.dtype)
+    norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
+    return norm(
         epsilon=config.norm_epsilon,
-        dtype=jnp.dtype(config.dtype),
+        dtype=dtype,
         scale_init=with_axes(nn.initializers.ones, None),
         bias_init=with_axes(nn.initializers.zeros, None),
         name=name,

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 
 from configs import paper
 from default_moe.attention import rotary_embedding
 from default_moe.config import Config, ModelConfig, MoEConfig
-from default_moe.model import LanguageModel, look_up
+from default_moe.model import LanguageModel, layer_norm, look_up
 from default_moe.model_size import parameter_counts, train_flops_per_token
+from default_moe.swiglu import swiglu_hidden
 
 VOCAB = 31
 MODEL = ModelConfig(d_model=16, num_layers=3, num_heads=2)
@@ -219,6 +221,19 @@ def test_the_gradient_of_the_embedding_is_summed_in_float32():
     np.add.at(expected, tokens, np.asarray(g, np.float64))
     assert found.dtype == jnp.bfloat16 and (tokens == 0).sum() > 3000
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
+
+
+def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
+    """Of a SwiGLU its two factors, of a norm its input and parameters: no copies of them in float32."""
+    x, up = (jax.random.normal(jax.random.key(i), (64, 32), jnp.bfloat16) for i in range(2))
+
+    def kept(function, *args):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(function, *args)[1]))
+
+    assert kept(swiglu_hidden, x, up) == x.nbytes + up.nbytes
+    norm = layer_norm(dataclasses.replace(MODEL, dtype="bfloat16"), "norm")
+    variables = unbox(norm.init(jax.random.key(2), x))
+    assert kept(norm.apply, variables, x) <= x.nbytes + 2 * 4 * 32 + 64  # and a few numbers such as epsilon
 
 
 @pytest.mark.parametrize(

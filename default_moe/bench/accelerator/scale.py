@@ -33,7 +33,7 @@ def scale() -> Scale:
     if jax.default_backend() == "cpu":
         tiny = LayerShape(128, 32, 4, 2, 16)
         return Scale("float32", 2**16, 64, (tiny,), (LayerShape(64, 16, 4, 2, 8),), 2, ((2, "dots"), (4, "none")))
-    attempts = ((32, "dots"), (16, "dots"), (64, "full"), (64, "dots"), (8, "none"))
+    attempts = ((32, "dots"), (64, "dots"), (32, "none"), (64, "full"), (16, "none"))
     # Widths of whole tiles of 128, and not.
     checked = tuple(LayerShape(1024, 256, 8, 2, width) for width in (384, 320))
     return Scale("bfloat16", 2**31, 8192, ACCELERATOR_SHAPES, checked, 10, attempts)
