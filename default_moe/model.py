@@ -64,7 +64,7 @@ def look_up(table_VD: Array, tokens_BL: Array, vocab_size: int) -> Array:
     """The row of each token: [B, L, D], in the table's dtype. The table's gradient is summed in float32.
 
     XLA would sum it in the table's dtype: in bfloat16 the rows of frequent tokens come out wrong, since a sum of
-    thousands stops growing, and GPUs, which have no atomic addition for it, take a hundred milliseconds.
+    thousands stops growing, and slowly on GPUs, where every token adds to memory by itself.
     """
     return table_VD[tokens_BL]
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # Tests compile far more than they compute. Without LLVM's optimisation (XLA's own stays) that takes a quarter of the
 # time, and less than half of it again with the simpler of two code generators for fusions and no LLVM module split for
@@ -19,6 +21,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Programs that tests start would start themselves again for it.
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
 
+# What one test compiles is there for all that need the same program: test processes and children inherit the folder.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"default_moe_tests_{os.getpid()}")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
 import jax
 import pytest
 
@@ -32,24 +40,20 @@ def pytest_sessionstart() -> None:
         raise RuntimeError(f"the tests need 8 simulated CPU devices, but JAX has {devices}")
 
 
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """For modules that make the same programs anew: each is compiled the first time alone."""
-    from run_helpers import compile_cache
-
-    with compile_cache(tmp_path_factory.mktemp("cache")):
-        yield
+def pytest_unconfigure() -> None:
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if cache.endswith(f"_{os.getpid()}"):  # made by this process
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory for runs, with texts in `text`; what they make anew is compiled the first time alone."""
-    from run_helpers import compile_cache, write_corpus
+    """A directory for runs, with texts in `text`."""
+    from run_helpers import write_corpus
 
     folder = tmp_path_factory.mktemp("runs")
     write_corpus(folder / "text")
-    with compile_cache(folder / "cache"):
-        yield folder
+    return folder
 
 
 @pytest.fixture

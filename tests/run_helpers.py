@@ -13,14 +13,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.compilation_cache import compilation_cache
 
 from default_moe import cli, evaluation_report, trainer
 from default_moe.config import Config, flat_items
@@ -70,34 +68,9 @@ def as_flags(settings: dict[str, dict[str, Any]]) -> list[str]:
     return [f"--config.{name}={value}" for name, value in flat_items(settings)]
 
 
-@contextlib.contextmanager
-def compile_cache(cache: Path) -> Iterator[None]:
-    """Compiles the same program once only, in all processes."""
-    changes = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    compilation_cache.reset_cache()
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-def environment(cache: Path) -> dict[str, str]:
-    """Environment variables for another process that runs the same programs as this one under `compile_cache`."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment() -> dict[str, str]:
+    """Environment variables for another process that runs the same programs as this one."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 
 
 def train(config: Config, workdir: Path) -> tuple[int, str]:

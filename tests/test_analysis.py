@@ -200,7 +200,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, trained):
         "a method twice": ["gradients", run, "--methods=topk,topk"],
         "a setting of the checkpoint": ["gradients", run, "--config.moe.top_k=1"],
     }
-    ended = run_commands([[ANALYSIS, *more] for more in commands.values()], REPOSITORY, environment(folder / "cache"))
+    ended = run_commands([[ANALYSIS, *more] for more in commands.values()], REPOSITORY, environment())
     outcomes = dict(zip(commands, ended, strict=True))
     code, output, error = outcomes["whole"]
     assert code == 0, error

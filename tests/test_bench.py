@@ -16,8 +16,6 @@ from default_moe.bench.workload import LayerShape, dense_candidate, make_work, m
 from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from default_moe.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SHAPE = LayerShape(tokens=64, d_model=16, num_experts=4, top_k=2, expert_dim=8)
 
 

@@ -224,7 +224,7 @@ runpy.run_path({str(REPOSITORY / COMPARE)!r}, run_name="__main__")
 """)
     workdir = folder / "crashing"
     flags = [*as_flags(settings(folder)), f"--workdir={workdir}", "--seeds=0"]
-    ((code, out, err),) = run_commands([[str(program), *flags]], REPOSITORY, environment(folder / "cache"))
+    ((code, out, err),) = run_commands([[str(program), *flags]], REPOSITORY, environment())
     assert code == 0, err
     assert err.count("the process was ended by SIGSEGV: another goes on") == 1
     assert out.count("a new run") == 2 and "written to" in out
@@ -242,7 +242,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
         "bad seeds": ["--seeds=0,0", f"--workdir={folder / 'none'}"],
         "a run's directory": [f"--workdir={folder / 'whole' / 'runs' / 'topk' / 'seed_0'}"],
     }
-    env = environment(folder / "cache")
+    env = environment()
     ended = run_commands([[COMPARE, *flags, *more] for more in commands.values()], REPOSITORY, env)
     outcomes = dict(zip(commands, ended, strict=True))
     assert outcomes["whole"][0] == 0, outcomes["whole"]

@@ -70,7 +70,7 @@ class Command:
         settings = tiny_settings(folder, checkpoint={"every_steps": 2})
         self.workdir = workdir
         self._argv = [sys.executable, str(REPOSITORY / "train.py"), f"--workdir={workdir}", *as_flags(settings)]
-        self._env = environment(folder / "cache")
+        self._env = environment()
 
     @contextlib.contextmanager
     def started(self, lines: int) -> Iterator[subprocess.Popen]:

@@ -80,7 +80,7 @@ class Processes:
                 process = subprocess.Popen(
                     [sys.executable, *command, *flags, *(more if index else [])],
                     cwd=cwd,
-                    env={**environment(folder / "cache"), "JAX_NUM_CPU_DEVICES": str(2 // len(cwds)), **variables},
+                    env={**environment(), "JAX_NUM_CPU_DEVICES": str(2 // len(cwds)), **variables},
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -304,7 +304,7 @@ def answers(folder):
             ["train.py", "--start_timeout=1", f"--workdir={folder}/none", *(flag.format(**ports) for flag in flags)]
             for flags, _ in FLAGS.values()
         ]
-        results = run_commands(commands, REPOSITORY, {**environment(folder / "cache"), **job})
+        results = run_commands(commands, REPOSITORY, {**environment(), **job})
     assert not running(folder / "none")
     return ports, dict(zip(FLAGS, results, strict=True))
 

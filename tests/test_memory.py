@@ -16,8 +16,6 @@ from default_moe.errors import TrainingFailed
 from default_moe.memory import out_of_memory_in_one_line, step_memory, what_reduces
 from default_moe.program import Program
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 CONFIG = Config(
     model=ModelConfig(d_model=16, num_layers=2, num_heads=2),
     moe=MoEConfig(num_experts=4, expert_dim=8),

@@ -14,8 +14,6 @@ from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, Optim
 from default_moe.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from default_moe.program import Program
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 VOCAB = 23
 CONFIG = Config(
     model=ModelConfig(d_model=16, num_layers=3, num_heads=2),
