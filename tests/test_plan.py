@@ -117,6 +117,34 @@ def test_a_tpu_program_by_hand():
     assert found.seconds_of["attention"] == pytest.approx(6 * (q + scores) / 1e9)
 
 
+GPU_PROGRAM = """HloModule example, is_scheduled=true
+
+%fused (p: bf16[128,64], q: bf16[2,4,64,32], r: s32[4]) -> bf16[128,32] {
+  %p = bf16[128,64]{1,0} parameter(0)
+  %q = bf16[2,4,64,32]{3,2,1,0} parameter(1)
+  %r = s32[4]{0} parameter(2)
+  %w = bf16[1,4,64,32]{3,2,1,0} slice(%q), slice={[0:1], [0:4], [0:64], [0:32]}
+  %one = bf16[4,64,32]{2,1,0} bitcast(%w)
+  ROOT %product = bf16[128,32]{1,0} custom-call(%r, %p, %one), custom_call_target="mosaic_gpu_v2"
+}
+
+ENTRY %main (x: bf16[128,64], w: bf16[2,4,64,32], n: s32[4]) -> bf16[4,64,32] {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %w = bf16[2,4,64,32]{3,2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %y = bf16[128,32]{1,0} fusion(%x, %w, %n), kind=kCustom, calls=%fused
+  ROOT %gradient = bf16[4,64,32]{2,1,0} custom-call(%n, %n, %x, %y), custom_call_target="mosaic_gpu_v2"
+}
+"""
+
+
+def test_a_gpu_program_by_hand():
+    """A product of rows, fused with the slice that it takes its matrices from, and the gradient of its matrices."""
+    found = costs(Hlo(GPU_PROGRAM), 1e12, 1e12)
+    assert found.flops == 2 * (2 * 128 * 64 * 32)
+    assert costs(Hlo(GPU_PROGRAM), 1e12, 1e12, grouped_fill=0.5).flops == 2 * 128 * 64 * 32
+
+
 def test_device_groups_by_hand():
     pairs = {frozenset(pair) for pair in ((0, 1), (2, 3), (4, 5), (6, 7))}
     assert device_groups("replica_groups={{0,1},{2,3},{4,5},{6,7}}, x", 8) == pairs

@@ -26,7 +26,8 @@ _FREE = {
     "while",
 }
 
-_GROUPED_KERNEL = r"t?gmm_"  # tokamax's on TPU, by their names
+_TPU_GROUPED_KERNEL = r"t?gmm_"  # tokamax's, by their names
+_HOPPER_GROUPED_KERNEL = 'custom_call_target="mosaic_gpu'
 
 
 class Costs(NamedTuple):
@@ -58,7 +59,7 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
             continue
         computation = hlo.computations[name]
         for instruction in computation.values():
-            share = grouped_fill if re.match(_GROUPED_KERNEL, instruction.name) else 1.0
+            share = grouped_fill if _is_grouped_kernel(hlo, instruction) else 1.0
             flops = share * _flops(hlo, computation, instruction)
             moved = share * _bytes(hlo, computation, instruction)
             total_flops += runs * flops
@@ -71,6 +72,15 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
                 seconds_of[part] = seconds_of.get(part, 0.0) + seconds
     busy = sum(seconds_of.values())
     return Costs(total_flops, total_bytes, busy, computing, seconds_of, hlo.open_loops)
+
+
+def _is_grouped_kernel(hlo: Hlo, instruction: Instruction) -> bool:
+    if instruction.opcode == "fusion":
+        return any(
+            _is_grouped_kernel(hlo, one) for one in hlo.computations[called_computations(instruction)[0]].values()
+        )
+    of_hopper = instruction.opcode == "custom-call" and _HOPPER_GROUPED_KERNEL in instruction.attributes
+    return of_hopper or re.match(_TPU_GROUPED_KERNEL, instruction.name) is not None
 
 
 def _part(op_name: str) -> str:
@@ -95,6 +105,10 @@ def _flops(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
+        if (
+            _HOPPER_GROUPED_KERNEL in instruction.attributes
+        ):  # [S, D] and what it meets, which makes [S, F] or [M, D, F]
+            return 2.0 * math.prod(_operand(computation, instruction, -2).shape) * instruction.results[0].shape[-1]
         said = re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', instruction.attributes)
         return float(said[1]) if said else 0.0
     return 0.0
