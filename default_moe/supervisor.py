@@ -71,11 +71,13 @@ def go_on_in_children(progress: Callable[[], object]) -> None:
 
 
 def _fork() -> int:
-    """0 in the child, which dies with its parent."""
+    """0 in the child, which dies with its parent. To the parent signals come when it can pass them on."""
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches it through its parent, once
         with contextlib.suppress(AttributeError):  # Linux alone has it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -94,6 +96,7 @@ def _pass_signals_on(child: int) -> list[int]:
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     return told
 
 

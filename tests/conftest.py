@@ -40,6 +40,22 @@ def pytest_sessionstart() -> None:
         raise RuntimeError(f"the tests need 8 simulated CPU devices, but JAX has {devices}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: none of them is what all processes wait for at the end."""
+    names = (
+        "kill_and_resume",
+        "compare_runs",
+        "many_processes",
+        "analysis",
+        "train_step",
+        "runs",
+        "mesh_training",
+        "bench",
+    )
+    slow = [f"test_{name}" for name in names]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 def pytest_unconfigure() -> None:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if cache.endswith(f"_{os.getpid()}"):  # made by this process

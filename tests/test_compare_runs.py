@@ -204,10 +204,8 @@ def test_figures_of_a_run_are_those_it_logged(folder, done):
         (done / "away").rename(done / "runs" / "topk" / "seed_1" / "metrics.jsonl")
 
 
-def test_a_crash_in_one_run_costs_that_run_alone(folder, done, tmp_path):
-    """A driver may end the process at the second run that it makes. Another process goes on, and nothing is lost."""
-    program = tmp_path / "crashing.py"
-    program.write_text(f"""
+# A driver may end the process at the second run that it makes.
+CRASHING = f"""
 import os, runpy, signal
 from default_moe import trainer
 
@@ -221,18 +219,12 @@ def crash_at_the_second(config, workdir, make_program, stop):
 
 trainer.train = crash_at_the_second
 runpy.run_path({str(REPOSITORY / COMPARE)!r}, run_name="__main__")
-""")
-    workdir = folder / "crashing"
-    flags = [*as_flags(settings(folder)), f"--workdir={workdir}", "--seeds=0"]
-    ((code, out, err),) = run_commands([[str(program), *flags]], REPOSITORY, environment())
-    assert code == 0, err
-    assert err.count("the process was ended by SIGSEGV: another goes on") == 1
-    assert out.count("a new run") == 2 and "written to" in out
-    for entry in entries_for(folder, seeds=[0]):
-        assert metrics(workdir / runs.RUNS / entry.folder) == metrics(done / runs.RUNS / entry.folder)
+"""
 
 
 def test_the_command_from_end_to_end_and_bad_input(folder):
+    """The first command crashes on its way, and goes on in another process."""
+    (folder / "crashing.py").write_text(CRASHING)
     flags = [*as_flags(settings(folder)), "--config.data.prefetch=0"]
     commands = {
         "whole": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2"],
@@ -243,9 +235,12 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
         "a run's directory": [f"--workdir={folder / 'whole' / 'runs' / 'topk' / 'seed_0'}"],
     }
     env = environment()
-    ended = run_commands([[COMPARE, *flags, *more] for more in commands.values()], REPOSITORY, env)
-    outcomes = dict(zip(commands, ended, strict=True))
+    programs = [str(folder / "crashing.py"), *[COMPARE] * (len(commands) - 1)]
+    arguments = [[program, *flags, *more] for program, more in zip(programs, commands.values(), strict=True)]
+    outcomes = dict(zip(commands, run_commands(arguments, REPOSITORY, env), strict=True))
     assert outcomes["whole"][0] == 0, outcomes["whole"]
+    assert outcomes["whole"][2].count("the process was ended by SIGSEGV: another goes on") == 1
+    assert outcomes["whole"][1].count(", a new run") == 2
     written = json.loads((folder / "whole" / "report.json").read_text())
     assert [task["settings"] for task in written["tasks"]] == [{"moe.top_k": 2}]
     rows = written["tasks"][0]["rows"]
