@@ -168,7 +168,7 @@ def _mosaic(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotD
 
 def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     """tokamax's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
-    # Its Mosaic kernels for Hopper (0.0.12, 0.0.17) give wrong gradients of the matrices.
+    # Its Mosaic kernels for Hopper (0.0.17) give wrong gradients of the matrices.
     kernels = ("mosaic_tpu",) if platform() == "tpu" else ("triton",)
     try:
         import tokamax
