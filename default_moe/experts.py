@@ -49,7 +49,7 @@ def sparse_experts(
       float32 [B, L, D], and the default vectors.
     """
     axes = Axes(sharding.mesh_axes("batch"), sharding.mesh_axes("expert"))
-    backend = resolve_backend(config.matmul)
+    backend = resolve_backend(config.matmul, x_BLD.dtype, (x_BLD.shape[2], config.expert_dim))
     num_tokens = x_BLD.shape[0] * x_BLD.shape[1] // sharding.num_shards("batch")
     form = resolve_expert_parallel(config, num_tokens, x_BLD.shape[2])
     share = exchanged_experts if form == "exchange" else gathered_experts

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax import Array
 from jax.lax import RaggedDotDimensionNumbers
+from jax.typing import DTypeLike
 
 from default_moe import hopper_matmul
 from default_moe.config import MATMUL_BACKENDS
@@ -39,24 +40,29 @@ PRODUCT, ROWS_GRADIENT, MATRICES_GRADIENT = (
 )
 
 
-def resolve_backend(backend: str) -> str:
+def resolve_backend(backend: str, dtype: DTypeLike = jnp.bfloat16, widths: Sequence[int] = ()) -> str:
     """One of MATMUL_BACKENDS; "auto" picks by the platform of the mesh in use, or of the default device.
 
+    dtype, widths: of the experts, on which depends which kernels take them.
     Raises ConfigError if a backend that was asked for by name is not installed or does not run on that platform.
     """
     if backend == "auto":
         if platform() == "cpu":
             return "blocks"
+        reason = f"tokamax is not installed: {_INSTALL_TOKAMAX}"
         if is_hopper():
-            return "mosaic"
+            problem = hopper_matmul.unsupported(dtype, widths)
+            if not problem:
+                return "mosaic"
+            reason = f"{problem}, and {reason}"
         if not _tokamax_runs():
             return "ragged"
         if _tokamax_installed():
             return "tokamax"
         _warn(
-            "tokamax is not installed",
+            reason,
             "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token (on TPU in the "
-            f"backward pass alone), because tokamax is not installed: {_INSTALL_TOKAMAX}",
+            f"backward pass alone), because {reason}",
         )
         return "ragged"
     if backend == "mosaic" and not is_hopper():
@@ -157,7 +163,7 @@ def _ragged(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotD
 
 def _mosaic(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     """Hopper's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
-    reason = hopper_matmul.unsupported(lhs, rhs)
+    reason = hopper_matmul.unsupported(lhs.dtype, (*lhs.shape, *rhs.shape[1:]))
     if reason:
         _warn_of_ragged(lhs, rhs, reason)
         return _ragged(lhs, rhs, group_sizes_M, dimensions)
@@ -183,8 +189,8 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
     except (AttributeError, ImportError, TypeError) as error:
         versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tokamax", "jax"))
         raise ConfigError(
-            f"moe.matmul is 'tokamax', but {versions} do not go together ({type(error).__name__}: {error}): "
-            "install a tokamax made for this jax, or choose another moe.matmul"
+            f"moe.matmul is 'tokamax', but {versions} (or jax-triton) do not go together "
+            f"({type(error).__name__}: {error}): install versions made for each other, or choose another moe.matmul"
         ) from error
 
 

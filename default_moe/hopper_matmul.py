@@ -1,26 +1,28 @@
 """Grouped matrix products by the kernels for Hopper GPUs that come with JAX. See `grouped_matmul.py`.
 
-They are Pallas kernels of warpgroup instructions. Each tile of an output belongs to one group; empty groups and rows
-past the last group take no time, and such rows are not written.
+They are Pallas kernels of warpgroup instructions. Each tile of an output belongs to one group. Rows past the last group
+are not written; in products of rows they take as long as others, in the matrices' gradient no time.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 _ROWS = 128  # of a tile
 _DEPTH = 64  # what is summed over at a time: 128 bytes, the widest swizzle of shared memory
 _MULTIPROCESSORS = 132
 
 
-def unsupported(lhs: Array, rhs: Array) -> str | None:
-    """Why these operands of a grouped product cannot be taken, None if they can."""
-    if lhs.dtype not in (jnp.bfloat16, jnp.float16) or lhs.dtype != rhs.dtype:
+def unsupported(dtype: DTypeLike, sizes: Iterable[int]) -> str | None:
+    """Why operands of that type and of these sizes, groups left out, cannot be taken, None if they can."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return "Hopper's kernels take bfloat16 and float16"
-    if any(size % _DEPTH for size in (*lhs.shape, *rhs.shape[1:])):
-        return f"Hopper's kernels take rows and widths that are multiples of {_DEPTH}"
+    if any(size % _DEPTH for size in sizes):
+        return f"Hopper's kernels take sizes that are multiples of {_DEPTH}"
     return None
 
 
@@ -45,14 +47,14 @@ def matrices_gradient(lhs_SD: Array, d_out_SF: Array, group_sizes_M: Array) -> A
 
 
 def _tiles(block_m: int, columns: int) -> dict[str, Any]:
-    """After a sweep on an H200, among shapes that leave no tile partly filled."""
+    """Of shapes that leave no tile partly filled. Steps and groups did best in a sweep on an H200, each by itself."""
     block_n = _width(columns)
     across = columns // block_n
     return {
         "block_m": block_m,
         "block_n": block_n,
         "block_k": _DEPTH,
-        "max_concurrent_steps": 5 if block_n == 128 else 6,  # as many as shared memory has room for
+        "max_concurrent_steps": 5 if block_n == 128 else 6,  # the most that were tried
         # Multiprocessors read least where the tiles that they work on at a time form a square.
         "grid_block_n": max(n for n in range(1, math.isqrt(_MULTIPROCESSORS) + 1) if across % n == 0),
     }

@@ -47,7 +47,7 @@ class Unembedding(NamedTuple):
 
 
 def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, its result in the compute dtype. Its backward pass keeps no copies in float32."""
+    """LayerNorm in float32, its result in the compute dtype. In a loop over layers, backward keeps the input alone."""
     dtype = jnp.dtype(config.dtype)
     norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
     return norm(

@@ -79,7 +79,8 @@ class Program:
         self.vocab_size = self.model.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
-            self.matmul = resolve_backend(config.moe.matmul)
+            widths = config.model.d_model, config.moe.expert_dim
+            self.matmul = resolve_backend(config.moe.matmul, config.moe.dtype or "float32", widths)
             self.attention = attention_implementation(
                 config.model, config.train.sequence_length, config.data.mask_documents
             )

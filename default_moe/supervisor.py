@@ -53,16 +53,16 @@ def go_on_in_children(progress: Callable[[], object]) -> None:
     """
     while True:
         before = progress()
-        handlers = [signal.getsignal(number) for number in _PASSED_ON]
+        handlers = {number: signal.getsignal(number) for number in (*_PASSED_ON, signal.SIGTSTP)}
         child = _fork()
         if child == 0:
             return
         told = _pass_signals_on(child)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for number, handler in zip(_PASSED_ON, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        if code >= 0:
-            os._exit(code)
+        if code >= 0 or -code in told:
+            os._exit(code if code >= 0 else 128 - code)
         ended_by = f"the process was ended by {signal.Signals(-code).name}"
         if told or progress() == before:
             _print([f"error: {ended_by}\n".encode()])
@@ -79,6 +79,7 @@ def _fork() -> int:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches it through its parent, once
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # and it may write to the terminal all the same
         with contextlib.suppress(AttributeError):  # Linux alone has it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     return child
@@ -94,6 +95,15 @@ def _pass_signals_on(child: int) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
+    def pause(number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: both stop, until this process is told to go on."""
+        del number, frame
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child, signal.SIGCONT)
+
+    signal.signal(signal.SIGTSTP, pause)
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)

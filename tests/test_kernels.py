@@ -1,7 +1,9 @@
 """Which kernels are chosen where, and that no fault known of them reaches a result."""
 
 import contextlib
+import inspect
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from reference import assert_close
 from test_grouped_matmul import UNITS, check, random_arrays
 
-from default_moe import attention, grouped_matmul, hopper_matmul
+from default_moe import attention, grouped_matmul, hardware, hopper_matmul
 from default_moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from default_moe.grouped_matmul import MATRICES_GRADIENT, available_backends, resolve_backend
 from default_moe.program import Program
@@ -103,7 +105,7 @@ def test_a_tokamax_made_for_another_jax_is_reported_in_one_line(monkeypatch):
 
     monkeypatch.setattr(tokamax, "ragged_dot_general", ragged_dot_general)
     with pytest.raises(
-        ConfigError, match=r"tokamax [\d.]+ and jax [\d.]+ do not go together \(TypeError: Mesh"
+        ConfigError, match=r"tokamax [\d.]+ and jax [\d.]+ .* do not go together \(TypeError: Mesh"
     ) as caught:
         grouped_matmul.grouped_matmul(jnp.ones((8, 128)), jnp.ones((1, 128, 128)), jnp.array([8]), "tokamax")
     assert "\n" not in str(caught.value)
@@ -114,20 +116,25 @@ def hopper_kernels(monkeypatch):
     """JAX's kernels for Hopper replaced by `jax.lax.ragged_dot_general`, which refuses tiles that they do not take."""
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
-    def checked(rows, columns, depth, block_m, block_n, block_k, max_concurrent_steps, grid_block_n):
+    product = inspect.signature(ragged_dot_mgpu.ragged_dot)
+    gradient = inspect.signature(transposed_ragged_dot_mgpu.transposed_ragged_dot)
+
+    def checked(columns, depth, block_m, block_n, block_k, max_concurrent_steps, grid_block_n):
         assert columns % (block_n * grid_block_n) == 0 and depth % block_k == 0
         assert block_m % 64 == 0 and block_n % 8 == 0
         # In bfloat16: what is in flight, and the tile of the output.
         assert 2 * (max_concurrent_steps * (block_m + block_n) * block_k + block_m * block_n) <= 227 * 1024
-        return rows % block_m == 0
+        return block_m
 
     def ragged_dot(lhs, rhs, *, group_sizes, transpose_rhs, **tiles):
-        checked(len(lhs), rhs.shape[1 if transpose_rhs else 2], lhs.shape[1], **tiles)
+        product.bind(lhs, rhs, group_sizes=group_sizes, transpose_rhs=transpose_rhs, **tiles)
+        checked(rhs.shape[1 if transpose_rhs else 2], lhs.shape[1], **tiles)
         dimensions = grouped_matmul.ROWS_GRADIENT if transpose_rhs else grouped_matmul.PRODUCT
         return faulty(lhs, rhs, group_sizes, dimensions)
 
     def transposed_ragged_dot(lhs, rhs, *, group_sizes, **tiles):
-        assert checked(lhs.shape[1], rhs.shape[1], len(lhs), **tiles)
+        gradient.bind(lhs, rhs, group_sizes=group_sizes, **tiles)
+        assert lhs.shape[1] % checked(rhs.shape[1], len(lhs), **tiles) == 0
         return faulty(lhs, rhs, group_sizes, MATRICES_GRADIENT)
 
     monkeypatch.setattr(ragged_dot_mgpu, "ragged_dot", ragged_dot)
@@ -136,7 +143,7 @@ def hopper_kernels(monkeypatch):
 
 @pytest.mark.parametrize(("d_model", "width"), [(128, 192), (64, 1408), (256, 384)])
 def test_hopper_kernels_are_asked_for_the_three_products(d_model, width, hopper_kernels, monkeypatch):
-    monkeypatch.setattr(hopper_matmul, "unsupported", lambda lhs, rhs: None)  # to compare in float32
+    monkeypatch.setattr(hopper_matmul, "unsupported", lambda dtype, sizes: None)  # to compare in float32
     rng = np.random.default_rng(3)
     lhs, rhs, g = (
         rng.normal(size=size).astype(np.float32) for size in ((128, d_model), (4, d_model, width), (128, width))
@@ -155,7 +162,7 @@ def test_what_hopper_kernels_do_not_take_is_computed_all_the_same_with_a_warning
         with pytest.warns(grouped_matmul.SlowKernel, match=f"Hopper's kernels take .*{reason}"):
             out = grouped_matmul.grouped_matmul(a, b, jnp.array([64]), "mosaic")
         assert float(jnp.abs(out - 64).max()) == 0
-    assert hopper_matmul.unsupported(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)) is None
+    assert hopper_matmul.unsupported(jnp.bfloat16, (64, 128, 704)) is None
 
 
 def test_the_choice_of_backend(on):
@@ -170,8 +177,22 @@ def test_the_choice_of_backend(on):
     on("gpu", nvidia=True, hopper=True, tokamax=False)
     assert resolve_backend("auto") == "mosaic"
     assert available_backends() == ["blocks", "ragged", "mosaic"]
+    with pytest.warns(
+        grouped_matmul.SlowKernel, match="because Hopper's kernels take bfloat16 and float16, and tokamax"
+    ):
+        assert resolve_backend("auto", "float32", (64, 64)) == "ragged"
+    on("gpu", nvidia=True, hopper=True)
+    assert resolve_backend("auto", "bfloat16", (64, 96)) == "tokamax"
     on("gpu", nvidia=False)
     assert resolve_backend("auto") == "ragged"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("8.9", False), ("10.0", False), (None, False)])
+def test_what_is_a_hopper_gpu(capability, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "is_nvidia", lambda: True)
+    device = SimpleNamespace(compute_capability=capability) if capability else SimpleNamespace()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert hardware.is_hopper() is expected
 
 
 def test_a_backend_that_cannot_run_here_is_refused_in_one_line(on):

@@ -70,7 +70,8 @@ class Command:
         settings = tiny_settings(folder, checkpoint={"every_steps": 2})
         self.workdir = workdir
         self._argv = [sys.executable, str(REPOSITORY / "train.py"), f"--workdir={workdir}", *as_flags(settings)]
-        self._env = environment()
+        # What is killed while it writes to the cache of compiled programs shall spoil no other's.
+        self._env = {**environment(), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
 
     @contextlib.contextmanager
     def started(self, lines: int) -> Iterator[subprocess.Popen]:

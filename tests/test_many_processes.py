@@ -80,7 +80,12 @@ class Processes:
                 process = subprocess.Popen(
                     [sys.executable, *command, *flags, *(more if index else [])],
                     cwd=cwd,
-                    env={**environment(), "JAX_NUM_CPU_DEVICES": str(2 // len(cwds)), **variables},
+                    env={
+                        **environment(),
+                        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # some are killed while they write to it
+                        "JAX_NUM_CPU_DEVICES": str(2 // len(cwds)),
+                        **variables,
+                    },
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )

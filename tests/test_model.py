@@ -223,6 +223,24 @@ def test_the_gradient_of_the_embedding_is_summed_in_float32():
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
 
 
+def test_the_embedding_learns_as_much_in_bfloat16_as_in_float32():
+    """From a text that is one token 2,048 times, so that its row's gradient is the sum of as many terms."""
+    tokens = jnp.zeros((4, 512), jnp.int32)
+
+    def gradient(dtype):
+        model, variables = build(dataclasses.replace(MODEL, dtype=dtype), dataclasses.replace(MOE, dtype=dtype))
+
+        def objective(embed):
+            params = {**variables["params"], "embed": embed}
+            logits, _ = model.apply({**variables, "params": params}, tokens, train=False)
+            return logits.mean(axis=(0, 1)).std() * 1000
+
+        return np.asarray(jax.grad(objective)(variables["params"]["embed"]))[0]
+
+    low, high = gradient("bfloat16"), gradient("float32")
+    assert np.linalg.norm(low - high) < 0.1 * np.linalg.norm(high)
+
+
 def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
     """Of a SwiGLU its two factors, of a norm its input and parameters: no copies of them in float32."""
     x, up = (jax.random.normal(jax.random.key(i), (64, 32), jnp.bfloat16) for i in range(2))

@@ -80,6 +80,32 @@ def test_a_signal_reaches_the_child_and_no_other_follows(start, obeys, tmp_path)
     assert err == ("" if obeys else "error: the process was ended by SIGKILL\n")
 
 
+def test_ctrl_z_stops_both_and_both_go_on(start, tmp_path):
+    program = start("""
+        print("ready", flush=True)
+        for turn in range(100_000):
+            (folder / "turns").write_text(str(turn))
+            time.sleep(0.01)
+            if (folder / "enough").exists():
+                sys.exit(3)
+    """)
+    assert program.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+
+    def turns():
+        return (tmp_path / "progress" / "turns").read_text()
+
+    program.send_signal(signal.SIGTSTP)
+    time.sleep(0.3)
+    before = turns()
+    time.sleep(0.3)
+    assert turns() == before
+    program.send_signal(signal.SIGCONT)
+    (tmp_path / "progress" / "enough").touch()
+    program.communicate(timeout=60)
+    assert program.returncode == 3
+
+
 def test_the_child_does_not_outlive_its_parent(start, tmp_path):
     program = start("""
         print("ready", flush=True)

@@ -50,7 +50,7 @@ class Costs(NamedTuple):
 def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fill: float = 1.0) -> Costs:
     """Counts instruction by instruction, each as often as it runs, one after another.
 
-    grouped_fill: the share of rows that are not empty in kernels for grouped products, which skip empty ones.
+    grouped_fill: the share of rows that are not empty in kernels for grouped products, where they skip empty ones.
     """
     total_flops = total_bytes = computing = 0.0
     seconds_of: dict[str, float] = {}
@@ -59,7 +59,7 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
             continue
         computation = hlo.computations[name]
         for instruction in computation.values():
-            share = grouped_fill if _is_grouped_kernel(hlo, instruction) else 1.0
+            share = grouped_fill if _skips_empty_rows(hlo, instruction) else 1.0
             flops = share * _flops(hlo, computation, instruction)
             moved = share * _bytes(hlo, computation, instruction)
             total_flops += runs * flops
@@ -74,13 +74,14 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
     return Costs(total_flops, total_bytes, busy, computing, seconds_of, hlo.open_loops)
 
 
-def _is_grouped_kernel(hlo: Hlo, instruction: Instruction) -> bool:
+def _skips_empty_rows(hlo: Hlo, instruction: Instruction) -> bool:
+    """Whether it is one of tokamax's kernels on TPU, or of those for Hopper that of the matrices' gradient."""
     if instruction.opcode == "fusion":
-        return any(
-            _is_grouped_kernel(hlo, one) for one in hlo.computations[called_computations(instruction)[0]].values()
-        )
-    of_hopper = instruction.opcode == "custom-call" and _HOPPER_GROUPED_KERNEL in instruction.attributes
-    return of_hopper or re.match(_TPU_GROUPED_KERNEL, instruction.name) is not None
+        fused = hlo.computations[called_computations(instruction)[0]]
+        return any(_skips_empty_rows(hlo, one) for one in fused.values())
+    if instruction.opcode == "custom-call" and _HOPPER_GROUPED_KERNEL in instruction.attributes:
+        return len(instruction.results[0].shape) == 3
+    return re.match(_TPU_GROUPED_KERNEL, instruction.name) is not None
 
 
 def _part(op_name: str) -> str:

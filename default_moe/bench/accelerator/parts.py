@@ -40,8 +40,8 @@ def _layers(found: Results, folder: Path) -> None:
     s = scale()
     ceiling = ceilings.matmul_ceiling(results.read(folder))
     vs_torch = not missing_packages(("torch", "transformers"))
-    # Torch last: it may not be what we expect.
-    for shape, with_torch in [*((shape, False) for shape in s.layers), *([(s.layers[0], True)] if vs_torch else [])]:
+    first, *others = s.layers
+    for shape, with_torch in [(first, False), *([(first, True)] if vs_torch else []), *((o, False) for o in others)]:
         rows: list[Row] = []
 
         def time_shape(shape: LayerShape = shape, with_torch: bool = with_torch, rows: list[Row] = rows) -> Row:
