@@ -22,7 +22,7 @@ from default_moe.plan.costs import costs
 from default_moe.plan.hlo import Hlo
 from default_moe.plan.search import largest_by_proportion, largest_microbatch, sequences_a_device
 from default_moe.plan.step_plan import make_plan, state_bytes
-from default_moe.plan.topologies import Hardware, Topology, open_topology
+from default_moe.plan.topologies import Hardware, Topology, open_topology, traced_for
 from default_moe.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,13 @@ def test_a_gpu_program_by_hand():
     found = costs(Hlo(GPU_PROGRAM), 1e12, 1e12)
     assert found.flops == 2 * (2 * 128 * 64 * 32)
     assert costs(Hlo(GPU_PROGRAM), 1e12, 1e12, grouped_fill=0.5).flops == 1.5 * (2 * 128 * 64 * 32)
+
+
+def test_a_device_that_is_not_there_is_seen_while_traced_for_it_alone():
+    here = jax.devices()
+    with traced_for(here[3]):
+        assert jax.devices() == jax.devices("gpu") == [here[3]]
+    assert jax.devices() == here
 
 
 def test_device_groups_by_hand():

@@ -106,9 +106,8 @@ def _flops(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
-        if (
-            _HOPPER_GROUPED_KERNEL in instruction.attributes
-        ):  # [S, D] and what it meets, which makes [S, F] or [M, D, F]
+        if _HOPPER_GROUPED_KERNEL in instruction.attributes:
+            # Of [S, D] and what it meets, which makes [S, F] or [M, D, F].
             return 2.0 * math.prod(_operand(computation, instruction, -2).shape) * instruction.results[0].shape[-1]
         said = re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', instruction.attributes)
         return float(said[1]) if said else 0.0
