@@ -197,5 +197,4 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
         length=length,
         unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: None},
-        check_constancy_invariants=False,  # there is nothing that they would find, by tracing a block once more
     )
