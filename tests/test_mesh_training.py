@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 from emulation import emulate_exchange
-from test_train_step import CONFIG, VOCAB, change, ema_of, make_batch
+from test_train_step import VOCAB, WITH_DENSE_LAYER, change, ema_of, make_batch
 
 from default_moe.config import ConfigError, MeshConfig
 from default_moe.program import Program
 
-BASE = change(CONFIG, moe={"num_experts": 8, "top_k": 2}, model={"d_model": 32})
+BASE = change(WITH_DENSE_LAYER, moe={"num_experts": 8, "top_k": 2}, model={"d_model": 32})
 
 
 def train(mesh, num_devices, steps=20, **sections):

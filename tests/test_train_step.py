@@ -16,7 +16,7 @@ from default_moe.program import Program
 
 VOCAB = 23
 CONFIG = Config(
-    model=ModelConfig(d_model=16, num_layers=3, num_heads=2),
+    model=ModelConfig(d_model=16, num_layers=2, num_dense_layers=0, num_heads=2),
     moe=MoEConfig(num_experts=4, top_k=1, expert_dim=24),
     train=TrainConfig(num_steps=20, batch_size=8, sequence_length=6),
     mesh=MeshConfig(data=1),
@@ -67,8 +67,11 @@ def copy(tree):
     return jax.tree.map(lambda x: x.copy(), tree)
 
 
+WITH_DENSE_LAYER = change(CONFIG, model={"num_layers": 3, "num_dense_layers": 1})
+
+
 def test_a_step_is_one_adamw_update_of_the_clipped_gradient():
-    program = program_for(CONFIG)
+    program = program_for(WITH_DENSE_LAYER)
     state = program.new_state()
     before = copy(state)
     batch = make_batch()
@@ -80,7 +83,7 @@ def test_a_step_is_one_adamw_update_of_the_clipped_gradient():
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
         return nll + 0.01 * stats.load_balance_loss.sum()
 
-    rate = learning_rate_schedule(CONFIG.optim, 20)(0)
+    rate = learning_rate_schedule(WITH_DENSE_LAYER.optim, 20)(0)
     decayed = decay_mask(before.params)
 
     @jax.jit  # by itself each operation on each parameter would be compiled
@@ -169,7 +172,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     batch["loss_mask"][0, :5] = batch["loss_mask"][3, 2:] = 0
     results = []
     for parts in (1, 4):
-        config = change(CONFIG, moe={"router": "topk", "load_balance_weight": 0.0}, train={"grad_accum_steps": parts})
+        topk = {"router": "topk", "load_balance_weight": 0.0}
+        config = change(WITH_DENSE_LAYER, moe=topk, train={"grad_accum_steps": parts})
         program = program_for(config)
         results.append(program.train_step(program.new_state(), batch))
     for state, metrics in results[1:]:
@@ -232,7 +236,7 @@ def test_evaluation_moves_no_state_and_uses_the_vectors():
 
 
 def test_weight_decay_spares_norms_biases_embeddings_and_router():
-    state = program_for(CONFIG).new_state()
+    state = program_for(WITH_DENSE_LAYER).new_state()
     decayed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(state.params))
