@@ -40,8 +40,8 @@ BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
 Tree = TypeVar("Tree")
 
-# Of an array that several devices hold each writes a part, if parts are of at least this many bytes. (Orbax has no limit:
-# it cuts up every small array, which takes most of the time that a save of a small model holds up training.)
+# Devices that hold copies of an array write a part of it each, if the parts are of at least this many bytes. (Orbax by
+# itself cuts up small arrays too, which is most of what a save of a small model takes.)
 _LEAST_PART = 1 << 20
 
 
