@@ -77,7 +77,7 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatc
     monkeypatch.setattr(step, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
     config = Config(
-        model=ModelConfig(d_model=32, num_layers=2, num_heads=2),
+        model=ModelConfig(d_model=32, num_layers=1, num_dense_layers=0, num_heads=2),
         moe=MoEConfig(num_experts=4, expert_dim=16),
         data=DataConfig(
             name="text_files", files=f"{tmp_path}/*.txt", dir=str(tmp_path / "data"), validation_fraction=0.5
@@ -97,16 +97,15 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatc
 
 def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_EXPERTS", (8, 16))
-    monkeypatch.setattr(scaling, "NUM_LAYERS", (1, 2))
+    monkeypatch.setattr(scaling, "NUM_LAYERS", (2,))
     monkeypatch.setattr(scaling, "BATCHES", (0.5, 1))
     config = Config(
-        model=ModelConfig(d_model=16, num_layers=2, num_heads=2),
+        model=ModelConfig(d_model=16, num_layers=1, num_dense_layers=0, num_heads=2),
         moe=MoEConfig(num_experts=4, expert_dim=8),
         train=TrainConfig(batch_size=8, sequence_length=16),
     )
     monkeypatch.setattr(scaling, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
     rows = scaling.run(config, rounds=2)
-    # One layer would be the dense one alone.
     values = {"num_experts": [8, 16], "num_layers": [2], "tokens": [128]}  # on 8 devices no fewer sequences
     assert [(row["sweep"], row["value"]) for row in rows] == [(k, v) for k, vs in values.items() for v in vs]
     assert [row["/ first"] for row in rows if row["value"] in (8, 2, 128)] == [1, 1, 1]
@@ -114,6 +113,12 @@ def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, mon
     assert "num_layers" in capsys.readouterr().out
     scaling.plot(rows, tmp_path / "lines.png")
     assert (tmp_path / "lines.png").stat().st_size > 10_000
+
+
+def test_depths_of_dense_layers_alone_are_left_out(monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_LAYERS", (1, 2))
+    config = Config(model=ModelConfig(num_layers=2, num_dense_layers=1))
+    assert list(scaling.sweeps(config)["num_layers"]) == [2]
 
 
 BAD = {
