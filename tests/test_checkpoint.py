@@ -59,6 +59,20 @@ def test_other_meshes_get_the_same_values(tmp_path):
         assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
 
 
+def test_copies_of_large_arrays_are_written_in_parts_and_those_of_small_ones_by_one_device(tmp_path):
+    everywhere = NamedSharding(make_mesh(8, 1, 1), P())
+    shapes = {"small": (8, 2**17), "large": (8, 2**18)}  # an eighth of the large one is 1 MiB
+    state = {name: jax.device_put(jnp.arange(8.0 * s[1]).reshape(s), everywhere) for name, s in shapes.items()}
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, state, META)
+    written = json.loads((tmp_path / "checkpoints" / "1" / "state" / "array_metadatas" / "process_0").read_text())
+    arrays = [array["array_metadata"] for array in written["array_metadatas"]]
+    assert {a["param_name"]: a["write_shape"] for a in arrays} == {"small": [8, 2**17], "large": [1, 2**18]}
+    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    restored, _, _ = CheckpointStore(tmp_path).restore_latest(wanted)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
     """A buffer that is overwritten while the background thread writes must not reach the disk."""
     values = jnp.arange(1_000_000, dtype=jnp.float32)
