@@ -40,8 +40,8 @@ def settings(folder, **sections):
     return tiny_settings(folder, **sections)
 
 
-def entries_for(folder, methods=("topk", "default"), seeds=(0, 1), sets=()):
-    base = to_config_dict(Config.from_mapping(settings(folder)))
+def entries_for(folder, methods=("topk", "default"), seeds=(0, 1), sets=(), **sections):
+    base = to_config_dict(Config.from_mapping(settings(folder, **sections)))
     return matrix.entries(base, matrix.parse_methods(methods), seeds, matrix.parse_sets(sets))
 
 
@@ -85,7 +85,10 @@ def test_methods_start_from_the_same_weights_see_the_same_text_and_are_compiled_
     monkeypatch.setattr(trainer, "train", train)
     monkeypatch.setattr(Program, "put_batch", put_batch)
     monkeypatch.setattr(Program, "compile_train_step", compile_train_step)
-    runs.do_runs(entries_for(folder, methods=("topk", "default", "loss_free"), seeds=(0, 3)), folder / "watched")
+    entries = entries_for(
+        folder, methods=("topk", "default", "loss_free"), seeds=(0, 3), eval={"every_steps": 6, "num_batches": 1}
+    )
+    runs.do_runs(entries, folder / "watched")
     for method in ("default", "loss_free"):
         for seed in (0, 3):
             jax.tree.map(np.testing.assert_array_equal, first[method, seed], first["topk", seed])
