@@ -105,7 +105,7 @@ class CheckpointStore:
     # Saving
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
-        """Starts to save `state`, a pytree of arrays; returns as soon as its arrays may be changed or donated.
+        """Starts to save `state`, a pytree of jax.Arrays; returns as soon as its arrays may be changed or donated.
 
         meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept.
         Waits for the save before this one. Returns whether a save was started: not if the step is there and whole,

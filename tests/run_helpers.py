@@ -42,7 +42,7 @@ def write_corpus(folder: Path, seed: int = 0, files: int = 4) -> str:
 def tiny_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings, by section, of a tiny model on the text in `folder`/text; `sections` are added to them."""
     settings = {
-        "model": {"d_model": 16, "num_layers": 1, "num_dense_layers": 0, "num_heads": 2},
+        "model": {"d_model": 16, "num_layers": 2, "num_heads": 2},
         "moe": {"num_experts": 8, "top_k": 2, "expert_dim": 16},
         "data": {
             "name": "text_files",

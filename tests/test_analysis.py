@@ -25,7 +25,7 @@ from default_moe.program import Program
 ANALYSIS = "default_moe/analysis/__main__.py"
 SECTIONS = {
     "moe": {"num_experts": 4, "top_k": 2, "load_balance_weight": 3.0, "router_z_weight": 3.0},
-    "model": {"num_layers": 3, "num_dense_layers": 1},
+    "model": {"num_layers": 3},
     "train": {"num_steps": 2, "grad_accum_steps": 1},
 }
 

@@ -27,7 +27,7 @@ from default_moe.program import Program
 
 VOCAB = 257
 SETTINGS = {
-    "model": {"num_layers": 2},
+    "model": {"num_dense_layers": 0},
     "train": {"num_steps": 8},
     "optim": {"peak_lr": 1e-2},
     "eval": {"num_batches": 1},

@@ -32,6 +32,7 @@ from default_moe import distributed
 
 LAST = 40
 SETTINGS = {
+    "model": {"num_layers": 1, "num_dense_layers": 0},
     "train": {"num_steps": LAST},
     "checkpoint": {"every_steps": 1000},
     "eval": {"every_steps": LAST, "num_batches": 0},

@@ -30,12 +30,7 @@ from default_moe.program import Program
 
 # Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
 # to these.
-LEARNING = {
-    "model": {"num_layers": 2, "num_dense_layers": 1},
-    "train": {"num_steps": 30},
-    "optim": {"peak_lr": 1e-2},
-    "eval": {"num_batches": 0, "sample_tokens": 8},
-}
+LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
 
 
 @pytest.fixture(scope="module")

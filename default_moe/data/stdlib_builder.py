@@ -11,6 +11,7 @@ from default_moe.data.tfds_text import open_prepared, quiet_tfds, read_text
 Documents = dict[Split, list[tuple[str, str]]]
 
 
+# TFDS takes skip_registration in __init_subclass__, which mypy does not find through its lazy imports.
 class _NamedTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A data set of {"name", "text"} from documents already in hand. Splits without documents are left out."""
 
