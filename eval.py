@@ -7,7 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
-from default_moe import cli, evaluation_report
+from default_moe import cli
+from default_moe.runs import evaluate_checkpoint
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step to evaluate; the newest if not given.")
@@ -16,7 +17,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; --config.eval.p
 
 def main(argv: list[str]) -> int:
     overrides = cli.parse_known_flags(argv)
-    return evaluation_report.run(
+    return evaluate_checkpoint.run(
         Path(_WORKDIR.value).expanduser(),
         _STEP.value,
         _PROMPT.value,

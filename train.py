@@ -8,7 +8,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from default_moe import cli, trainer
+from default_moe import cli
+from default_moe.runs import trainer
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAULT_CONFIG} if not given.")

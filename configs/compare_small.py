@@ -12,8 +12,8 @@ After a colon, `gpu` takes a larger model and 20 million bytes a run, reckoned t
 
 from ml_collections import ConfigDict
 
-from default_moe.config import ConfigError
-from default_moe.config_dict import default_config
+from default_moe.config import default_config
+from default_moe.errors import ConfigError
 
 
 def get_config(hardware: str = "cpu") -> ConfigDict:

@@ -12,7 +12,7 @@ for all tokens of a group on each device, which costs more time here.) The batch
 
 from ml_collections import ConfigDict
 
-from default_moe.config_dict import default_config
+from default_moe.config import default_config
 
 
 def get_config() -> ConfigDict:

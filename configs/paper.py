@@ -14,8 +14,8 @@ FineWeb-Edu and Llama 3's tokenizer are not part of this repository.
 
 from ml_collections import ConfigDict
 
-from default_moe.config import ConfigError
-from default_moe.config_dict import default_config
+from default_moe.config import default_config
+from default_moe.errors import ConfigError
 
 _CONFIGURATIONS = {"8c1": (8, 1), "8c2": (8, 2), "32c1": (32, 1), "32c2": (32, 2), "32c4": (32, 4)}
 _WIDTHS = (512, 1024, 2048)

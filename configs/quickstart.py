@@ -7,7 +7,7 @@ On 2 CPU cores it takes about 4 minutes: 300 steps, 2.5 million bytes. Expect ab
 
 from ml_collections import ConfigDict
 
-from default_moe.config_dict import default_config
+from default_moe.config import default_config
 
 
 def get_config() -> ConfigDict:

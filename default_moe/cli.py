@@ -13,12 +13,11 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from default_moe import distributed
-from default_moe.config import Config
-from default_moe.config_dict import default_config, to_config_dict
+from default_moe.config import Config, default_config, to_config_dict
 from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed
-from default_moe.huge_pages import restart_with_huge_pages
 from default_moe.methods import METHODS
+from default_moe.processes import distributed
+from default_moe.processes.huge_pages import restart_with_huge_pages
 
 BAD_INPUT = 2
 _FILE_FLAGS = ("--config=", "-config=")

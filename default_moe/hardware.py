@@ -1,8 +1,11 @@
 """What this runs on: the platform, the peak arithmetic speed of a device, and its memory."""
 
 import contextlib
+import importlib.metadata
 import os
+import platform as python_platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -58,3 +61,32 @@ def memory_bytes(device: jax.Device) -> int | None:
     with contextlib.suppress(OSError, ValueError):  # no such group, or no limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total // jax.local_device_count("cpu")
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokamax", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs, and with what."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "num_devices": jax.device_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": python_platform.machine(),
+        "python": python_platform.python_version(),
+        "versions": versions,
+    }
+
+
+def heading() -> str:
+    """One line that says where this runs."""
+    m = machine()
+    return f"{m['num_devices']} x {m['device']}, {m['cpu_cores']} CPU cores, jax {m['versions']['jax']}"

@@ -17,17 +17,23 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from default_moe.errors import ConfigError
-from default_moe.mesh_config import MeshConfig
 
 AXES = ("data", "fsdp", "expert")
-_DEFAULT_RULES = MeshConfig().rules
+DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("expert", "expert"),
+    ("embed", "fsdp"),
+    ("heads", None),
+    ("mlp", None),
+    ("vocab", None),
+)
 _annotating = contextvars.ContextVar("annotating", default=False)
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and expert over all devices. Raises ConfigError if it does not fit them."""
+def make_mesh(data: int, fsdp: int, expert: int, devices: list[Any] | None = None) -> Mesh:
+    """A mesh of these sizes, -1 for the devices left over. Raises ConfigError if it does not fit all devices."""
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.expert]
+    sizes = [data, fsdp, expert]
     asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
@@ -46,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 def rules() -> tuple[tuple[str, Any], ...]:
     """The logical axis rules in force: those of `flax.linen.logical_axis_rules`, else the defaults of the config."""
-    return tuple(nn.get_logical_axis_rules()) or _DEFAULT_RULES
+    return tuple(nn.get_logical_axis_rules()) or DEFAULT_RULES
 
 
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:

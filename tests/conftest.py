@@ -65,7 +65,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A directory for runs, with texts in `text`."""
-    from run_helpers import write_corpus
+    from helpers.tiny_runs import write_corpus
 
     folder = tmp_path_factory.mktemp("runs")
     write_corpus(folder / "text")
@@ -75,6 +75,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def tokamax_everywhere(monkeypatch):
     """Everything about that backend but its kernels, in the place of which `jax.lax.ragged_dot` computes on a CPU."""
-    from default_moe import grouped_matmul
 
-    monkeypatch.setattr(grouped_matmul, "_tokamax_runs", lambda: True)
+    from default_moe.moe.experts import backends
+
+    monkeypatch.setattr(backends, "_tokamax_runs", lambda: True)

@@ -5,10 +5,10 @@ import os
 
 import jax
 import pytest
-from run_helpers import as_flags, content, run_commands, tiny_settings, write_corpus
+from helpers.tiny_runs import as_flags, content, run_commands, tiny_settings, write_corpus
 
-from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
+from default_moe.runs.checkpoint import CheckpointStore
 
 # name: (flags added to a command that would train, words of the error)
 TRAIN = {

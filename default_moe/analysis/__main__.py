@@ -13,14 +13,14 @@ from absl import flags
 from default_moe import cli
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity
-from default_moe.bench.report import machine
-from default_moe.checkpoint import CheckpointStore
 from default_moe.config import Config
 from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.errors import ConfigError
-from default_moe.files import finite_or_null, write_atomically
-from default_moe.metrics import Progress
-from default_moe.program import Program
+from default_moe.hardware import machine
+from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.files import finite_or_null, write_atomically
+from default_moe.runs.progress import Progress
+from default_moe.training.program import Program
 
 _KINDS = ("gradients",)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")

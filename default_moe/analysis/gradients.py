@@ -20,16 +20,16 @@ import numpy as np
 import optax
 from jax import Array
 
-from default_moe.config import Config, ConfigError
+from default_moe.config import Config
 from default_moe.data import Rows
-from default_moe.errors import TrainingFailed
-from default_moe.fine_tuning import warm_up
-from default_moe.memory import out_of_memory_in_one_line
+from default_moe.errors import ConfigError, TrainingFailed
 from default_moe.methods import METHODS, Method
-from default_moe.moe import DEFAULT_VECTORS
-from default_moe.program import Program
-from default_moe.train_state import TrainState, initial_state
-from default_moe.train_step import Batch, make_gradient
+from default_moe.moe.layer import DEFAULT_VECTORS
+from default_moe.runs.warm_up import warm_up
+from default_moe.training.memory import out_of_memory_in_one_line
+from default_moe.training.program import Program
+from default_moe.training.state import TrainState, initial_state
+from default_moe.training.step import Batch, make_gradient
 
 REFERENCES = ("exact", "dense")
 

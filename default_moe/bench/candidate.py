@@ -9,9 +9,9 @@ import optax
 
 from default_moe.config import Config
 from default_moe.errors import ConfigError
-from default_moe.memory import StepMemory, out_of_memory_in_one_line, step_memory
-from default_moe.program import Program
-from default_moe.train_step import Batch, make_gradient
+from default_moe.training.memory import StepMemory, out_of_memory_in_one_line, step_memory
+from default_moe.training.program import Program
+from default_moe.training.step import Batch, make_gradient
 
 
 class StepCandidate:

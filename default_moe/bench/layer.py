@@ -9,9 +9,10 @@ from default_moe.bench import report
 from default_moe.bench.report import Row
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import ROUTINGS, LayerShape, Work, dense_candidate, make_work, moe_candidate
-from default_moe.checks import check_choice
 from default_moe.config import MATMUL_BACKENDS
-from default_moe.grouped_matmul import available_backends, resolve_backend
+from default_moe.errors import check_choice
+from default_moe.hardware import heading
+from default_moe.moe.experts.backends import available_backends, resolve_backend
 
 _Key = tuple[str, str]  # the candidate's name and its routing
 _PASSES = ("forward", "forward+backward")
@@ -41,7 +42,7 @@ def run(
         from default_moe.bench import torch_block  # torch is needed for nothing else
 
         torch_block.check_installed()
-    print(report.heading())
+    print(heading())
     rows: list[Row] = []
     for shape in shapes:
         candidates: dict[_Key, tuple[Callable, Callable]] = {}

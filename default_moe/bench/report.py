@@ -1,46 +1,15 @@
 """Results on the terminal and as JSON, with the machine and the versions they are from."""
 
 import contextlib
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from default_moe.config import ConfigError
+from default_moe.errors import ConfigError
+from default_moe.hardware import machine
 
 Row = dict[str, Any]
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokamax", "torch", "transformers")
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs, and with what."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "num_devices": jax.device_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def heading() -> str:
-    """One line that says where this runs."""
-    m = machine()
-    return f"{m['num_devices']} x {m['device']}, {m['cpu_cores']} CPU cores, jax {m['versions']['jax']}"
 
 
 def table(rows: list[Row], columns: tuple[str, ...]) -> str:

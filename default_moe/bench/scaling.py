@@ -11,7 +11,8 @@ from default_moe.bench.candidate import StepCandidate, random_batch
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
-from default_moe.program import mesh_for
+from default_moe.hardware import heading
+from default_moe.training.program import mesh_for
 
 NUM_EXPERTS = (8, 16, 32, 64, 128)
 NUM_LAYERS = (6, 12, 24)
@@ -59,7 +60,7 @@ def run(config: Config, rounds: int) -> list[Row]:
     for configs in sweeps(config).values():
         for swept in configs.values():
             mesh_for(swept)  # what does not fit the devices is said before anything is timed
-    print(report.heading())
+    print(heading())
     rows: list[Row] = []
     for sweep, configs in sweeps(config).items():
         group = _run_sweep(sweep, configs, rounds)

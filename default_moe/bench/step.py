@@ -11,8 +11,8 @@ from default_moe.bench.candidate import StepCandidate
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
-from default_moe.hardware import peak_flops
-from default_moe.model_size import train_flops_per_token
+from default_moe.hardware import heading, peak_flops
+from default_moe.model.size import train_flops_per_token
 
 _COLUMNS = (
     "router",
@@ -71,7 +71,7 @@ def run(config: Config, methods: list[str], rounds: int) -> list[Row]:
                 else None,
             }
         )
-    print(f"{report.heading()}\n{report.table(rows, _COLUMNS)}\n\n{report.table(rows, _MEMORY)}")
+    print(f"{heading()}\n{report.table(rows, _COLUMNS)}\n\n{report.table(rows, _MEMORY)}")
     print("(allowed Default MoE: the default vectors, and one [T, N] array of float32 for each MoE layer; per device)")
     return rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from default_moe.bench.workload import LayerShape, Work
-from default_moe.config import ConfigError
+from default_moe.errors import ConfigError
 
 
 def missing_packages(names: tuple[str, ...]) -> list[str]:

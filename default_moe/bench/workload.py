@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from default_moe.config import ConfigError, MoEConfig
+from default_moe.config import MoEConfig
+from default_moe.errors import ConfigError
 from default_moe.moe import MoELayer
-from default_moe.swiglu import ExpertWeights, swiglu_hidden
+from default_moe.moe.experts.swiglu import ExpertWeights, swiglu_hidden
 
 ROUTINGS = ("balanced", "skewed")
 

@@ -11,9 +11,8 @@ from urllib.parse import quote
 
 from ml_collections import ConfigDict
 
-from default_moe.checks import check, closest
 from default_moe.config import Config, flat_items
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, check, closest
 from default_moe.methods import METHODS
 
 Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given

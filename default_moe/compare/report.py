@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from default_moe.bench.report import heading, machine
 from default_moe.compare.comparison import Row, Task, conclusions
 from default_moe.compare.matrix import Entry, Settings
-from default_moe.model_size import parameter_counts
+from default_moe.hardware import heading, machine
+from default_moe.model.size import parameter_counts
 
 _COLUMNS = (
     "",

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from default_moe import trainer
-from default_moe.checkpoint import CheckpointStore
 from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
-from default_moe.config import Config, ConfigError
-from default_moe.errors import Diverged
-from default_moe.metrics import Progress
-from default_moe.program import Program
-from default_moe.stopping import StopRequest
-from default_moe.workdir import RUN_FILE
+from default_moe.config import Config
+from default_moe.errors import ConfigError, Diverged
+from default_moe.processes.stopping import StopRequest
+from default_moe.runs import trainer
+from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.progress import Progress
+from default_moe.runs.workdir import RUN_FILE
+from default_moe.training.program import Program
 
 RUNS = "runs"
 

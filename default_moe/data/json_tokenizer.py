@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from default_moe.config import ConfigError
+from default_moe.errors import ConfigError
 
 SEPARATORS = (
     "<|end_of_text|>",

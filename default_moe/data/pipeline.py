@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from default_moe.config import ConfigError, DataConfig
+from default_moe.config import DataConfig
 from default_moe.data import packing
 from default_moe.data.corpus import Corpus, Split
 from default_moe.data.packing import Rows
@@ -21,6 +21,7 @@ from default_moe.data.tokenizer import (
     tokenizer_from_dict,
     train_bpe,
 )
+from default_moe.errors import ConfigError
 
 Log = Callable[[str], None]
 

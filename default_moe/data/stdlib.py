@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from default_moe.config import ConfigError
 from default_moe.data.corpus import Split, decode_utf8, in_split
+from default_moe.errors import ConfigError
 
 LEFT_OUT = {"test", "tests", "idle_test", "turtledemo", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from default_moe.checks import closest
-from default_moe.config import ConfigError
 from default_moe.data.corpus import Split, decode_utf8, in_split
+from default_moe.errors import ConfigError, closest
 
 PLAIN = (".txt", ".md")
 JSON_LINES = (".jsonl", ".jsonl.gz")

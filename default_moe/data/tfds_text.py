@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from default_moe.checks import closest
-from default_moe.config import ConfigError
 from default_moe.data.corpus import Split, decode_utf8, in_split
+from default_moe.errors import ConfigError, closest
 
 READABLE = ("array_record", "parquet")
 HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")

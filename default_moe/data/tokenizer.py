@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from default_moe.checks import closest
-from default_moe.config import ConfigError
 from default_moe.data.json_tokenizer import JsonTokenizer, train_byte_level_bpe
+from default_moe.errors import ConfigError, closest
 
 
 class Tokenizer(Protocol):

@@ -1,17 +1,61 @@
 """Default MoE (arXiv:2504.12463): experts that do not run contribute their default vectors."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.checks import check
-from default_moe.default_vectors import DefaultVectorSettings
-from default_moe.methods.method import Decision, Load, Method, State, decide, largest, scores
+from default_moe.errors import check, check_at_least, check_choice, check_fraction
+from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
 
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+
+@dataclass(frozen=True)
+class DefaultVectorSettings:
+    """How default vectors are made and used. A method (`methods/`) that inherits these has default vectors.
+
+    ema_decay: beta of the moving average.  ema_weighted: average expert outputs weighted by their weight in the layer's
+      output.  ema_init: "zeros" or "gaussian" (with ema_init_std).
+    ema_update: "before" uses the vectors updated with this very batch, as the paper does, "after" those before it.
+    substitute: "forward" adds the default vectors of the inactive experts to the output, "backward" uses them for the
+      router's gradient alone.
+    substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
+      The gradient is dense from the start. 0: all of it at once.
+    expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as
+      if the vectors were the means of their outputs over the (micro)batch. Not in the paper, where an expert moves its
+      vector with no regard to the tokens that the vector is for.
+    warm_up_batches: batches that the vectors of a model that has none yet are averaged over, before it trains on from
+      another run (`init_from`).
+    """
+
+    ema_decay: float = 0.9
+    ema_weighted: bool = True
+    ema_init: str = "zeros"
+    ema_init_std: float = 0.02
+    ema_update: str = "before"
+    substitute: str = "forward"
+    substitute_ramp_steps: int = 0
+    expert_gradient: bool = False
+    warm_up_batches: int = 8
+
+    def __post_init__(self) -> None:
+        prefix = f"moe.{getattr(self, 'name', 'default')}"
+        check_fraction(f"{prefix}.ema_decay", self.ema_decay)
+        check_choice(f"{prefix}.ema_init", self.ema_init, ("zeros", "gaussian"))
+        check_at_least(f"{prefix}.ema_init_std", self.ema_init_std, 0)
+        check_choice(f"{prefix}.ema_update", self.ema_update, ("before", "after"))
+        check_choice(f"{prefix}.substitute", self.substitute, ("forward", "backward"))
+        check_at_least(f"{prefix}.substitute_ramp_steps", self.substitute_ramp_steps, 0)
+        check(
+            not self.substitute_ramp_steps or self.substitute == "forward",
+            f"{prefix}.substitute_ramp_steps is {self.substitute_ramp_steps}, but {prefix}.substitute is 'backward': "
+            "nothing is substituted that could be ramped in",
+        )
+        check(
+            not self.expert_gradient or self.substitute == "forward",
+            f"{prefix}.expert_gradient is True, but {prefix}.substitute is 'backward': default vectors add nothing to "
+            "the output whose gradient could reach the experts",
+        )
+        check_at_least(f"{prefix}.warm_up_batches", self.warm_up_batches, 0)
 
 
 @dataclass(frozen=True)
@@ -23,21 +67,21 @@ class DefaultMoE(DefaultVectorSettings, Method):
 
     name = "default"
 
-    def check(self, config: "MoEConfig") -> None:
+    def check(self, config: LayerSettings) -> None:
         check(
             not config.normalize_weights or self.substitute == "backward",
             "moe.normalize_weights is True, but moe.default.substitute is 'forward': weights of active experts that "
             "sum to one leave none for the default vectors; use 'backward'",
         )
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         index_BLK = largest(scores(logits_BLN, config), config.top_k)
         return decide(logits_BLN, index_BLK, config, substitution=self._substitution(state))
 
-    def initial_state(self, config: "MoEConfig") -> State:
+    def initial_state(self, config: LayerSettings) -> State:
         return {"steps": jnp.zeros((), jnp.int32)} if self.substitute_ramp_steps else {}
 
-    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+    def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
         return {name: steps + 1 for name, steps in state.items()}
 
     def _substitution(self, state: State) -> Array | None:

@@ -1,15 +1,12 @@
 """The dense layer: every expert runs for every token. The upper bound, at N / K times the cost."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.methods.method import Decision, Method, State, decide
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.methods.method import Decision, LayerSettings, Method, State, decide
 
 
 @dataclass(frozen=True)
@@ -25,12 +22,12 @@ class Dense(Method):
         "capacity_factor": "every expert runs for every token, so that none is over its capacity",
     }
 
-    def check(self, config: "MoEConfig") -> None:
+    def check(self, config: LayerSettings) -> None:
         """Weights may be normalized whatever `top_k` is: that is over all experts."""
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         index_BLN = jnp.broadcast_to(jnp.arange(config.num_experts, dtype=jnp.int32), logits_BLN.shape)
         return decide(logits_BLN, index_BLN, config)
 
-    def experts_per_token(self, config: "MoEConfig") -> int:
+    def experts_per_token(self, config: LayerSettings) -> int:
         return config.num_experts

@@ -1,12 +1,10 @@
 """DenseMixer (Yao et al. 2025): the output of top-k, the router's gradient of the dense layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from default_moe.methods.method import LayerSettings
 from default_moe.methods.topk import TopK
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -22,5 +20,5 @@ class DenseMixer(TopK):
         "capacity_factor": "every expert is computed for every token, so that dropping tokens saves nothing"
     }
 
-    def check(self, config: "MoEConfig") -> None:
+    def check(self, config: LayerSettings) -> None:
         """K = 1 may be normalized: the experts that were not chosen still give the router a gradient."""

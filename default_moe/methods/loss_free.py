@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.checks import check
-from default_moe.methods.method import Decision, Load, Method, State, decide, largest, scores
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.errors import check
+from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,14 @@ class LossFree(Method):
             f"moe.loss_free.bias_update_rate is {self.bias_update_rate}, but must be positive and finite",
         )
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         scores_BLN = scores(logits_BLN, config)
         return decide(logits_BLN, largest(scores_BLN + state["bias"], config.top_k), config)
 
-    def initial_state(self, config: "MoEConfig") -> State:
+    def initial_state(self, config: LayerSettings) -> State:
         return {"bias": jnp.zeros(config.num_experts, jnp.float32)}
 
-    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+    def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
         tokens_YN = load.tokens_per_expert.astype(jnp.float32)
         missing_YN = tokens_YN.mean(axis=-1, keepdims=True) - tokens_YN
         return {"bias": state["bias"] + self.bias_update_rate * jnp.sign(missing_YN)}

@@ -9,7 +9,7 @@ dimension key; Y MoE layers.
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,28 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
-from default_moe.checks import check
-from default_moe.routing import active_experts
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.errors import check
+from default_moe.methods.routing import active_experts
 
 State = dict[str, Array]
 
 METHODS: dict[str, type["Method"]] = {}  # by name: every subclass of `Method` that has been defined
+
+
+class LayerSettings(Protocol):
+    """What a method may know of the layer it works in: four settings of `config.MoEConfig`."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def score_function(self) -> str: ...
+
+    @property
+    def normalize_weights(self) -> bool: ...
 
 
 class Decision(NamedTuple):
@@ -80,7 +93,7 @@ class Method(abc.ABC):
             raise TypeError(f"{cls.__name__} and {other.__name__} have the same name, {cls.name!r}: choose another")
         METHODS[cls.name] = cls
 
-    def check(self, config: "MoEConfig") -> None:
+    def check(self, config: LayerSettings) -> None:
         """Raises ConfigError if the method cannot work with the layer's other settings.
 
         Unless a subclass knows better, normalized weights need two experts that run.
@@ -92,7 +105,7 @@ class Method(abc.ABC):
         )
 
     @abc.abstractmethod
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         """Decide about tokens.
 
         Args:
@@ -103,7 +116,7 @@ class Method(abc.ABC):
         """
 
     def losses(
-        self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
+        self, decision: Decision, config: LayerSettings, state: State, mask_BL: Array | None
     ) -> dict[str, tuple[Array | float, Array]]:
         """Weight and value of each loss term that the method adds to those that all methods have, by name.
 
@@ -111,19 +124,19 @@ class Method(abc.ABC):
         """
         return {}
 
-    def initial_state(self, config: "MoEConfig") -> State:
+    def initial_state(self, config: LayerSettings) -> State:
         """Arrays of one layer that the method keeps from step to step, by name. They are no parameters."""
         return {}
 
-    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+    def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
         """The state of all layers, every array with a leading axis Y, after a training step. Called once a step."""
         return state
 
-    def experts_per_token(self, config: "MoEConfig") -> int:
+    def experts_per_token(self, config: LayerSettings) -> int:
         """How many experts' outputs a token uses, on the mean."""
         return config.top_k
 
-    def most_experts_per_token(self, config: "MoEConfig") -> int:
+    def most_experts_per_token(self, config: LayerSettings) -> int:
         """C, how many there is room for."""
         return self.experts_per_token(config)
 
@@ -145,12 +158,12 @@ def largest(scores_BLN: Array, top_k: int) -> Array:
     return jax.shard_map(choose, in_specs=tokens, out_specs=tokens)(scores_BLN)
 
 
-def scores(logits_BLN: Array, config: "MoEConfig") -> Array:
+def scores(logits_BLN: Array, config: LayerSettings) -> Array:
     """Softmax over the experts, or the sigmoid of each logit (moe.score_function)."""
     return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
 
 
-def distribution(logits_BLN: Array, config: "MoEConfig") -> Array:
+def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
     """The scores of each token divided by their sum (DeepSeek-V3, eq. 19)."""
     if config.score_function == "softmax":
         return scores(logits_BLN, config)
@@ -158,7 +171,7 @@ def distribution(logits_BLN: Array, config: "MoEConfig") -> Array:
     return jax.nn.softmax(jax.nn.log_sigmoid(logits_BLN), axis=-1)
 
 
-def weights(logits_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
+def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
     """The scores, with moe.normalize_weights divided by the sum of those chosen.
 
     Through that sum gradients reach the chosen scores from their own weights alone. An expert that was not chosen, if
@@ -175,6 +188,6 @@ def weights(logits_BLN: Array, index_BLK: Array, config: "MoEConfig") -> Array:
     return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
 
 
-def decide(logits_BLN: Array, index_BLK: Array, config: "MoEConfig", **more: Any) -> Decision:
+def decide(logits_BLN: Array, index_BLK: Array, config: LayerSettings, **more: Any) -> Decision:
     """The decision for these experts, with weights and distribution made of the scores of these logits."""
     return Decision(weights(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)

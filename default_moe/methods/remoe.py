@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.checks import check
-from default_moe.methods.method import Decision, Load, Method, State
-from default_moe.routing import masked_mean
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.errors import check
+from default_moe.methods.method import Decision, LayerSettings, Load, Method, State
+from default_moe.methods.routing import masked_mean
 
 _NO_SOFTMAX = "its gates are ReLUs of the logits, without a softmax"
 _OWN_LOSS = "its own loss balances the experts, and says how many run"
@@ -57,28 +54,28 @@ class ReMoE(Method):
             f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1 and finite",
         )
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         gates_BLN = jax.nn.relu(logits_BLN)
         index_BLN = jnp.where(gates_BLN > 0, jnp.arange(config.num_experts, dtype=jnp.int32), config.num_experts)
         total_BL1 = gates_BLN.sum(axis=-1, keepdims=True)
         probs_BLN = gates_BLN / jnp.where(total_BL1 > 0, total_BL1, 1.0)
         return Decision(gates_BLN, index_BLN, probs_BLN)
 
-    def most_experts_per_token(self, config: "MoEConfig") -> int:
+    def most_experts_per_token(self, config: LayerSettings) -> int:
         return config.num_experts
 
     def losses(
-        self, decision: Decision, config: "MoEConfig", state: State, mask_BL: Array | None
+        self, decision: Decision, config: LayerSettings, state: State, mask_BL: Array | None
     ) -> dict[str, tuple[Array | float, Array]]:
         gates_BLN = decision.weights
         open_N = masked_mean((gates_BLN > 0).astype(jnp.float32), mask_BL)
         loss = config.num_experts / config.top_k * (masked_mean(gates_BLN, mask_BL) * open_N).sum()
         return {"sparsity_loss": (state["lambda"], loss)}
 
-    def initial_state(self, config: "MoEConfig") -> State:
+    def initial_state(self, config: LayerSettings) -> State:
         return {"lambda": jnp.float32(self.initial_lambda)}
 
-    def next_state(self, state: State, load: Load, config: "MoEConfig") -> State:
+    def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
         # The share of closed gates is below 1 - K / N if more than K are open on the mean.
         open_gates = (load.tokens_per_expert.sum(axis=-1) / jnp.maximum(load.num_tokens, 1)).mean()
         factor = jnp.where(open_gates > config.top_k, self.lambda_factor, 1 / self.lambda_factor)

@@ -1,17 +1,14 @@
 """SparseMixer-v2 (Liu et al. 2023; GRIN: Liu et al. 2024): experts are sampled, and the gradient of that estimated."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.checks import check
-from default_moe.methods.method import Decision, Method, State
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.errors import check
+from default_moe.methods.method import Decision, LayerSettings, Method, State
 
 
 class Draws(NamedTuple):
@@ -48,7 +45,7 @@ class SparseMixer(Method):
             "alone could be drawn, and the router would get no gradient)",
         )
 
-    def check(self, config: "MoEConfig") -> None:
+    def check(self, config: LayerSettings) -> None:
         check(
             config.top_k <= 2,
             f"moe.top_k is {config.top_k}, but moe.router='sparsemixer' is defined for 1 and 2 alone",
@@ -58,7 +55,7 @@ class SparseMixer(Method):
             f"moe.top_k = moe.num_experts = {config.top_k}, but moe.router='sparsemixer' needs experts to choose from",
         )
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         keys = [None] * config.top_k if key is None else list(jax.random.split(key, config.top_k))
         draws = [None if k is None else draw(k, logits_BLN.shape) for k in keys]
         weights_BLN = jnp.zeros_like(logits_BLN)

@@ -1,14 +1,10 @@
 """Plain top-k (Shazeer et al. 2017, Fedus et al. 2022): the router learns from the experts that run."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jax import Array
 
-from default_moe.methods.method import Decision, Method, State, decide, largest, scores
-
-if TYPE_CHECKING:
-    from default_moe.model_config import MoEConfig
+from default_moe.methods.method import Decision, LayerSettings, Method, State, decide, largest, scores
 
 
 @dataclass(frozen=True)
@@ -17,5 +13,5 @@ class TopK(Method):
 
     name = "topk"
 
-    def route(self, logits_BLN: Array, config: "MoEConfig", state: State, key: Array | None) -> Decision:
+    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         return decide(logits_BLN, largest(scores(logits_BLN, config), config.top_k), config)

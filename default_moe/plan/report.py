@@ -3,7 +3,7 @@
 from typing import Any
 
 from default_moe.hardware import peak_flops
-from default_moe.model_size import parameter_counts
+from default_moe.model.size import parameter_counts
 from default_moe.plan.collectives import summary
 from default_moe.plan.step_plan import StepPlan
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from default_moe.config import REMATS, Config
 from default_moe.errors import ConfigError
 from default_moe.hardware import peak_flops
-from default_moe.model_size import parameter_counts, train_flops_per_token
+from default_moe.model.size import parameter_counts, train_flops_per_token
 from default_moe.plan.step_plan import StepPlan, make_plan, program_for, state_bytes
 from default_moe.plan.topologies import Topology
-from default_moe.program import Program
+from default_moe.training.program import Program
 
 _ATTEMPTS = 5
 

@@ -11,13 +11,13 @@ import numpy as np
 from default_moe.config import Config
 from default_moe.data.packing import pack
 from default_moe.hardware import peak_flops
-from default_moe.memory import StepMemory, is_out_of_memory, step_memory
-from default_moe.model_size import train_flops_per_token
+from default_moe.model.size import train_flops_per_token
 from default_moe.plan.collectives import Collective, collectives
 from default_moe.plan.costs import Costs, costs
 from default_moe.plan.hlo import Hlo
 from default_moe.plan.topologies import Topology, traced_for
-from default_moe.program import Program
+from default_moe.training.memory import StepMemory, is_out_of_memory, step_memory
+from default_moe.training.program import Program
 
 
 class State(NamedTuple):

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from default_moe.config import ConfigError, DataConfig
+from default_moe.config import DataConfig
 from default_moe.data import Data, data_directory, measure_reading, open_data, token_store
+from default_moe.errors import ConfigError
 
 
 def config(texts: Path, **changes: object) -> DataConfig:

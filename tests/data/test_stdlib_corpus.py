@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from default_moe.config import ConfigError, DataConfig
+from default_moe.config import DataConfig
 from default_moe.data import Data, open_data, stdlib, stdlib_builder
 from default_moe.data.stdlib import StdlibCorpus, decode_source, docstrings
+from default_moe.errors import ConfigError
 
 
 @pytest.fixture

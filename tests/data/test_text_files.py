@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from default_moe.config import ConfigError
 from default_moe.data import text_files
 from default_moe.data.text_files import TextFiles
+from default_moe.errors import ConfigError
 
 
 def documents(corpus: TextFiles) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from default_moe.config import ConfigError
 from default_moe.data.stdlib_builder import _NamedTexts
 from default_moe.data.tfds_text import TfdsText, quiet_tfds
+from default_moe.errors import ConfigError
 
 
 class TinyTexts(_NamedTexts):

@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from default_moe.config import ConfigError
 from default_moe.data.json_tokenizer import JsonTokenizer, train_byte_level_bpe
 from default_moe.data.tokenizer import (
     ByteTokenizer,
@@ -18,6 +17,7 @@ from default_moe.data.tokenizer import (
     tokenizer_from_dict,
     train_bpe,
 )
+from default_moe.errors import ConfigError
 
 TEXT = "Grüße, 世界!  Two  spaces,\ttabs\r\nand lines\n\n</s> <|endoftext|> <|end_of_text|> \U0001f600 <0x41> ▁ ##ing\n"
 

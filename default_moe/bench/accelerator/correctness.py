@@ -14,10 +14,10 @@ from default_moe.bench.accelerator.scale import scale
 from default_moe.bench.report import Row
 from default_moe.bench.workload import LayerShape
 from default_moe.config import MATMUL_BACKENDS
-from default_moe.device_experts import run_experts
-from default_moe.grouped_matmul import available_backends, group_alignment, resolve_backend, slots_multiple
-from default_moe.routing import group_by_expert
-from default_moe.swiglu import ExpertWeights
+from default_moe.moe.experts.backends import available_backends, group_alignment, resolve_backend, slots_multiple
+from default_moe.moe.experts.gather import run_experts
+from default_moe.moe.experts.layout import group_by_expert
+from default_moe.moe.experts.swiglu import ExpertWeights
 
 # Largest error allowed, relative to the largest value of the same array: inputs have 8 (bfloat16) or 24 bits, hidden
 # values and gradients are rounded to as many, and accelerators take float32 products with 10.

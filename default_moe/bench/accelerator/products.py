@@ -17,8 +17,8 @@ from default_moe.bench.accelerator.scale import Scale, scale
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.bench.workload import LayerShape
-from default_moe.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, kernel_of
 from default_moe.hardware import is_hopper, is_nvidia
+from default_moe.moe.experts.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, kernel_of
 
 _KINDS = {"product": PRODUCT, "rows' gradient": ROWS_GRADIENT, "matrices' gradient": MATRICES_GRADIENT}
 

@@ -10,7 +10,7 @@ import jax
 
 from default_moe.bench.report import Row
 from default_moe.errors import ConfigError
-from default_moe.memory import is_out_of_memory
+from default_moe.training.memory import is_out_of_memory
 
 FILE = "results.jsonl"
 

@@ -18,9 +18,9 @@ from default_moe.bench.report import Row
 from default_moe.bench.step import allowed_memory, model_flops_utilization, with_router
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
-from default_moe.memory import step_memory
-from default_moe.program import Program
-from default_moe.train_step import Batch
+from default_moe.training.memory import step_memory
+from default_moe.training.program import Program
+from default_moe.training.step import Batch
 
 _STEPS = 5  # timed, of each attempt
 _KERNELS = 20  # shown of the profile

@@ -1,0 +1,170 @@
+"""The settings of a Mixture-of-Experts layer."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from default_moe.config.mappings import check_keys, dtype_name, section_from_mapping
+from default_moe.errors import check, check_at_least, check_choice
+from default_moe.methods import METHODS, Method
+from default_moe.methods.default import DefaultVectorSettings
+
+MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
+EXPERT_PARALLEL_FORMS = ("gather", "exchange")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One sparse Mixture-of-Experts layer.
+
+    num_experts: N.  top_k: K, experts that each token runs.  expert_dim: F, hidden width of one SwiGLU expert.
+    num_shared_experts: experts of the same width that every token runs beside those, whose output is added as it is.
+    router: the method by which the router chooses experts and learns to: the name of one of `methods.METHODS`, or the
+      method itself, with its settings. In a config file a method's settings are a group of its name:
+      `config.moe.default.ema_decay`.
+    score_function: "softmax" or "sigmoid" makes scores of router logits.  normalize_weights: divide the weights of a
+      token's experts by their sum.
+    router_init_std: standard deviation of the router's weights at the start; None takes small
+      init's, sqrt(2 / (5 D)).
+    router_noise_std: standard deviation of Gaussian noise that is added to the logits in training, for all they are
+      used for.
+    capacity_factor: if set, an expert takes at most ceil(capacity_factor K L / N) tokens of each sequence of L in
+      training, the first that choose it. For the others it is dropped: it contributes nothing, or with default vectors
+      its own. At evaluation nothing is dropped.
+    load_balance_weight, sequence_balance_weight, router_z_weight: factors of the auxiliary losses in the training loss:
+      balance over the batch (None: what the method asks for), balance within each sequence, and the z-loss.
+    dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
+      router and the default vectors are float32 always.
+    matmul: how experts are computed, "blocks", "ragged", "mosaic" or "tokamax", see `grouped_matmul.py`; "auto" picks
+      by platform.
+    expert_parallel: how devices that hold different experts share tokens, "gather" or "exchange", see
+      `expert_parallel.py`; "auto" picks by platform and by what is moved.
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    expert_dim: int = 352
+    num_shared_experts: int = 0
+    router: str | Method = "default"
+    score_function: str = "softmax"
+    normalize_weights: bool = False
+    router_init_std: float | None = None
+    router_noise_std: float = 0.0
+    capacity_factor: float | None = None
+    load_balance_weight: float | None = None
+    sequence_balance_weight: float = 0.0
+    router_z_weight: float = 0.0
+    dtype: str | None = None
+    matmul: str = "auto"
+    expert_parallel: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_at_least("moe.num_experts", self.num_experts, 1)
+        check(
+            1 <= self.top_k <= self.num_experts,
+            f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
+        )
+        check_at_least("moe.expert_dim", self.expert_dim, 1)
+        check_at_least("moe.num_shared_experts", self.num_shared_experts, 0)
+        check_choice("moe.score_function", self.score_function, ("softmax", "sigmoid"))
+        if self.router_init_std is not None:
+            check_at_least("moe.router_init_std", self.router_init_std, 0)
+        check_at_least("moe.router_noise_std", self.router_noise_std, 0)
+        check(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"moe.capacity_factor is {self.capacity_factor}, but must be positive, or unset to drop no token",
+        )
+        if self.load_balance_weight is not None:
+            check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
+        check_at_least("moe.sequence_balance_weight", self.sequence_balance_weight, 0)
+        check_at_least("moe.router_z_weight", self.router_z_weight, 0)
+        check(
+            not self.router_z_weight or self.score_function == "softmax",
+            f"moe.router_z_weight is {self.router_z_weight}, but moe.score_function is 'sigmoid', which has no "
+            "partition function to be kept small",
+        )
+        check_choice("moe.matmul", self.matmul, ("auto", *MATMUL_BACKENDS))
+        check_choice("moe.expert_parallel", self.expert_parallel, ("auto", *EXPERT_PARALLEL_FORMS))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name("moe.dtype", self.dtype))
+        if not isinstance(self.router, Method):
+            check(
+                isinstance(self.router, str) and self.router in METHODS,
+                f"moe.router is {self.router!r}, but must be one of {', '.join(map(repr, sorted(METHODS)))}",
+            )
+            object.__setattr__(self, "router", METHODS[self.router]())
+        self._check_method()
+
+    def _check_method(self) -> None:
+        method = self.method
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            check(
+                value in (f.default, 0) or f.name not in method.refused,
+                f"moe.{f.name} is {value!r}, which makes no sense with moe.router={method.name!r}: "
+                f"{method.refused.get(f.name)}",
+            )
+        method.check(self)
+        check(
+            not (method.dense_gradient and self.most_experts_per_token != self.top_k),
+            f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts",
+        )
+
+    @property
+    def method(self) -> Method:
+        """`router`, as which a name is not kept."""
+        return typing.cast(Method, self.router)
+
+    @property
+    def default_vectors(self) -> DefaultVectorSettings | None:
+        """The method's settings for default vectors, None if it has none."""
+        return self.method if isinstance(self.method, DefaultVectorSettings) else None
+
+    @property
+    def balance_weight(self) -> float:
+        """The factor of the load balance loss: the method's own where none is set."""
+        return self.method.load_balance_weight if self.load_balance_weight is None else self.load_balance_weight
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts' outputs a token uses, on the mean: K, unless the method says otherwise."""
+        return self.method.experts_per_token(self)
+
+    @property
+    def most_experts_per_token(self) -> int:
+        """C, how many of them there is room for."""
+        return self.method.most_experts_per_token(self)
+
+    def capacity(self, length: int) -> int | None:
+        """Tokens that an expert takes of a sequence of this length in training; None if there is no limit."""
+        if self.capacity_factor is None:
+            return None
+        return math.ceil(self.capacity_factor * self.top_k * length / self.num_experts)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Of what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
+        # Default vectors' settings as runs were saved before methods had groups.
+        old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
+        check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *METHODS, *old], prefix="moe.")
+        groups: dict[str, Any] = {name: mapping.get(name, {}) for name in METHODS}
+        if old:
+            groups["default"] = old
+        methods = {name: section_from_mapping(METHODS[name], f"moe.{name}", groups[name]) for name in METHODS}
+        values = {name: value for name, value in mapping.items() if name not in {*METHODS, *old}}
+        router = values.get("router", cls.router)
+        if isinstance(router, str) and router in methods:
+            values["router"] = methods[router]
+        return section_from_mapping(cls, "moe", values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the name of the method, and its settings, if it has any, in a group of that name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = dataclasses.asdict(self.method)
+        return {**values, "router": self.method.name, **({self.method.name: settings} if settings else {})}
+
+
+_WERE_NOT_IN_A_GROUP = ("ema_decay", "ema_weighted", "substitute", "ema_init", "ema_init_std")

@@ -1,0 +1,247 @@
+"""Every setting of a run: frozen dataclasses and their checks.
+
+A config file starts from `default_config()` (a locked `ConfigDict`), changes fields and returns it. The program turns
+the result into a `Config` once, with `Config.from_config_dict`, which checks every value; from there on settings are
+immutable. A run stores its `Config` as JSON, never as Python.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from default_moe.config.mappings import check_keys, section_from_mapping
+from default_moe.config.mesh import MeshConfig
+from default_moe.errors import check, check_at_least, check_choice, check_fraction
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+from default_moe.config.model import ModelConfig
+from default_moe.config.moe import MoEConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes sequences.
+
+    name: "python_stdlib" (the standard library's sources), "python_english" (its docstrings and pydoc topics),
+      "text_files" (the files that the glob `files` names), or any TFDS text data set, "c4/en" for instance.
+    files: glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for text_files.
+    text_field: the field that holds the text, in .jsonl, .parquet and TFDS data sets.
+    tokenizer: "bytes", "bpe:SIZE" (byte-level BPE trained on the corpus) or the path of a tokenizer.json.
+    validation_fraction: share of documents held out, chosen by a hash of the document's name.
+    mask_documents: no attention across document boundaries.
+    dir: where prepared data is kept; None takes $DEFAULT_MOE_DATA or ~/.cache/default_moe.
+    prefetch: batches read ahead of the training step.
+    """
+
+    name: str = "python_stdlib"
+    files: str | None = None
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.05
+    mask_documents: bool = False
+    dir: str | None = None
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
+        check(
+            self.name != "text_files" or bool(self.files),
+            "data.files is not set, but data.name='text_files' needs a glob there, 'texts/*.txt' for instance",
+        )
+        check(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}, but must lie between 0 and 1",
+        )
+        check(
+            not self.files or self.name == "text_files",
+            f"data.files is set, but data.name is {self.name!r}: files are read with data.name='text_files'",
+        )
+        check(bool(self.tokenizer), "data.tokenizer is empty, but must be 'bytes', 'bpe:SIZE' or a tokenizer.json")
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            check(
+                size.isdigit() and int(size) >= 257,
+                f"data.tokenizer is {self.tokenizer!r}, but a BPE's size must be a number of at least 257 (256 bytes "
+                "and the document separator)",
+            )
+        check_at_least("data.prefetch", self.prefetch, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. batch_size counts sequences over all devices and microbatches; sequence_length counts tokens.
+
+    grad_accum_steps splits each batch into that many microbatches.  max_bad_steps: how many steps with a non-finite
+    loss or gradient may follow each other before the run stops.  logits_per_chunk: logits that a device holds at a
+    time in the loss; more tokens than that are taken in chunks, to the same result.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 32
+    sequence_length: int = 256
+    grad_accum_steps: int = 1
+    seed: int = 0
+    log_every_steps: int = 10
+    max_bad_steps: int = 10
+    logits_per_chunk: int = 2**28
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "batch_size",
+            "sequence_length",
+            "grad_accum_steps",
+            "log_every_steps",
+            "max_bad_steps",
+            "logits_per_chunk",
+        ):
+            check_at_least(f"train.{name}", getattr(self, name), 1)
+        check(0 <= self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")
+        check(
+            self.batch_size % self.grad_accum_steps == 0,
+            f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
+            f"{self.grad_accum_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up over warmup_fraction of the steps, then cosine decay to peak_lr * final_lr_fraction.
+
+    decay_all: apply weight decay to norms, biases, embeddings and the router too, not to the other matrices alone.
+    router_lr_multiplier: what the learning rate of the routers is multiplied by.
+    moment_dtype: what both moments are kept in, "float32" or "bfloat16"; they are computed in float32.
+    factored: keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern
+      2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no first.
+    """
+
+    peak_lr: float = 3e-3
+    warmup_fraction: float = 0.01
+    final_lr_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_all: bool = False
+    clip_norm: float = 1.0
+    router_lr_multiplier: float = 1.0
+    moment_dtype: str = "float32"
+    factored: bool = False
+
+    def __post_init__(self) -> None:
+        check(0 < self.peak_lr < math.inf, f"optim.peak_lr is {self.peak_lr}, but must be positive and finite")
+        for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
+            check_fraction(f"optim.{name}", getattr(self, name))
+        check(max(self.b1, self.b2) < 1, f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1")
+        check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
+        check_choice("optim.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        check(
+            self.moment_dtype == "float32" or max(self.b1, self.b2) <= 0.99,
+            f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but with optim.moment_dtype='bfloat16' they must be at most "
+            "0.99: what a step changes would be rounded away",
+        )
+        check_at_least("optim.weight_decay", self.weight_decay, 0)
+        check_at_least("optim.router_lr_multiplier", self.router_lr_multiplier, 0)
+        check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Save every every_steps steps and every every_minutes minutes (0: not by the clock) and at the end.
+
+    With several processes the clock is looked at when a step is logged.
+
+    keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss of those steps that were
+    both evaluated and saved.
+    """
+
+    every_steps: int = 100
+    every_minutes: float = 0.0
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_at_least("checkpoint.every_steps", self.every_steps, 1)
+        check_at_least("checkpoint.every_minutes", self.every_minutes, 0)
+        check_at_least("checkpoint.keep_last", self.keep_last, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text every every_steps steps and at the end, over num_batches (0: the whole split).
+
+    batch_size: None takes train.batch_size. prompt, sample_tokens, temperature: the text generated after training and
+    by eval.py (temperature 0 takes the likeliest token each time).
+    """
+
+    every_steps: int = 100
+    num_batches: int = 8
+    batch_size: int | None = None
+    prompt: str = "def "
+    sample_tokens: int = 200
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_at_least("eval.every_steps", self.every_steps, 1)
+        check_at_least("eval.num_batches", self.num_batches, 0)
+        if self.batch_size is not None:
+            check_at_least("eval.batch_size", self.batch_size, 1)
+        check_at_least("eval.sample_tokens", self.sample_tokens, 0)
+        check_at_least("eval.temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run.
+
+    init_from: the work directory of a run with the same model and tokenizer, from whose newest weights this one starts,
+      with another router for instance.
+    """
+
+    init_from: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.moe.dtype is None:
+            object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """The checked Config of a nested mapping, such as `to_dict` gives. Missing fields get defaults.
+
+        Raises ConfigError on an unknown key, a value of the wrong type, or one that cannot work.
+        """
+        check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
+        values = dict(mapping)
+        for f in dataclasses.fields(cls):
+            if f.name in mapping and dataclasses.is_dataclass(f.type):
+                values[f.name] = _section(typing.cast(type, f.type), f.name, mapping[f.name])
+        check(
+            isinstance(values.get("init_from"), str | None),
+            f"init_from is {values.get('init_from')!r}, but must be the work directory of a run",
+        )
+        return cls(**values)
+
+    @classmethod
+    def from_config_dict(cls, config: "ConfigDict") -> Self:
+        """`from_mapping` of what a config file's `get_config` returned."""
+        return cls.from_mapping(config.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as JSON can hold them."""
+        return {**dataclasses.asdict(self), "moe": self.moe.to_dict()}
+
+
+def _section(section: type, name: str, mapping: Any) -> Any:
+    check(isinstance(mapping, Mapping), f"{name} is {mapping!r}, but must be a group of settings")
+    return MoEConfig.from_mapping(mapping) if section is MoEConfig else section_from_mapping(section, name, mapping)

@@ -1,0 +1,160 @@
+"""Causal attention with rotary positions, and what it knows of its tokens.
+
+Dimension key: see `routing.py`; also H heads, C size of a head, and in decoding S slots of the cache.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.config import ModelConfig
+from default_moe.errors import ConfigError
+from default_moe.hardware import is_nvidia, platform
+from default_moe.model.splash_attention import LENGTH_MULTIPLE, splash_attention
+from default_moe.moe.feed_forward import small_init_std
+from default_moe.sharding import with_axes
+
+CACHE = "cache"
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What a block knows of its tokens beside their vectors. All [B, L]; None: absent.
+
+    positions: int32, for the rotary embedding.  segment_ids: int32, attention stays within a segment.
+    mask: 0 where a token counts in no routing statistic (padding).
+    """
+
+    positions: Array
+    segment_ids: Array | None = None
+    mask: Array | None = None
+
+
+def residual_init_std(config: ModelConfig) -> float:
+    """2 / (L sqrt(D)) for projections that merge into the residual stream (Wang et al.)."""
+    return 2 / (config.num_layers * config.d_model**0.5)
+
+
+def attention_implementation(config: ModelConfig, length: int, masked: bool) -> Literal["xla", "cudnn", "splash"]:
+    """How attention over whole sequences is computed here: kernels never hold the [H, L, L] scores.
+
+    "auto" takes cuDNN's on an NVIDIA GPU and JAX's splash attention on a TPU where they run, else XLA.
+    length: of the sequences.  masked: whether there are documents to keep apart.
+    Raises ConfigError if a kernel is asked for where it cannot run.
+    """
+    reasons = {"cudnn": _why_no_cudnn(config, length, masked), "splash": _why_no_splash(length)}
+    if reasons.get(config.attention):
+        raise ConfigError(
+            f"model.attention is {config.attention!r}, but {reasons[config.attention]}: use 'auto' or 'xla'"
+        )
+    if config.attention == "xla":
+        return "xla"
+    return "cudnn" if not reasons["cudnn"] else "splash" if not reasons["splash"] else "xla"
+
+
+def _why_no_cudnn(config: ModelConfig, length: int, masked: bool) -> str | None:
+    size = config.d_model // config.num_heads
+    if not is_nvidia():
+        return f"it runs on NVIDIA GPUs, but this is {platform()!r}"
+    if config.dtype != "bfloat16":
+        return f"it takes bfloat16, but model.dtype is {config.dtype!r}"
+    if size % 8 or size > 128:
+        return f"it takes heads of 8, 16, ... 128, but model.d_model / model.num_heads is {size}"
+    if masked and length % 2:
+        return f"with data.mask_documents it takes sequences of even length, but this is {length}"
+    if float(getattr(jax.devices()[0], "compute_capability", 8)) < 8:
+        return f"it runs on GPUs of compute capability 8.0 and above, but a {jax.devices()[0].device_kind} is older"
+    return None
+
+
+def _why_no_splash(length: int) -> str | None:
+    if platform() != "tpu":
+        return f"it runs on TPUs, but this is {platform()!r}"
+    if length % LENGTH_MULTIPLE:
+        return f"it takes sequences of a multiple of {LENGTH_MULTIPLE} tokens, but train.sequence_length is {length}"
+    return None
+
+
+def rotary_embedding(x_BLHC: Array, positions_BL: Array, theta: float) -> Array:
+    """Rotate pairs (c, c + C/2) of each head by position * theta**(-2c/C) (Su et al. 2021)."""
+    half = x_BLHC.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BL[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions, without biases.
+
+    With `cache_length` set it decodes: keys and values are kept in the collection "cache", and each call continues
+    where the last one ended, up to that many tokens in all.
+    """
+
+    config: ModelConfig
+    cache_length: int | None
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, tokens: Tokens) -> Array:
+        config = self.config
+        heads, size = config.num_heads, config.d_model // config.num_heads
+        init = nn.initializers.normal(small_init_std(config.d_model))
+        dtype = jnp.dtype(config.dtype)
+        q, k, v = (
+            nn.DenseGeneral(
+                (heads, size),
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=with_axes(init, "embed", "heads", None),
+                name=name,
+            )(x_BLD)
+            for name in ("query", "key", "value")
+        )
+        q = rotary_embedding(q, tokens.positions, config.rope_theta)
+        k = rotary_embedding(k, tokens.positions, config.rope_theta)
+        if self.cache_length is None:
+            out = self._attend(q, k, v, tokens.segment_ids)
+        else:
+            k, v, mask = self._extend_cache(k, v, self.cache_length)
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        merge = nn.initializers.normal(residual_init_std(config))
+        return nn.DenseGeneral(
+            config.d_model,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=with_axes(merge, "heads", None, "embed"),
+            name="out",
+        )(out)
+
+    def _attend(self, q: Array, k: Array, v: Array, segment_ids_BL: Array | None) -> Array:
+        """Of whole sequences."""
+        # Shapes alone matter while variables are made, of sequences that are too short for kernels.
+        implementation: Literal["xla", "cudnn", "splash"] = "xla"
+        if not self.is_initializing():
+            implementation = attention_implementation(self.config, q.shape[1], segment_ids_BL is not None)
+        if implementation == "splash":
+            return splash_attention(q, k, v, segment_ids_BL)
+        mask = None
+        if segment_ids_BL is not None:
+            mask = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+
+    def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
+        """All keys and values so far [B, S, H, C], and the mask [1, 1, L, S] of those that each new token may see."""
+        shape = (k.shape[0], cache_length, *k.shape[2:])
+        keys = self.variable(CACHE, "cached_key", jnp.zeros, shape, k.dtype)
+        values = self.variable(CACHE, "cached_value", jnp.zeros, shape, v.dtype)
+        filled = self.variable(CACHE, "filled", jnp.zeros, (), jnp.int32)
+        start = filled.value
+        if not self.is_initializing():
+            keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, k, start, axis=1)
+            values.value = jax.lax.dynamic_update_slice_in_dim(values.value, v, start, axis=1)
+            filled.value = start + k.shape[1]
+        visible = jnp.arange(cache_length)[None, :] <= (start + jnp.arange(k.shape[1]))[:, None]
+        return keys.value, values.value, visible[None, None]

@@ -1,0 +1,206 @@
+"""The decoder-only language model: pre-norm attention and feed-forward blocks, most of them Mixture-of-Experts.
+
+Dimension key: see `routing.py`; also V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from default_moe.config import Config, ModelConfig, MoEConfig
+from default_moe.model.attention import CACHE, Attention, Tokens, residual_init_std
+from default_moe.model.splash_attention import ATTENTION_OUTPUT
+from default_moe.moe import MoELayer
+from default_moe.moe.experts.swiglu import EXPERT_PRODUCT
+from default_moe.moe.feed_forward import FeedForward, small_init_std
+from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE
+from default_moe.sharding import constrain, with_axes
+
+
+@flax.struct.dataclass
+class LayerStats:
+    """What the MoE layers report, each with a leading axis of MoE layers; see `MoELayer` for the fields.
+
+    more: scalars of each layer, by name: losses of the method's own, what it keeps of one number a layer, and mean
+      norms of default vectors or shares of dropped choices where there are such.
+    """
+
+    auxiliary_loss: Array
+    load_balance_loss: Array
+    router_z_loss: Array
+    router_entropy: Array
+    tokens_per_expert: Array
+    num_tokens: Array
+    more: dict[str, Array]
+
+
+class Unembedding(NamedTuple):
+    """The two factors of the logits, in the compute dtype: the last hidden state and the output matrix."""
+
+    x_BLD: Array
+    head_DV: Array
+
+
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm in float32, its result in the compute dtype. In a loop over layers, backward keeps the input alone."""
+    dtype = jnp.dtype(config.dtype)
+    norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
+    return norm(
+        epsilon=config.norm_epsilon,
+        dtype=dtype,
+        scale_init=with_axes(nn.initializers.ones, None),
+        bias_init=with_axes(nn.initializers.zeros, None),
+        name=name,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD: Array, tokens_BL: Array, vocab_size: int) -> Array:
+    """The row of each token: [B, L, D], in the table's dtype. The table's gradient is summed in float32.
+
+    XLA would sum it in the table's dtype: in bfloat16 the rows of frequent tokens come out wrong, since a sum of
+    thousands stops growing, and slowly on GPUs, where every token adds to memory by itself.
+    """
+    return table_VD[tokens_BL]
+
+
+def _look_up_fwd(table_VD: Array, tokens_BL: Array, vocab_size: int) -> tuple[Array, Array]:
+    return table_VD[tokens_BL], tokens_BL
+
+
+def _look_up_bwd(vocab_size: int, tokens_BL: Array, g_BLD: Array) -> tuple[Array, None]:
+    zeros_VD = jnp.zeros((vocab_size, g_BLD.shape[-1]), jnp.float32)
+    return zeros_VD.at[tokens_BL].add(g_BLD.astype(jnp.float32)).astype(g_BLD.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
+class Block(nn.Module):
+    """Attention, then a dense (moe=None) or Mixture-of-Experts feed-forward network, each on a normed residual."""
+
+    config: ModelConfig
+    moe: MoEConfig | None
+    dense_dim: int
+    train: bool
+    cache_length: int | None
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, LayerStats | None]:
+        config = self.config
+        x_BLD = constrain(x_BLD, "batch", None, None)
+        attention = Attention(config, self.cache_length, name="attention")
+        x_BLD += attention(layer_norm(config, "attention_norm")(x_BLD), tokens)
+        hidden_BLD = layer_norm(config, "ffn_norm")(x_BLD)
+        if self.moe is None:
+            dense = FeedForward(self.dense_dim, jnp.dtype(config.dtype), residual_init_std(config), name="ffn")
+            return x_BLD + dense(hidden_BLD), None
+        moe_layer = MoELayer(self.moe, down_init_std=residual_init_std(config), name="moe")
+        y_BLD, aux = moe_layer(hidden_BLD, train=self.train, mask=tokens.mask)
+        fields = {f.name: aux.pop(f.name) for f in dataclasses.fields(LayerStats) if f.name in aux}
+        if "default_vector_norm" in aux:
+            aux["default_vector_norm"] = aux["default_vector_norm"].mean()
+        stats = LayerStats(**fields, more={name: value for name, value in aux.items() if value.ndim == 0})
+        return x_BLD + y_BLD, stats
+
+
+class LanguageModel(nn.Module):
+    """A causal language model.
+
+    Parameters: embed, dense_layers (the leading dense blocks), moe_layers (the others), final_norm, head (unless tied).
+    Layers of a kind are stacked along a first axis, whatever `scan_unroll` and `remat` are.
+    """
+
+    config: ModelConfig
+    moe: MoEConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: Array,
+        *,
+        train: bool,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        mask: Array | None = None,
+        cache_length: int | None = None,
+        project: bool = True,
+    ) -> tuple[Array | Unembedding, LayerStats | None]:
+        """Predict the token after each token.
+
+        Args:
+          tokens_BL: int32 [batch, length].
+          train: update the default vectors (the collection "default_vectors" must be mutable).
+          positions: int32 [batch, length]; 0, 1, 2, ... if None.
+          segment_ids: int32 [batch, length]; if given, attention stays within equal ids.
+          mask: [batch, length], 0 for padding, which counts in no routing statistic.
+          cache_length: if set, decode with a cache of that many tokens (the collection "cache" must be mutable).
+          project: False returns the factors of the logits, for a loss that never holds them all.
+
+        Returns:
+          logits, float32 [batch, length, vocabulary], or their factors, and the statistics of the MoE layers (None
+          without any).
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
+        tokens = Tokens(positions, segment_ids, mask)
+        dtype = jnp.dtype(config.dtype)
+        init = nn.initializers.normal(small_init_std(config.d_model))
+        embedding_VD = self.param("embed", with_axes(init, "vocab", "embed"), (self.vocab_size, config.d_model))
+        # Gathered whole before the look-up, like any weight split over fsdp; else activations would be split over D.
+        x_BLD = look_up(constrain(embedding_VD.astype(dtype), "vocab", None), tokens_BL, self.vocab_size)
+        x_BLD = constrain(x_BLD, "batch", None, None)
+
+        stats = None
+        dense_dim = config.dense_dim or self.moe.expert_dim
+        for name, moe, length in (
+            ("dense_layers", None, config.num_dense_layers),
+            ("moe_layers", self.moe, config.num_moe_layers),
+        ):
+            if length:
+                layers = _stack_of_blocks(config, length)
+                x_BLD, stats = layers(config, moe, dense_dim, train, cache_length, name=name)(x_BLD, tokens)
+        x_BLD = layer_norm(config, "final_norm")(x_BLD)
+        if config.tie_embeddings:
+            kernel_DV = embedding_VD.T
+        else:
+            kernel_DV = self.param("head", with_axes(init, "embed", "vocab"), (config.d_model, self.vocab_size))
+        unembedding = Unembedding(x_BLD.astype(dtype), kernel_DV.astype(dtype))
+        if not project:
+            return unembedding, stats
+        return jnp.matmul(*unembedding, preferred_element_type=jnp.float32), stats
+
+
+def build_model(config: Config, vocab_size: int) -> LanguageModel:
+    """The model of a config, for a tokenizer of `vocab_size` entries unless model.vocab_size is set."""
+    return LanguageModel(config.model, config.moe, config.model.vocab_size or vocab_size)
+
+
+def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
+    """A Block class that runs `length` blocks in a scan, recomputing in the backward pass what `remat` says."""
+    block: Any = Block
+    if config.remat != "none":
+        policies = jax.checkpoint_policies
+        products = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(EXPERT_PRODUCT, ATTENTION_OUTPUT),
+        )
+        policy = products if config.remat == "dots" else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, DEFAULT_VECTORS: 0, DEFAULT_VECTOR_SUMS: 0, ROUTER_STATE: 0, CACHE: 0},
+        split_rngs={"params": True, "router": True},
+        in_axes=nn.broadcast,
+        length=length,
+        unroll=config.scan_unroll,
+        metadata_params={nn.PARTITION_NAME: None},
+    )

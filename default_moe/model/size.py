@@ -1,0 +1,48 @@
+"""How large a model is, and how many operations a token costs."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from default_moe.config import Config
+from default_moe.model.language_model import LanguageModel, build_model
+
+
+class ParameterCounts(NamedTuple):
+    """total: all parameters.  active: those that one token uses.  experts: those of all experts."""
+
+    total: int
+    active: int
+    experts: int
+
+
+def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
+    """Counted on the shapes of the very model, of which nothing is created."""
+    return _parameter_counts(build_model(config, vocab_size))
+
+
+@functools.cache
+def _parameter_counts(model: LanguageModel) -> ParameterCounts:
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), train=False))
+    total = experts = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        size = math.prod(leaf.shape)
+        total += size
+        experts += size if any(getattr(key, "key", None) == "experts" for key in path) else 0
+    active = total - experts + experts * model.moe.experts_per_token // model.moe.num_experts
+    return ParameterCounts(total, active, experts)
+
+
+def train_flops_per_token(config: Config, vocab_size: int) -> float:
+    """Floating-point operations of the model per trained token, forward and backward, recomputation not counted.
+
+    6 per active parameter that takes part in a matrix product (the embedding is a look-up), and for attention 12 D
+    per layer and position of the sequence, the causal half not deducted (Chowdhery et al. 2022, appendix B).
+    """
+    model = config.model
+    lookup = 0 if model.tie_embeddings else (model.vocab_size or vocab_size) * model.d_model
+    matmul_params = parameter_counts(config, vocab_size).active - lookup
+    return 6 * matmul_params + 12 * model.num_layers * model.d_model * config.train.sequence_length

@@ -1,0 +1,169 @@
+"""Rows sent to the devices of their experts, and back."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from default_moe.config import MoEConfig
+from default_moe.methods.routing import active_experts
+from default_moe.moe.default_vectors import (
+    DefaultVectors,
+    combine,
+    counted_weights,
+    over_others,
+    substitution_of,
+    updated,
+    used_vectors,
+)
+from default_moe.moe.experts.backends import group_alignment, largest_block, slots_multiple
+from default_moe.moe.experts.blocks import block_experts, block_rows
+from default_moe.moe.experts.layout import (
+    Axes,
+    Layout,
+    Routing,
+    choice_weights,
+    dispatch,
+    flat,
+    group_by_expert,
+    round_up,
+)
+from default_moe.moe.experts.sorted_rows import counted_sums, row_experts, weigh
+from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertWeights
+
+
+def exchanged_experts(
+    x_BLD: Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    defaults: DefaultVectors | None,
+    *,
+    axes: Axes,
+    config: MoEConfig,
+    backend: str,
+    update: bool,
+) -> tuple[Array, DefaultVectors | None]:
+    """`experts.sparse_experts` on one device: the choices of its tokens travel to their experts, and outputs back.
+
+    All but the experts themselves happens where the tokens are, over all N experts, sums for the default vectors
+    included: these are summed and scattered to the experts' devices, and the default vectors gathered to be used.
+    """
+    x_TD, weights_TN, index_TK = (flat(a) for a in (x_BLD, routing.weights, routing.expert_index))
+    mask_T = None if routing.mask is None else flat(routing.mask)
+    align = group_alignment(backend)
+    layout = group_by_expert(index_TK, config.num_experts, align)
+    sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
+    num_devices, device = len(sizes_GN), jax.lax.axis_index(axes.experts)
+    there, back = slices(sizes_GN, device)
+    sizes_M = sizes_GN.sum(axis=0).reshape(num_devices, -1)[device]
+    num_received = received_slots(
+        len(index_TK), index_TK.shape[1], len(sizes_M), num_devices, align, slots_multiple(backend)
+    )
+
+    # What arrives is named: recomputing it would send it again.
+    x_SD = dispatch(x_TD, layout)
+    x_QD = checkpoint_name(exchange(x_SD, there, back, num_received, axes.experts), EXPERT_PRODUCT)
+    if backend == "blocks":
+        rows = block_rows(num_devices * index_TK.size, config.num_experts, largest_block())
+        out_QD = _block_row_experts(x_QD, weights, sizes_M, rows)
+    else:
+        out_QD = row_experts(x_QD, weights, sizes_M, backend)
+    out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
+
+    y_TD = weigh(out_SD, choice_weights(weights_TN, index_TK), layout)
+    vectors = config.default_vectors
+    if vectors and defaults is not None:
+        active_TN = active_experts(index_TK, config.num_experts)
+        ema_MD, before, gradient = defaults.ema, defaults, vectors.expert_gradient and update
+        if update:
+            counted_TN = counted_weights(weights_TN, active_TN, mask_T, vectors.ema_weighted, x_TD.dtype)
+            sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align, gradient)
+            scattered = (jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0)))
+            sums = over_others(tuple(scattered), axes)
+            defaults = updated(defaults, *sums, vectors.ema_decay)
+            ema_MD = used_vectors(before, defaults, *sums, axes, vectors)
+        ema_ND = checkpoint_name(jax.lax.all_gather(ema_MD, axes.experts, tiled=True), EXPERT_PRODUCT)
+        y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, substitution_of(routing, vectors), gradient)
+    return y_TD.reshape(x_BLD.shape), defaults
+
+
+def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array, rows: int) -> Array:
+    """What `row_experts` gives, by `block_experts`, to which every row is a token that lies in its slot already."""
+    slot_Q = jnp.arange(len(x_QD), dtype=jnp.int32)
+    expert_Q = jnp.searchsorted(jnp.cumsum(group_sizes_M), slot_Q, side="right").astype(jnp.int32)
+    layout = Layout(slot_Q, slot_Q[:, None], expert_Q[:, None], group_sizes_M)
+    weight_Q1 = jnp.ones_like(x_QD, jnp.float32, shape=(len(x_QD), 1))
+    out_QD, _ = block_experts(x_QD, weight_Q1, None, weights, layout, rows)
+    return out_QD.astype(x_QD.dtype)
+
+
+class Slices(NamedTuple):
+    """What one device sends and receives, N slices each: M to or from every device, in the order of devices.
+
+    All int32, in the order in which `jax.lax.ragged_all_to_all` takes them.
+
+    send_start_N, send_size_N: where a slice lies among this device's rows, and how many rows it has.
+    put_start_N: where the receiver of each slice sent puts it.  received_size_N: rows of the slices received.
+    """
+
+    send_start_N: Array
+    send_size_N: Array
+    put_start_N: Array
+    received_size_N: Array
+
+
+def slices(sizes_GN: Array, device: Array | int) -> tuple[Slices, Slices]:
+    """What `device` sends to the experts' devices and receives for its own; then the same for the way back.
+
+    sizes_GN: int32, the slots of every device for each expert.
+    """
+    num_devices, num_experts = sizes_GN.shape
+    by_holder = (num_devices, num_devices, num_experts // num_devices)
+    at_home_GN = jnp.cumsum(sizes_GN, axis=1) - sizes_GN
+    group_GM = sizes_GN.sum(axis=0).reshape(by_holder[1:])
+    group_start_N = (jnp.cumsum(group_GM, axis=1) - group_GM).reshape(-1)
+    at_holder_GN = group_start_N + jnp.cumsum(sizes_GN, axis=0) - sizes_GN
+
+    def own_experts(values_GN: Array) -> Array:
+        return values_GN.reshape(by_holder)[:, device].reshape(-1)
+
+    sent_N, received_N = sizes_GN[device], own_experts(sizes_GN)
+    return (
+        Slices(at_home_GN[device], sent_N, at_holder_GN[device], received_N),
+        Slices(own_experts(at_holder_GN), received_N, own_experts(at_home_GN), sent_N),
+    )
+
+
+def received_slots(num_tokens: int, top_k: int, experts_here: int, num_devices: int, align: int, multiple: int) -> int:
+    """Q, room for all that can arrive: of each token of the group no more choices than there are experts here.
+
+    num_tokens: T of each device.  align, multiple: as for `routing.group_by_expert`.
+    """
+    rows = num_tokens * min(top_k, experts_here) + experts_here * (align - 1)
+    return round_up(num_devices * rows, 1 if align == 1 else max(align, multiple))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def exchange(rows_SD: Array, there: Slices, back: Slices, num_slots: int, axes: tuple[str, ...]) -> Array:
+    """The rows that other devices along `axes` send here, where they put them: [num_slots, D], else zeros.
+
+    Sending moves every row to a place of its own, so its transpose is to return it: `there` and `back` change places.
+    """
+    received = jnp.zeros_like(rows_SD, shape=(num_slots, rows_SD.shape[1]))
+    return jax.lax.ragged_all_to_all(rows_SD, received, *there, axis_name=axes)
+
+
+def _forward(rows_SD: Array, there: Slices, back: Slices, num_slots: int, axes: tuple[str, ...]) -> tuple:
+    return exchange(rows_SD, there, back, num_slots, axes), (rows_SD.shape[0], there, back)
+
+
+def _backward(num_slots: int, axes: tuple[str, ...], residuals: tuple, g_QD: Array) -> tuple:
+    del num_slots
+    num_rows, there, back = residuals
+    return exchange(g_QD, back, there, num_rows, axes), None, None
+
+
+exchange.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""What lasts on a disk: runs, their checkpoints and their metrics."""

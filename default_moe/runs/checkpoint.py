@@ -1,0 +1,383 @@
+"""Checkpoints that are written behind the training loop's back, and restored only if every byte is as it was written.
+
+    <workdir>/checkpoints/<step>/state/         the train state, written by Orbax
+                                 meta.json      what the run needs to know about itself: config, tokenizer, corpus
+                                 metrics.json   held-out metrics at that step, if there were any
+                                 digests.json   SHA-256 and size of each of the files above, written last
+    <workdir>/checkpoints_damaged/<step>/       steps that failed verification, kept out of the way
+
+A step is put together in `<step>.saving` and renamed once its digests are on the disk, and renamed to
+`<step>.deleting` before it is deleted: a directory that is named by its number alone is whole, unless it was damaged.
+Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes old steps, before digests
+could be written.)
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint._src.metadata.array_metadata_store import Store as ArrayMetadataStore  # exported nowhere
+
+from default_moe.config import CheckpointConfig
+from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
+from default_moe.errors import TrainingFailed
+from default_moe.processes import distributed
+from default_moe.runs.files import find_damage, io_failure, sync_folder, write_atomically, write_manifest
+
+BEST_METRIC = "eval/loss"
+_DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
+Tree = TypeVar("Tree")
+
+# Devices that hold copies of an array write a part of it each, if the parts are of at least this many bytes. (Orbax by
+# itself cuts up small arrays too, which is most of what a save of a small model takes.)
+_LEAST_PART = 1 << 20
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one work directory.
+
+    config: how many steps to keep.  read_only: write and move nothing, for evaluation; it need not be closed.
+    report: takes one line about a save that failed or a step that is damaged, possibly from another thread.
+
+    With several processes all call the same methods at the same points, on a file system that they share.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: CheckpointConfig | None = None,
+        read_only: bool = False,
+        report: Callable[[str], None] = _to_stderr,
+    ):
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self._root = Path(workdir).absolute() / "checkpoints"
+        self._config = config or CheckpointConfig()
+        self._read_only = read_only
+        self._report = report
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers()))
+        self._thread: threading.Thread | None = None
+        self._saving = -1
+        self._error: BaseException | None = None
+        self._failed = False
+        self._trusted: set[int] = set()
+        if not read_only and jax.process_index() == 0 and self._root.is_dir():
+            for path in self._root.iterdir():
+                if _DEBRIS.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        # What others of several processes have no part in any more is not waited for.
+        if error is None or not distributed.several():
+            self.close()
+
+    def close(self) -> None:
+        """Waits for the save under way, then frees Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """The steps on the disk, oldest first, verified or not."""
+        if not self._root.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+
+    # Saving
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
+        """Starts to save `state`, a pytree of jax.Arrays; returns as soon as its arrays may be changed or donated.
+
+        meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept.
+        Waits for the save before this one. Returns whether a save was started: not if the step is there and whole,
+        nor if it failed at once. An input/output error is reported and sets `needs_retry`; any other error is raised.
+        With several processes an input/output error raises TrainingFailed: the others may wait for this one.
+        """
+        if self._read_only:
+            raise ValueError("this CheckpointStore is read-only")
+        self.wait()
+        if distributed.share(jax.process_index() == 0 and self._has_whole(step))[0]:
+            return False
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        files = {"meta.json": json.dumps(dict(meta)), "metrics.json": json.dumps(finite)}
+        self._saving = step
+        try:
+            if jax.process_index() == 0:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            self._checkpointer.save(self._staging / "state", args=ocp.args.PyTreeSave(state))
+        except Exception as error:
+            self._error = error
+            self._settle()
+            return False
+        self._thread = threading.Thread(target=self._finish, args=(files,), name="checkpoint")
+        self._failed = False
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Returns when no save is under way, in no process: the last one is whole on the disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._settle()
+            distributed.wait_for_all()
+
+    @property
+    def needs_retry(self) -> bool:
+        """Whether the last save failed. Always False with several processes, which do not outlive that."""
+        if distributed.several():
+            return False
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        return self._failed
+
+    @property
+    def _staging(self) -> Path:
+        return self._root / f"{self._saving}.saving"
+
+    def _finish(self, files: Mapping[str, str]) -> None:
+        """The background thread: everything after the copy of the arrays."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                for name, content in files.items():
+                    write_atomically(self._staging / name, content)
+                write_manifest(self._staging)
+                self._staging.rename(self._folder(self._saving))
+                sync_folder(self._root)
+                self._delete_old()
+        except BaseException as error:
+            self._error = error
+
+    def _settle(self) -> None:
+        """Draws the conclusion from a save that ended."""
+        error, self._error = self._error, None
+        self._failed = error is not None
+        if error is None:
+            self._trusted.add(self._saving)
+            return
+        if jax.process_index() == 0:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        reason = io_failure(error)
+        if reason is None:
+            raise error
+        if distributed.several():
+            raise TrainingFailed(
+                f"the checkpoint of step {self._saving} could not be saved ({reason}): make room, and "
+                + distributed.GOES_ON
+            )
+        self._report(f"checkpoint of step {self._saving} not saved ({reason}): training goes on, the save is retried")
+
+    def _delete_old(self) -> None:
+        steps = self.steps()
+        losses = {step: loss for step in steps if (loss := self._held_out_loss(step)) is not None}
+        best = [min(losses, key=lambda step: (losses[step], -step))] if losses else []
+        for step in set(steps) - set(steps[-self._config.keep_last :]) - set(best):
+            doomed = self._root / f"{step}.deleting"
+            try:
+                self._folder(step).rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                self._report(f"old checkpoint of step {step} not deleted ({io_failure(error)})")
+
+    def _held_out_loss(self, step: int) -> float | None:
+        try:
+            return float(self._read_json(step, "metrics.json")[BEST_METRIC])
+        except (OSError, ValueError, KeyError, TypeError):  # not evaluated, not finite, or damaged
+            return None
+
+    def _has_whole(self, step: int) -> bool:
+        """Whether `step` is there and whole. If it is there and damaged, it is moved out of the way."""
+        if not self._folder(step).exists():
+            return False
+        problem = None if step in self._trusted else find_damage(self._folder(step))
+        if problem:
+            self._report(f"checkpoint of step {step} is damaged ({problem}): saving it again")
+            self._move_aside(step)
+        return problem is None
+
+    # Restoring
+
+    def restore_latest(self, abstract_state: Tree) -> tuple[Tree, dict[str, Any], int] | None:
+        """State, meta and step of the newest step that is whole; None if there are no steps at all.
+
+        abstract_state: jax.ShapeDtypeStruct leaves, whose shardings the arrays get (one device where there is none).
+        Each damaged step is reported in one line and, unless read-only, moved to checkpoints_damaged.
+        Raises CheckpointError if no step is whole, or if the state is of another shape.
+        """
+        step = self._newest_whole()
+        if step is None:
+            return None
+        return self._restore(step, abstract_state, partial=False), self._read_json(step, "meta.json"), step
+
+    def restore_for_eval(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
+        """Some of the state's fields, such as {"params": ..., "variables": ...}; the rest is verified, but not loaded.
+
+        abstract: like `restore_latest`'s.  step: None takes the newest that is whole.
+        Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
+        """
+        if step is None:
+            step = self.newest_whole()
+        else:
+            self._check_step(step)
+        return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """The meta of a step, or of the newest one whose meta is whole. Raises as `restore_for_eval` does."""
+        if step is not None:
+            self._check_step(step, ["meta.json"])
+            return self._read_json(step, "meta.json")
+        for step in reversed(self.steps()):
+            if find_damage(self._folder(step), ["meta.json"]) is None:
+                return self._read_json(step, "meta.json")
+        raise self._none_whole() if self.steps() else self._nothing_here()
+
+    def newest_whole(self) -> int:
+        """The newest step that is whole, which is not verified again. Raises CheckpointError if there is none."""
+        step = self._newest_whole()
+        if step is None:
+            raise self._nothing_here()
+        return step
+
+    def saved_shapes(self, step: int) -> dict[str, str]:
+        """`shapes` of the state of a step that is there."""
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return shapes(checkpointer.metadata(self._folder(step) / "state").item_metadata.tree)
+
+    def _newest_whole(self) -> int | None:
+        """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
+        found, steps = None, []
+        if jax.process_index() == 0:
+            steps = self.steps()
+            damaged = []
+            for step in reversed(steps):
+                problem = find_damage(self._folder(step))
+                if problem is None:
+                    found = step
+                    break
+                damaged.append(step)
+                self._report(f"checkpoint of step {step} is damaged ({problem}): trying the one before")
+            if found is not None and not self._read_only:
+                for step in damaged:
+                    self._move_aside(step)
+        found, some = distributed.share([found, bool(steps)])[0]
+        if found is None and some:
+            raise self._none_whole()
+        if found is not None:
+            self._trusted.add(found)
+        return found
+
+    def _check_step(self, step: int, names: list[str] | None = None) -> None:
+        steps = self.steps()
+        if not steps:
+            raise self._nothing_here()
+        if step not in steps:
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self._root}; there is {', '.join(map(str, steps))}"
+            )
+        problem = None if step in self._trusted else find_damage(self._folder(step), names)
+        if problem:
+            others = ", ".join(str(other) for other in steps if other != step) or "no other step"
+            raise CheckpointError(f"the checkpoint of step {step} is damaged ({problem}); there is {others}")
+
+    def _nothing_here(self) -> CheckpointError:
+        if not self._root.parent.is_dir():
+            return CheckpointError(f"there is no work directory {self._root.parent}; give one that train.py wrote")
+        return CheckpointError(f"there is no checkpoint in {self._root}; train there first")
+
+    def _none_whole(self) -> CheckpointError:
+        return CheckpointError(
+            f"no checkpoint in {self._root} is whole; restore them from a copy, or start anew in another work directory"
+        )
+
+    def _restore(self, step: int, abstract: Tree, partial: bool) -> Tree:
+        path = self._folder(step) / "state"
+        abstract = jax.tree.map(_with_sharding, abstract)
+        problem = difference(self.saved_shapes(step), shapes(abstract), partial)
+        if problem:
+            raise CheckpointError(f"the checkpoint of step {step} does not fit this model: {problem}")
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            arguments = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=partial,
+            )
+            return checkpointer.restore(path, args=arguments)
+
+    def _move_aside(self, step: int) -> None:
+        folder = self._root.with_name("checkpoints_damaged")
+        folder.mkdir(exist_ok=True)
+        target, copy = folder / str(step), 1
+        while target.exists():
+            target, copy = folder / f"{step}.{copy}", copy + 1
+        self._folder(step).rename(target)
+        self._report(f"checkpoint of step {step} moved to {target}")
+
+    def _folder(self, step: int) -> Path:
+        return self._root / str(step)
+
+    def _read_json(self, step: int, name: str) -> dict[str, Any]:
+        return json.loads((self._folder(step) / name).read_bytes())
+
+
+def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """How arrays are written; what Orbax has for other kinds of leaves is of no use to a train state."""
+    handler = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_LEAST_PART,
+        array_metadata_store=ArrayMetadataStore(),  # holds the kinds of random keys
+    )
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs each failure as several pages of traceback; the store reports it in a line."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def shapes(tree: Any) -> dict[str, str]:
+    """{'params.embed.embedding': 'float32[256, 64]', ...}; a random key, which is saved as integers, is just 'key'."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): "key"
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def difference(saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool = False) -> str | None:
+    """The first thing in which a saved tree is not the wanted one, by their `shapes`. `partial`: it may hold more."""
+    for name, shape in wanted.items():
+        if name not in saved:
+            return f"it has no {name}, which the model needs"
+        if shape not in (saved[name], "key"):
+            return f"{name} is {saved[name]} there, but {shape} in the model"
+    for name in saved if not partial else ():
+        if name not in wanted:
+            return f"it has {name}, which the model lacks"
+    return None

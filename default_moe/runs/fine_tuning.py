@@ -1,0 +1,136 @@
+"""A new run that starts from the weights of another one, with another method for instance (`init_from`)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from default_moe.config import Config, flat_items
+from default_moe.data import Rows, Tokenizer, tokenizer_from_dict
+from default_moe.errors import CheckpointError, check
+from default_moe.moe.layer import DEFAULT_VECTORS
+from default_moe.processes import distributed
+from default_moe.runs.checkpoint import CheckpointStore, difference, shapes
+from default_moe.runs.warm_up import warm_up
+from default_moe.training.program import Program
+from default_moe.training.state import TrainState
+
+# Settings of the model that do not change what it computes, or that are said elsewhere.
+_SAME_FUNCTION = (
+    "model.remat",
+    "model.attention",
+    "model.scan_unroll",
+    "moe.router",
+    "moe.matmul",
+    "moe.expert_parallel",
+    "moe.load_balance_weight",
+    "moe.sequence_balance_weight",
+    "moe.router_z_weight",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint whose weights a new run starts from.
+
+    workdir: of the run that wrote it.  step, meta: of the checkpoint.  kept: collections that are taken over with it.
+    """
+
+    workdir: Path
+    store: CheckpointStore
+    step: int
+    meta: Mapping[str, Any]
+    kept: tuple[str, ...]
+
+
+def find_source(config: Config, workdir: Path, report: Callable[[str], None]) -> Source | None:
+    """The newest whole checkpoint of `init_from`; None if the run starts from nothing, or goes on in `workdir`.
+
+    Raises ConfigError if that is `workdir` itself, CheckpointError if there is no whole one or it is of another model.
+    """
+    if config.init_from is None:
+        return None
+    folder = Path(config.init_from).expanduser()
+    check(
+        folder.resolve() != workdir.resolve(),
+        f"init_from is {config.init_from!r}, the work directory of this run itself: give the run that starts from it "
+        "another --workdir",
+    )
+    goes_on = bool(CheckpointStore(workdir, read_only=True).steps())
+    if distributed.share(goes_on)[0]:
+        return None
+    store = CheckpointStore(folder, read_only=True, report=lambda line: report(f"init_from: {line}"))
+    try:
+        step = store.newest_whole()
+        meta, saved = store.read_meta(step), store.saved_shapes(step)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {error}") from error
+    # Of the model that goes with the source's tokenizer: whether the run has the same is known once its data is.
+    state = Program(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size).abstract_state
+    problem = difference(_below("params", saved), shapes({"params": state.params}))
+    if problem:
+        raise CheckpointError(
+            f"init_from: the checkpoint of step {step} in {folder} does not fit this model: {problem}"
+        )
+    return Source(folder, store, step, meta, collections_taken_over(saved, state.variables))
+
+
+def collections_taken_over(saved: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `variables` that a saved state, given by its `shapes`, has with the same names and shapes."""
+    wanted = shapes({"variables": variables})
+    names = [(name, f"variables.{name}") for name in variables]
+    return tuple(name for name, prefix in names if _below(prefix, saved) == _below(prefix, wanted))
+
+
+def check_tokenizer(source: Source | None, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the run's tokenizer is another one than the source's: other ids for the same text."""
+    if source is None:
+        return
+
+    def content(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != "name"}  # a file's is not that of what it copies
+
+    check(
+        content(source.meta["tokenizer"]) == content(tokenizer.to_dict()),
+        f"data.tokenizer is another tokenizer than that of the run in init_from={str(source.workdir)!r}, "
+        "whose weights mean nothing to it: name the same one (a BPE trained on other text is another)",
+    )
+
+
+def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[TrainState, str]:
+    """A new state with the source's parameters and collections, and a line that says where things are from.
+
+    Default vectors that the source does not have are averaged over the batches that training will begin with.
+    """
+    state = dataclasses.replace(program.new_state(), params=None)  # frees these before others are read
+    abstract = program.abstract_state
+    wanted = {"params": abstract.params}
+    if source.kept:  # an empty part is not what Orbax finds there
+        wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
+    restored, _, _ = source.store.restore_for_eval(wanted, source.step)
+    variables = {**state.variables, **restored.get("variables", {})}
+    state = dataclasses.replace(state, params=restored["params"], variables=variables)
+    origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
+    vectors = program.config.moe.default_vectors
+    if vectors and vectors.warm_up_batches and origins.get(DEFAULT_VECTORS) == "initial":
+        state = warm_up(program, state, rows, vectors.warm_up_batches)
+        origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
+    weights = (
+        f"weights: from step {source.step} of {source.workdir} (router {source.meta['config']['moe']['router']!r})"
+    )
+    parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
+    return state, "; ".join([weights, *parts, *changes_since(source.meta["config"], program.config)])
+
+
+def changes_since(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """What the model computes differently than in the source, beside its router: shapes do not show it."""
+    before = dict(flat_items(Config.from_mapping(saved).to_dict()))
+    now = dict(flat_items(config.to_dict()))
+    groups = ("model.", "moe.")
+    names = [name for name in before if name.startswith(groups) and name not in _SAME_FUNCTION and name in now]
+    return [f"{name} was {before[name]}, is now {now[name]}" for name in names if before[name] != now[name]]
+
+
+def _below(prefix: str, named: Mapping[str, str]) -> dict[str, str]:
+    return {name: shape for name, shape in named.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,202 @@
+"""Metrics on the disk: metrics.jsonl, TensorBoard's event files, and pictures. No failure to write stops a run."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from default_moe.runs.files import write_atomically
+from default_moe.runs.heat_map import load_heat_map
+
+_PICTURES_KEPT = 5
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class MetricsWriter:
+    """Writes a run's metrics to `<workdir>/metrics.jsonl`, `<workdir>/tensorboard` and `<workdir>/figures`.
+
+    resume_step: the step that the run goes on from; what was written for later steps is dropped, so that a run that
+      was killed leaves the same file as one that was not. None starts anew.
+    report: takes one line when writing begins to fail.
+
+    With several processes only the first one writes.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int | None = None,
+        report: Callable[[str], None] = _to_stderr,
+    ):
+        self._active = jax.process_index() == 0
+        self._figures = Path(workdir) / "figures"
+        self._report = report
+        self._failing: set[str] = set()
+        self._lines = _LineFile(Path(workdir) / "metrics.jsonl")
+        self._events = _EventFile(Path(workdir) / "tensorboard", 0 if resume_step is None else resume_step + 1)
+        if self._active:
+            self._try("metrics.jsonl", lambda: self._lines.drop_after(resume_step))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, {"step": step, ...}, flushed, and TensorBoard scalars.
+
+        metrics: scalars by name, "train/loss" for instance. JSON has no NaN or infinity: they become null.
+        """
+        if not self._active:
+            return
+        values = {name: _plain(value) for name, value in metrics.items()}
+        nulled = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **nulled}) + "\n"
+        self._try("metrics.jsonl", lambda: self._lines.append(line.encode()))
+        self._try("tensorboard", lambda: self._events.write_scalars(step, values))
+
+    def write_load(self, step: int, tokens_per_expert: np.ndarray, first_layer: int = 0) -> None:
+        """The picture of `load_heat_map` in figures/expert_load_step_N.png, of which the latest stay, and TensorBoard.
+
+        tokens_per_expert: counts [layers, experts].
+        """
+        if self._active:
+            title = f"load of each expert at step {step} (1 = mean)"
+            self._try(
+                "figures", lambda: self._write_pictures(step, load_heat_map(tokens_per_expert, title, first_layer))
+            )
+
+    def close(self) -> None:
+        if self._active:
+            self._try("metrics.jsonl", self._lines.close)
+            self._try("tensorboard", self._events.close)
+
+    def _write_pictures(self, step: int, png: bytes) -> None:
+        self._try("tensorboard", lambda: self._events.write_png(step, "expert_load", png))
+        self._figures.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._figures / f"expert_load_step_{step}.png", png)
+        pictures = sorted(self._figures.glob("expert_load_step_*.png"), key=lambda path: path.stat().st_mtime_ns)
+        for old in pictures[:-_PICTURES_KEPT]:
+            old.unlink()
+
+    def _try(self, what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._failing.discard(what)
+        except OSError as error:
+            if what not in self._failing:
+                self._report(
+                    f"{what} cannot be written ({error.strerror or error}): training goes on, writing is retried"
+                )
+                self._failing.add(what)
+
+
+class _LineFile:
+    """A file of JSON lines. Lines that could not be written are kept and written before the next ones."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor: int | None = None
+        self._unwritten = b""
+
+    def drop_after(self, step: int | None) -> None:
+        """Leaves the whole lines up to `step`, or none."""
+        if not self._path.exists():
+            return
+        old = self._path.read_bytes()
+        new = b"".join(line for line in old.splitlines(keepends=True) if step is not None and _step_of(line) <= step)
+        if new != old:
+            write_atomically(self._path, new)
+
+    def append(self, line: bytes) -> None:
+        self._unwritten += line
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = 0
+            while written < len(self._unwritten):
+                written += os.write(self._descriptor, self._unwritten[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, size)  # no half lines on a full disk
+            raise
+        self._unwritten = b""
+
+    def close(self) -> None:
+        if self._unwritten:
+            self.append(b"")
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _EventFile:
+    """TensorBoard's event files, written in the calling thread.
+
+    tensorboardX's SummaryWriter writes in another one, which dies on a full disk; the queue to it then fills and
+    blocks training. After a failure a new file is begun, since the old one may end in half a record.
+
+    hide_from: TensorBoard shall not show what older files hold for this step and later ones.
+    """
+
+    def __init__(self, folder: Path, hide_from: int):
+        self._folder = folder
+        self._hide_from: int | None = hide_from
+        self._writer: Any = None
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._write(step, Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]))
+
+    def write_png(self, step: int, tag: str, png: bytes) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._write(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, step: int, summary: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            writer = self._writer or self._open()
+            writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            writer.flush()
+        except OSError:
+            self._writer = None
+            raise
+
+    def _open(self) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{time.time_ns()}")
+        if self._hide_from is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=self._hide_from, session_log=start))
+            self._hide_from = None
+        return self._writer
+
+
+def _plain(value: Any) -> int | float:
+    return value if isinstance(value, int) else np.asarray(value).item()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity if it is not a whole line of ours."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,338 @@
+"""The training loop: batches in, metrics and checkpoints out. All arithmetic is elsewhere."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from default_moe.config import Config, flat_items
+from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
+from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
+from default_moe.hardware import peak_flops
+from default_moe.model.size import parameter_counts, train_flops_per_token
+from default_moe.processes import distributed
+from default_moe.processes.stopping import StopRequest
+from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.evaluation import evaluate
+from default_moe.runs.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
+from default_moe.runs.metrics import MetricsWriter
+from default_moe.runs.progress import Progress
+from default_moe.runs.sampling import sample_text
+from default_moe.runs.workdir import Run, check_ours, open_run
+from default_moe.training.memory import out_of_memory_in_one_line, step_memory
+from default_moe.training.program import Program, mesh_for
+from default_moe.training.state import TrainState
+from default_moe.training.step import Batch
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    make_program: Callable[[Config, int], Program] = Program,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train as `config` says, in `workdir`; go on from the newest checkpoint there, bit for bit.
+
+    make_program: `Program`, or one that gives a run what another has compiled.
+    stop: entered by the caller, who wants to know of it too.
+
+    Returns:
+      the exit code: 0 when done or stopped by SIGTERM, 130 when stopped by Ctrl-C.
+
+    Raises:
+      ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
+    """
+    distributed.check_same_start({"--workdir": str(workdir.absolute()), **dict(flat_items(config.to_dict()))})
+    progress = Progress(config.train.num_steps)
+    mesh_for(config)  # this and the next fail early, before any data is prepared
+    check_ours(workdir)
+    source = find_source(config, workdir, progress.message)
+    data = distributed.in_turn(lambda: open_data(config.data, progress.message))
+    train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
+    validation_rows = data.validation_rows(config.train.sequence_length)
+    check_tokenizer(source, data.tokenizer)
+    program = make_program(config, data.tokenizer.vocab_size)
+    identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
+    names = ("corpus_hash", "vocab_size", "tokenizer_hash")
+    distributed.check_same(dict(zip(names, identity, strict=True)), "data must be the same on every host")
+    with (
+        open_run(workdir, config, *identity) as run,
+        CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
+        contextlib.nullcontext(stop) if stop else StopRequest() as stop,
+        out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
+    ):
+        for note in run.notes:
+            progress.message(f"changed since the run began: {note}")
+        progress.message(_description(program, data))
+        saved = store.steps()
+        train_step = None
+        if not saved or saved[-1] < config.train.num_steps:
+            # Before anything of the state's size is read or made: it may not fit.
+            train_step = _compile(program, train_rows, run, progress)
+        restored = store.restore_latest(program.abstract_state)
+        state, start = (restored[0], restored[2]) if restored else (None, 0)
+        progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
+        if start >= config.train.num_steps:
+            progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
+            return 0
+        train_step = train_step or _compile(program, train_rows, run, progress)
+        state = state or _first_state(program, source, train_rows, progress)
+        writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
+        loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress)
+        try:
+            state, finished = loop.run(state, start, stop)
+        finally:
+            writer.close()
+            progress.close()
+    if not finished:
+        progress.message(f"stopped; the same command goes on from the last checkpoint in {workdir}")
+        return stop.exit_code
+    with out_of_memory_in_one_line(TrainingFailed, "sampling", config, program.num_batch_shards):
+        text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
+    progress.message(f"a sample:\n{text}\n\ndone: everything is in {workdir}")
+    return 0
+
+
+def _compile(program: Program, rows: Rows, run: Run, progress: Progress) -> Any:
+    """The training step. Raises, leaving no new run behind, if it does not fit the memory of a device."""
+    began = time.monotonic()
+    try:
+        train_step = program.compile_train_step(rows.batch(0, 1))
+        distributed.wait_for_all()
+    except (ConfigError, AnotherProcessFailed):
+        run.discard()
+        raise
+    seconds = time.monotonic() - began
+    progress.message(f"compiled the training step in {seconds:.1f} s; it takes {step_memory(train_step)}")
+    return train_step
+
+
+def _first_state(program: Program, source: Source | None, rows: Rows, progress: Progress) -> TrainState:
+    """The state before the first step."""
+    if source is None:
+        return program.new_state()
+    state, origin = fine_tuned_state(program, source, rows)
+    progress.message(origin)
+    return state
+
+
+@dataclasses.dataclass
+class _Loop:
+    """One run's loop and what it talks to."""
+
+    program: Program
+    train_step: Any
+    data: Data
+    train_rows: Rows
+    validation_rows: Rows
+    store: CheckpointStore
+    writer: MetricsWriter
+    progress: Progress
+
+    def run(self, state: TrainState, start: int, stop: StopRequest) -> tuple[TrainState, bool]:
+        """Train from step `start` on. Returns the state, and whether all steps are done (False: asked to stop)."""
+        config = self.program.config
+        train, batch_size = config.train, config.train.batch_size
+        self._flops_per_token = train_flops_per_token(config, self.program.vocab_size)
+        self._bad_in_row = 0
+
+        def load(step: int) -> Batch:
+            def rows(first: int, count: int) -> Batch:
+                return self.train_rows.batch(step * batch_size + first, count)
+
+            return self.program.put_batch(rows, batch_size)
+
+        with Prefetcher(load, start, config.data.prefetch) as batches:
+            self._clock = _Clock(start)
+            self.progress.start(start)
+            last_save = time.monotonic()
+            pending: tuple[int, Any] | None = None
+            for step in range(start + 1, train.num_steps + 1):
+                held_out: dict[str, float] | None = None
+                state, metrics = self.train_step(state, next(batches))
+                # The metrics of the step before are looked at while this one runs: the device never waits.
+                if pending:
+                    self._record(*pending)
+                pending = (step, metrics)
+                self.progress.step(step)
+
+                finished = step == train.num_steps
+                stopping = stop.received(step)
+                if finished or step % config.eval.every_steps == 0:
+                    self._record(*pending)
+                    pending = None
+                    held_out = self._evaluate(state, step)
+                due = step % config.checkpoint.every_steps == 0 or self._minutes_are_over(step, last_save)
+                if finished or stopping or due or (step % train.log_every_steps == 0 and self.store.needs_retry):
+                    if pending:
+                        self._record(*pending)
+                        pending = None
+                    # What led to a bad step may lie in the weights: it must not push good checkpoints out.
+                    if finished or stopping or not self._bad_in_row:
+                        self._save(state, step, held_out)
+                        last_save = time.monotonic()
+                if stopping:
+                    break
+        self._make_sure_of_the_last_save(state, step, held_out)
+        steps_per_second = self._clock.mean_steps_per_second()
+        if steps_per_second:
+            speed = steps_per_second * batch_size * train.sequence_length
+            self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
+        return state, finished
+
+    def _minutes_are_over(self, step: int, last_save: float) -> bool:
+        """Whether checkpoint.every_minutes have passed: by process 0's clock, looked at when a step is logged."""
+        config = self.program.config
+        if not config.checkpoint.every_minutes or (distributed.several() and step % config.train.log_every_steps):
+            return False
+        return distributed.share(time.monotonic() - last_save > 60 * config.checkpoint.every_minutes)[0]
+
+    def _make_sure_of_the_last_save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        """Wait for it, and try once more if it failed. Raises TrainingFailed if it cannot be saved."""
+        self.store.wait()
+        if self.store.needs_retry:
+            self._save(state, step, held_out)
+            self.store.wait()
+        if self.store.needs_retry:
+            saved = self.store.steps()
+            raise TrainingFailed(
+                f"the checkpoint of step {step} could not be saved; make room, and the same command goes on from "
+                + (f"step {saved[-1]}" if saved else "the start")
+            )
+
+    def _record(self, step: int, metrics: Any) -> None:
+        """Log a step's metrics if it is one to log. Raises Diverged after too many bad steps in a row."""
+        train = self.program.config.train
+        self._bad_in_row = bad_in_row = int(metrics["bad_steps_in_row"])
+        if bad_in_row:
+            self.progress.message(
+                f"step {step}: the loss or a gradient is not finite; nothing was updated ({bad_in_row} in a row)"
+            )
+        if step % train.log_every_steps == 0 or bad_in_row:
+            values = self._scalars(step, jax.device_get(metrics))
+            self.writer.write(step, values)
+            self.progress.log(step, values)
+        if bad_in_row >= train.max_bad_steps:
+            self.store.wait()
+            saved = self.store.steps()
+            raise Diverged(
+                f"{bad_in_row} steps in a row had a loss or gradient that is not finite (up to step {step}); "
+                + (f"the checkpoint of step {saved[-1]} is intact; " if saved else "there is no checkpoint yet; ")
+                + "a lower optim.peak_lr may help"
+            )
+
+    def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Flat metrics of a step: those of the step itself, its layers' statistics, and speed since the last log."""
+        layers = metrics.pop("layers")
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        seconds_per_step = self._clock.seconds_per_step(step)
+        train = self.program.config.train
+        tokens_per_second = train.batch_size * train.sequence_length / seconds_per_step
+        flops = tokens_per_second * self._flops_per_token
+        values["train/step_seconds"] = seconds_per_step
+        values["train/tokens_per_second"] = tokens_per_second
+        values["train/model_flops_per_second"] = flops
+        peak = peak_flops(jax.devices()[0])
+        if peak:
+            values["train/mfu"] = flops / (peak * jax.device_count())
+        if layers is not None:
+            values.update(_layer_scalars(layers, self.program.config.model.num_dense_layers))
+        return values
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        config = self.program.config
+        result = evaluate(self.program, state.params, state.variables, self.validation_rows, config.eval.num_batches)
+        values = {f"eval/{name}": value for name, value in result.scalars().items()}
+        self.writer.write(step, values)
+        if result.layers:
+            counts = np.array([layer["tokens_per_expert"] for layer in result.layers])
+            self.writer.write_load(step, counts, config.model.num_dense_layers)
+        self.progress.message(
+            f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
+            f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"
+        )
+        self._clock.restart(step)
+        return values
+
+    def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        meta = {
+            "config": self.program.config.to_dict(),
+            "tokenizer": self.data.tokenizer.to_dict(),
+            "corpus_hash": self.data.corpus_hash,
+        }
+        self.store.save(step, state, meta, held_out)
+        self._clock.restart(step)
+
+
+class _Clock:
+    """Time per step, evaluation and saving left out."""
+
+    def __init__(self, step: int):
+        self._steps, self._seconds, self._last = 0, 0.0, math.nan
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Go on from here: the time since the last call of `seconds_per_step` counts for nothing."""
+        self._step, self._time = step, time.monotonic()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Since the last call or restart, whichever was later; what the last call gave if no step has passed."""
+        now = time.monotonic()
+        if step > self._step:
+            self._last = (now - self._time) / (step - self._step)
+            self._steps += step - self._step
+            self._seconds += now - self._time
+            self.restart(step)
+        return self._last
+
+    def mean_steps_per_second(self) -> float:
+        """Over all intervals measured; 0 if there was none."""
+        return self._steps / self._seconds if self._seconds else 0.0
+
+
+def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
+    """Means over layers, and each layer's statistics under layer_<number in the model>/."""
+    load_LN = layers.tokens_per_expert / np.maximum(layers.tokens_per_expert.mean(axis=1, keepdims=True), 1e-9)
+    experts_per_token_L = layers.tokens_per_expert.sum(axis=1) / np.maximum(layers.num_tokens, 1)
+    values = {
+        "train/load_balance_loss": layers.load_balance_loss.mean(),
+        "train/router_z_loss": layers.router_z_loss.mean(),
+        "train/router_entropy": layers.router_entropy.mean(),
+        "train/max_load": load_LN.max(),
+        "train/experts_per_token": experts_per_token_L.mean(),
+        **{f"train/{key}": value.mean() for key, value in layers.more.items()},
+    }
+    for index in range(load_LN.shape[0]):
+        name = f"layer_{first_layer + index}"
+        values[f"{name}/load_balance_loss"] = layers.load_balance_loss[index]
+        values[f"{name}/router_entropy"] = layers.router_entropy[index]
+        values[f"{name}/max_load"] = load_LN[index].max()
+        values[f"{name}/experts_per_token"] = experts_per_token_L[index]
+        for key, value in layers.more.items():
+            values[f"{name}/{key}"] = value[index]
+    return values
+
+
+def _description(program: Program, data: Data) -> str:
+    """What is about to be trained, on what."""
+    config = program.config
+    counts = parameter_counts(config, program.vocab_size)
+    devices = jax.devices()
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    reading = measure_reading(data, config.train.sequence_length, config.train.batch_size, seconds=0.2)
+    form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
+    return (
+        f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
+        f"router {config.moe.method.name!r}, {config.moe.num_experts} experts, "
+        f"top {config.moe.experts_per_token}\n"
+        f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
+        f"tokens, read at {reading:,.0f} tokens/s\n"
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}{form}, "
+        f"attention by {program.attention!r}"
+    )

@@ -1,0 +1,227 @@
+"""A run's work directory: what makes it this run, written once, and compared when the run goes on.
+
+`run.json` holds the config and what the data was. A run continues only where its model, its data and the order of its
+data would be the same; other settings may change between starts.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from default_moe.config import Config, flat_items
+from default_moe.errors import ConfigError
+from default_moe.processes import distributed
+from default_moe.runs.files import write_atomically
+
+RUN_FILE = "run.json"
+_FORMAT = 1
+_UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
+_MAY_CHANGE = (
+    "model.attention",
+    "model.remat",
+    "model.scan_unroll",
+    "moe.load_balance_weight",
+    "moe.sequence_balance_weight",
+    "moe.router_z_weight",
+    "moe.matmul",
+    "moe.expert_parallel",
+    "data.files",  # the corpus hash says whether it is the same text
+    "data.dir",
+    "data.prefetch",
+    "train.num_steps",
+    "train.log_every_steps",
+    "train.max_bad_steps",
+)
+_GROUPS_THAT_MAY_CHANGE = ("optim", "mesh", "checkpoint", "eval")
+
+
+@dataclass
+class Run:
+    """A work directory in use by this process, until `close` or the end of the process.
+
+    resumed: whether the run had been started before.  notes: one line for each setting that has changed since.
+    """
+
+    workdir: Path
+    resumed: bool
+    notes: list[str] = field(default_factory=list)
+    lock: int | None = None
+
+    def close(self) -> None:
+        """Lets another process use the work directory."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def discard(self) -> None:
+        """Forget a run that could not begin: other settings may take the work directory. Nothing if it went on."""
+        if not self.resumed and jax.process_index() == 0:
+            (self.workdir / RUN_FILE).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def check_ours(workdir: str | os.PathLike[str]) -> None:
+    """Raises ConfigError if `workdir` holds files, but no run: as `open_run` does, before any data is prepared."""
+    folder = Path(workdir).absolute()
+    if not (folder / RUN_FILE).exists():
+        _check_empty(folder)
+
+
+def open_run(
+    workdir: str | os.PathLike[str],
+    config: Config,
+    corpus_hash: str,
+    vocab_size: int,
+    tokenizer_hash: str | None = None,
+) -> Run:
+    """Starts a new run in an empty or absent `workdir`, or goes on with the same run there.
+
+    tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
+    Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
+    trains in it, or if it cannot be written. With several processes only the first one locks and writes; the others
+    raise it if they do not see what that one wrote.
+    """
+    folder = Path(workdir).absolute()
+    if distributed.process_index() > 0:
+        return _join_run(folder)
+    identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
+    resumed, notes = _compare(folder, config, identity)
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        resumed, notes = _compare(folder, config, identity)  # another process may have started it just before the lock
+        if not resumed or notes:
+            content = {"format": _FORMAT, **identity, "config": config.to_dict(), "versions": _versions()}
+            write_atomically(folder / RUN_FILE, json.dumps(content, indent=1))
+        distributed.share((folder / RUN_FILE).read_text())
+    except BaseException as error:
+        if lock is not None:
+            os.close(lock)
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"the work directory {folder} cannot be written ({error.strerror}): choose another --workdir"
+            ) from error
+        raise
+    return Run(folder, resumed, notes, lock)
+
+
+def _join_run(folder: Path) -> Run:
+    """The run that process 0 opens. Raises ConfigError if it is not to be seen in `folder`."""
+    written = distributed.share("")[0]
+    last = time.monotonic() + _UNTIL_SEEN
+    while _text(folder / RUN_FILE) != written:
+        if time.monotonic() > last:
+            raise ConfigError(
+                f"the work directory {folder} does not hold the {RUN_FILE} that process 0 wrote there: choose a "
+                "--workdir on a file system that all hosts share"
+            )
+        time.sleep(0.5)
+    return Run(folder, resumed=True, notes=[])
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Whether there is a run in `folder`, and how this one differs from it. Raises ConfigError where it must not."""
+    try:
+        saved = json.loads((folder / RUN_FILE).read_bytes())
+    except FileNotFoundError:
+        _check_empty(folder)
+        return False, []
+    except OSError as error:
+        raise ConfigError(f"{folder / RUN_FILE} cannot be read ({error.strerror}): choose another --workdir") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder / RUN_FILE} is damaged, not JSON: restore it, or choose another --workdir"
+        ) from error
+    try:
+        if saved["format"] != _FORMAT:
+            raise ConfigError(f"its format is {saved['format']!r}, not {_FORMAT}")
+        before = {**dict(flat_items(Config.from_mapping(saved["config"]).to_dict())), **{k: saved[k] for k in identity}}
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        reason = error if isinstance(error, ConfigError) else "a part is missing or of another kind"
+        raise ConfigError(
+            f"{folder / RUN_FILE} is not what this version writes ({reason}): choose another --workdir"
+        ) from error
+    now = {**dict(flat_items(config.to_dict())), **identity}
+    changed = [name for name in now if name in before and now[name] != before[name]]
+    refused = [name for name in changed if not _may_change(name, before, now)]
+    if refused:
+        differences = "; ".join(f"{name}: {_show(before[name])} there, {_show(now[name])} here" for name in refused)
+        raise ConfigError(
+            f"the work directory {folder} holds a run that these settings cannot continue ({differences}): "
+            "choose another --workdir, or set them back"
+        )
+    return True, [f"{name} was {_show(before[name])}, is now {_show(now[name])}" for name in changed]
+
+
+def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if name == "data.tokenizer":  # a tokenizer file may move, if its content is known to be the same
+        return now["tokenizer_hash"] is not None and now["tokenizer_hash"] == before["tokenizer_hash"]
+    return name in _MAY_CHANGE or name.split(".")[0] in _GROUPS_THAT_MAY_CHANGE
+
+
+def _check_empty(folder: Path) -> None:
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(f".{RUN_FILE}."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"the work directory {folder} cannot be read ({error.strerror}): choose another --workdir"
+        ) from error
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ConfigError(
+            f"the work directory {folder} holds {shown}, but no {RUN_FILE}, so it is none of ours: choose an empty "
+            "or new --workdir"
+        )
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that keeps other processes on this host out; None where the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another process is training in the work directory {folder}: stop it, or choose another --workdir"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _show(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "flax", "optax", "orbax-checkpoint"):
+        versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,1 @@
+"""One training step: pure, knows no text and no disk."""

@@ -1,0 +1,198 @@
+"""A config made runnable: the mesh, the model, and the compiled steps with their shardings. The one place with jit."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from default_moe import sharding
+from default_moe.config import Config
+from default_moe.errors import ConfigError
+from default_moe.model.attention import attention_implementation
+from default_moe.model.language_model import build_model
+from default_moe.moe.experts.backends import resolve_backend
+from default_moe.moe.experts.parallel import resolve_expert_parallel
+from default_moe.training.memory import check_fits, out_of_memory_in_one_line, step_memory
+from default_moe.training.optimizer import make_optimizer
+from default_moe.training.state import TrainState, initial_state
+from default_moe.training.step import Batch, make_eval_step, make_train_step
+
+_A_SEED = jax.ShapeDtypeStruct((), np.uint32)
+
+
+def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = True) -> Mesh:
+    """The mesh of a config, over all devices. Raises ConfigError if they do not fit each other.
+
+    training: whether training batches must fit too, not those of the evaluation alone.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert, devices)
+    with in_force(mesh, config):
+        shards, experts = sharding.num_shards("batch"), sharding.num_shards("expert")
+    microbatch_size = config.train.batch_size // config.train.grad_accum_steps
+    for checked, name, size, parts, devices_are in (
+        (training, "train.batch_size / train.grad_accum_steps", microbatch_size, shards, "that share a batch"),
+        (True, "eval.batch_size", config.eval.batch_size or config.train.batch_size, shards, "that share a batch"),
+        (True, "moe.num_experts", config.moe.num_experts, experts, "along mesh.expert"),
+    ):
+        if checked and size % parts:
+            raise ConfigError(f"{name} is {size}, but must be a multiple of the {parts} devices {devices_are}")
+    return mesh
+
+
+@contextlib.contextmanager
+def in_force(mesh: Mesh, config: Config) -> Iterator[None]:
+    """The mesh and the config's logical axis rules, for what is traced meanwhile."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(config.mesh.rules):
+        yield
+
+
+class Program:
+    """Everything about a run that follows from its config, the vocabulary and the devices, and holds no data.
+
+    What is compiled depends on no seed: `with_seed` gives the program of another run without compiling it again.
+
+    Attributes:
+      config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
+      matmul, attention: how experts and attention are computed here, "auto" resolved.
+      expert_parallel: how tokens of training batches reach experts on other devices, None if experts are not split.
+      abstract_state: shapes, dtypes and shardings of the `TrainState`, for restoring one; state_shardings: the latter.
+      num_batch_shards: devices that each hold a part of a batch.
+      train_step: `(state, batch) -> (state, metrics)`, compiled on first use; takes the state's memory.
+      eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None, training: bool = True):
+        """`training`: see `mesh_for`. Raises ConfigError if the config does not fit the devices or vocabulary."""
+        if config.model.vocab_size is not None and config.model.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {vocab_size} entries: "
+                "leave it unset to take the tokenizer's"
+            )
+        self.config = config
+        self.mesh = mesh_for(config, devices, training)
+        self.model = build_model(config, vocab_size)
+        self.vocab_size = self.model.vocab_size
+        self.optimizer = make_optimizer(config.optim, config.train.num_steps)
+        with self.context():
+            widths = config.model.d_model, config.moe.expert_dim
+            self.matmul = resolve_backend(config.moe.matmul, config.moe.dtype or "float32", widths)
+            self.attention = attention_implementation(
+                config.model, config.train.sequence_length, config.data.mask_documents
+            )
+            self.abstract_state = sharding.abstract_arrays(self._initial_state, self.mesh, config.mesh.rules, _A_SEED)
+            batch_axes = sharding.mesh_axes("batch")
+            self.num_batch_shards = sharding.num_shards("batch")
+            microbatch_tokens = config.train.batch_size // config.train.grad_accum_steps * config.train.sequence_length
+            self.expert_parallel = resolve_expert_parallel(
+                config.moe, microbatch_tokens // self.num_batch_shards, config.model.d_model
+            )
+        self.state_shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
+        self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
+        self._compiled_train_step: list[Any] = []  # one at most; shared with the programs of other seeds
+        self.train_step = self.jit(
+            make_train_step(self.model, self.optimizer, config),
+            in_shardings=(self.state_shardings, self.batch_sharding),
+            out_shardings=(self.state_shardings, replicated),
+            donate_argnums=0,
+        )
+        self.eval_step = self.jit(
+            make_eval_step(self.model, config),
+            in_shardings=(self.state_shardings.params, self.state_shardings.variables, self.batch_sharding),
+            out_shardings=replicated,
+        )
+
+    def with_seed(self, seed: int) -> Self:
+        """The program of a run that differs from this one in train.seed alone, with the same compiled steps."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, seed=seed))
+        return other
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """The mesh and the logical axis rules in force."""
+        return in_force(self.mesh, self.config)
+
+    def abstract_batch(self, row: Batch) -> Batch:
+        """Shapes, dtypes and shardings of a training batch of rows like `row`, arrays [1, ...]."""
+        rows = self.config.train.batch_size
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=self.batch_sharding), row
+        )
+
+    def compile_train_step(self, row: Batch) -> Any:
+        """The training step, compiled ahead of time, once, for batches of rows like `row`, arrays [1, ...].
+
+        Nothing but the code is allocated. Raises ConfigError if it would not fit the memory of a device.
+        """
+        if not self._compiled_train_step:
+            with out_of_memory_in_one_line(
+                ConfigError, "compiling the training step", self.config, self.num_batch_shards
+            ):
+                compiled = self.train_step.compile(self.abstract_state, self.abstract_batch(row))
+            self._compiled_train_step.append(compiled)
+        compiled = self._compiled_train_step[0]
+        check_fits(step_memory(compiled), self.mesh.local_devices[0], self.config, self.num_batch_shards)
+        return compiled
+
+    def put_batch(self, load_rows: Callable[[int, int], Batch], batch_size: int) -> Batch:
+        """A global batch on the mesh, of which each process loads only the rows that its devices hold.
+
+        Args:
+          load_rows: (start, count) to a dict of arrays [count, ...], rows counted within the batch.
+          batch_size: rows of the global batch.
+        """
+        devices = self.batch_sharding.addressable_devices_indices_map((batch_size,))
+        spans = [_rows(index, batch_size) for index in devices.values()]
+        start, end = min(lo for lo, _ in spans), max(hi for _, hi in spans)
+        rows = load_rows(start, end - start)
+
+        def place(array: Any) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> Any:
+                lo, hi = _rows(index, batch_size)
+                return array[lo - start : hi - start]
+
+            return jax.make_array_from_callback((batch_size, *array.shape[1:]), self.batch_sharding, part)
+
+        return jax.tree.map(place, rows)
+
+    def new_state(self) -> TrainState:
+        """The state before the first step, every array created where it belongs."""
+        return self._new_state(np.uint32(self.config.train.seed))
+
+    def _initial_state(self, seed: Array) -> TrainState:
+        return initial_state(self.model, self.optimizer, seed)
+
+    def jit(self, function: Callable[..., Any], **options: Any) -> "CompiledInContext":
+        """`jax.jit`, with the mesh and rules in force while it traces."""
+        jitted = jax.jit(function, **options)
+        return CompiledInContext(jitted, self.context)
+
+
+def _rows(index: tuple[slice, ...] | None, batch_size: int) -> tuple[int, int]:
+    """First row and the one after the last of a device's part of a batch."""
+    return index[0].indices(batch_size)[:2] if index else (0, batch_size)
+
+
+class CompiledInContext:
+    """A jitted function that is called, lowered and compiled under a mesh."""
+
+    def __init__(self, jitted: Any, context: Callable[[], Any]):
+        self._jitted = jitted
+        self._context = context
+
+    def __call__(self, *args: Any) -> Any:
+        with self._context():
+            return self._jitted(*args)
+
+    def compile(self, *args: Any) -> Any:
+        """Compile ahead of time for arguments of these shapes; the result is called without the context."""
+        with self._context():
+            return self._jitted.lower(*args).compile()

@@ -1,0 +1,155 @@
+"""The benchmarks end to end on tiny work, and that what they time is what they say."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from helpers.reference import assert_close
+
+from default_moe.bench import layer, scaling, step
+from default_moe.bench.candidate import StepCandidate
+from default_moe.bench.timing import Timing, time_alternately
+from default_moe.bench.workload import LayerShape, dense_candidate, make_work, moe_candidate
+from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.errors import ConfigError
+
+SHAPE = LayerShape(tokens=64, d_model=16, num_experts=4, top_k=2, expert_dim=8)
+
+
+def test_ratios_are_taken_round_by_round():
+    """4/2, 6/2 and 9/3 are 2, 3 and 3: median 3, quartiles 2.5 and 3."""
+    assert Timing([4.0, 6.0, 9.0]).ratio_to(Timing([2.0, 2.0, 3.0])) == (3.0, 2.5, 3.0)
+    assert Timing([4.0, 6.0, 9.0]).seconds == 6.0
+
+
+def test_every_function_is_timed_in_every_round():
+    calls = []
+    timings = time_alternately({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=4)
+    assert [len(t.samples) for t in timings.values()] == [4, 4]
+    assert set(calls) == {"a", "b"}
+
+
+@pytest.mark.parametrize("routing", ["balanced", "skewed"])
+def test_the_router_sends_tokens_where_the_routing_says(routing):
+    work = make_work(SHAPE, routing, "float32")
+    logits = np.asarray(work.x[0], np.float64) @ np.asarray(work.params["router"]["kernel"], np.float64)
+    chosen = np.argsort(-logits, axis=1)[:, : SHAPE.top_k]
+    share_of_first = (chosen == 0).any(axis=1).mean()
+    if routing == "skewed":
+        assert share_of_first == 0.5
+    assert 0.3 < share_of_first < 0.7
+    counts = np.bincount(chosen.reshape(-1), minlength=4)
+    assert counts.sum() == 128
+    assert counts.min() > 16  # 32 each on average, and for the others when one has 32 of its own
+
+
+def test_the_backends_do_the_same_work():
+    work = make_work(SHAPE, "balanced", "float32")
+    (ragged, _), ragged_gradients = moe_candidate(SHAPE, work, "default", "ragged")[1]()
+    (blocks, _), blocks_gradients = moe_candidate(SHAPE, work, "default", "blocks")[1]()
+    jax.tree.map(assert_close, (blocks, blocks_gradients), (ragged, ragged_gradients))
+    assert SHAPE.active_flops() == 2 * 3 * 64 * 2 * 16 * 8
+    assert jax.tree.map(np.shape, work.dense) == ((16, 16), (16, 16), (16, 16))
+    assert dense_candidate(work)[0]().shape == (1, 64, 16)
+
+
+def test_the_layer_suite_reports_every_candidate(tmp_path, capsys):
+    rows = layer.run([SHAPE], None, None, rounds=2, vs_torch=False)
+    assert {row["candidate"] for row in rows} == {
+        "dense",
+        *(f"{r} {b}" for r in ("topk", "default") for b in ("ragged", "blocks")),
+    }
+    assert len(rows) == 2 * (1 + 4 * 2)  # two passes; each router and backend with two routings
+    assert all(row["ms"] > 0 and row["/ dense"] > 0 for row in rows)
+    assert "T64 D16 N4 K2 F8 float32, forward+backward" in capsys.readouterr().out
+    assert all(("/ balanced" in row) == (row["routing"] == "skewed") for row in rows)
+    assert all(("/ top-k" in row) == row["candidate"].startswith("default") for row in rows)
+    layer.plot(rows, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match=r"cannot write the picture .*none"):
+        layer.plot(rows, tmp_path / "none" / "bars.png")
+
+
+def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
+    config = Config(
+        model=ModelConfig(d_model=32, num_layers=1, num_dense_layers=0, num_heads=2),
+        moe=MoEConfig(num_experts=4, expert_dim=16),
+        data=DataConfig(
+            name="text_files", files=f"{tmp_path}/*.txt", dir=str(tmp_path / "data"), validation_fraction=0.5
+        ),
+        train=TrainConfig(num_steps=4, batch_size=8, sequence_length=64),
+    )
+    (tmp_path / "more.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    topk, default = step.run(config, ["default"], rounds=2)
+    assert topk["/ top-k"] == 1
+    assert default["step ms"] > 0
+    assert default["tokens/s"] == pytest.approx(8 * 64 / default["step ms"] * 1e3)
+    # 1 MoE layer: 4 default vectors of 32 and 4 probabilities of 512 tokens, 4 bytes each.
+    assert default["allowed bytes"] == 4 * (4 * 32 + 4 * 512)
+    assert default["forward+backward ms"] > 0 and default["optimizer ms"] > 0
+    assert default["state MB"] - topk["state MB"] == pytest.approx(4 * 4 * 32 / 1e6)
+
+
+def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_EXPERTS", (8, 16))
+    monkeypatch.setattr(scaling, "NUM_LAYERS", (2,))
+    monkeypatch.setattr(scaling, "BATCHES", (0.5, 1))
+    config = Config(
+        model=ModelConfig(d_model=16, num_layers=1, num_dense_layers=0, num_heads=2),
+        moe=MoEConfig(num_experts=4, expert_dim=8),
+        train=TrainConfig(batch_size=8, sequence_length=16),
+    )
+    monkeypatch.setattr(scaling, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
+    rows = scaling.run(config, rounds=2)
+    values = {"num_experts": [8, 16], "num_layers": [2], "tokens": [128]}  # on 8 devices no fewer sequences
+    assert [(row["sweep"], row["value"]) for row in rows] == [(k, v) for k, vs in values.items() for v in vs]
+    assert [row["/ first"] for row in rows if row["value"] in (8, 2, 128)] == [1, 1, 1]
+    assert all(row["step ms"] > 0 and row["compile s"] > 0 for row in rows)
+    assert "num_layers" in capsys.readouterr().out
+    scaling.plot(rows, tmp_path / "lines.png")
+    assert (tmp_path / "lines.png").stat().st_size > 10_000
+
+
+def test_depths_of_dense_layers_alone_are_left_out(monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_LAYERS", (1, 2))
+    config = Config(model=ModelConfig(num_layers=2, num_dense_layers=1))
+    assert list(scaling.sweeps(config)["num_layers"]) == [2]
+
+
+BAD = {
+    "a shape of four numbers": (["--shape=1,2,3,4"], "five numbers"),
+    "more choices than experts": (["--shape=8,16,2,3,4"], "1 <= K <= N <= D"),
+    "an unknown backend": (["--matmul=cutlass"], "--matmul is 'cutlass'"),
+    "an unknown suite": (["--suite=all"], "layer"),
+    "a config for the layer suite": (["--config=configs/quickstart.py"], "--suite=step"),
+    "a shape for the step suite": (["--suite=step", "--shape=8,16,4,2,4"], "--suite=layer"),
+    "the same in two words": (["--suite", "step", "--shape=8,16,4,2,4"], "--suite=layer"),
+}
+
+
+@pytest.mark.parametrize("args,words", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(args, words):
+    from default_moe.bench import __main__ as program
+
+    flags.FLAGS.unparse_flags()
+    for name in ("shape", "matmul", "config", "suite"):
+        flags.FLAGS[name].unparse()
+    with pytest.raises((ConfigError, flags.Error)) as caught:
+        program.main(["bench", *args])
+    assert words in str(caught.value)
+
+
+def test_json_says_where_it_is_from(tmp_path):
+    from default_moe.bench import report
+
+    report.write_json(tmp_path / "a.json", "layer", [{"ms": 1.5}])
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["results"] == [{"ms": 1.5}]
+    assert written["machine"]["versions"]["jax"] == jax.__version__
+    with pytest.raises(ConfigError, match="cannot write"):
+        report.write_json(tmp_path / "none" / "a.json", "layer", [])

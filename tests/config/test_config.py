@@ -1,0 +1,139 @@
+"""Settings: what is refused, what passes, and the ways in and out."""
+
+import functools
+import json
+import operator
+
+import jax.numpy as jnp
+import pytest
+
+from configs import paper, quickstart
+from default_moe.config import Config, MoEConfig, default_config, to_config_dict
+from default_moe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("moe.num_experts", 0, "at least 1"),
+        ("moe.top_k", 0, "between 1 and moe.num_experts = 8"),
+        ("moe.top_k", 9, "between 1 and moe.num_experts = 8"),
+        ("moe.expert_dim", 0, "at least 1"),
+        ("moe.router", "densemix", "'default', 'dense', 'densemixer', 'loss_free'"),
+        ("moe.default.ema_decay", 1.01, "[0, 1]"),
+        ("moe.default.ema_decay", -0.1, "[0, 1]"),
+        ("moe.default.substitute", "both", "'forward', 'backward'"),
+        ("moe.default.ema_init", "ones", "'zeros', 'gaussian'"),
+        ("moe.load_balance_weight", -1.0, "at least 0"),
+        ("moe.dtype", "float16", "'float32', 'bfloat16'"),
+        ("moe.matmul", "dense", "'auto', 'blocks', 'ragged', 'mosaic', 'tokamax'"),
+        ("moe.expert_parallel", "scatter", "'auto', 'gather', 'exchange'"),
+        ("model.num_heads", 3, "must divide model.d_model = 128"),
+        ("model.num_heads", 128, "rotary"),
+        ("model.num_dense_layers", 5, "between 0 and model.num_layers = 4"),
+        ("model.remat", "some", "'none', 'dots', 'full'"),
+        ("model.dtype", "int8", "'float32', 'bfloat16'"),
+        ("data.name", "text_files", "data.files is not set"),
+        ("data.validation_fraction", 0.0, "between 0 and 1"),
+        ("data.tokenizer", "bpe:100", "at least 257"),
+        ("train.batch_size", 0, "at least 1"),
+        ("train.grad_accum_steps", 5, "multiple of train.grad_accum_steps"),
+        ("optim.peak_lr", 0.0, "positive"),
+        ("optim.peak_lr", float("inf"), "finite"),
+        ("train.seed", 2**32, "between 0 and 2**32 - 1"),
+        ("data.tokenizer", "", "data.tokenizer is empty"),
+        ("optim.b2", 1.5, "[0, 1]"),
+        ("optim.b1", 1.0, "below 1"),
+        ("data.files", "*.txt", "data.name='text_files'"),
+        ("mesh.rules", (("embd", "fsdp"),), "did you mean 'embed'?"),
+        ("mesh.rules", ("embed",), "pairs"),
+        ("mesh.data", 0, "positive"),
+        ("checkpoint.keep_last", 0, "at least 1"),
+        ("eval.temperature", -1.0, "at least 0"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(key, value, words):
+    config = default_config()
+    *groups, name = key.split(".")
+    functools.reduce(operator.getitem, groups, config)[name] = value
+    with pytest.raises(ConfigError) as caught:
+        Config.from_config_dict(config)
+    message = str(caught.value)
+    assert words in message
+    assert key.split(".")[0] in message
+    assert "\n" not in message
+
+
+def test_two_free_mesh_axes_are_refused():
+    config = default_config()
+    config.mesh.fsdp = -1
+    with pytest.raises(ConfigError, match="at most one of them -1"):
+        Config.from_config_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"model": {"d_modle": 3}}, "'model.d_modle'; did you mean 'd_model'?"),
+        ({"modle": {}}, "'modle'; did you mean 'model'?"),
+        ({"model": {"d_model": "wide"}}, "model.d_model is 'wide', but must be of type int"),
+        ({"model": {"d_model": True}}, "must be of type int"),
+        ({"train": {"num_steps": 1.5}}, "must be of type int"),
+        ({"model": 3}, "must be a group of settings"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_in_a_stored_config_are_refused(mapping, words):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_mapping(mapping)
+    assert words in str(caught.value)
+
+
+def test_a_config_survives_json_and_config_dict():
+    config = default_config()
+    config.model.d_model = 64
+    config.eval.batch_size = 3
+    config.optim.peak_lr = 1
+    built = Config.from_config_dict(config)
+    assert (built.model.d_model, built.eval.batch_size, built.optim.peak_lr) == (64, 3, 1.0)
+    assert Config.from_mapping(json.loads(json.dumps(built.to_dict()))) == built
+    assert Config.from_config_dict(to_config_dict(built)) == built
+
+
+def test_a_misspelt_key_in_a_config_file_raises_where_it_stands():
+    with pytest.raises(AttributeError, match="d_model"):
+        default_config().model.d_modle = 3
+
+
+def test_the_layers_settings_come_from_a_config_dict_too():
+    config = default_config()
+    config.moe.num_experts = 4
+    assert MoEConfig.from_mapping(config.moe.to_dict()).num_experts == 4
+
+
+def test_expert_compute_type_follows_the_model_unless_set():
+    config = default_config()
+    config.model.dtype = "bfloat16"
+    assert Config.from_config_dict(config).moe.dtype == "bfloat16"
+    config.moe.dtype = "float32"
+    assert Config.from_config_dict(config).moe.dtype == "float32"
+    assert MoEConfig(dtype=jnp.bfloat16).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("arguments", ["8c1", "8c2", "32c1", "32c2", "32c4", "8c1,d_model=512", "32c4,d_model=2048"])
+def test_the_papers_configs_are_valid(arguments):
+    config = paper.get_config(arguments)
+    config.data.files = "*.parquet"
+    built = Config.from_config_dict(config)
+    assert f"{built.moe.num_experts}c{built.moe.top_k}" == arguments.split(",")[0]
+
+
+@pytest.mark.parametrize("arguments", ["9c1", "8c1,d_model=700", "8c1,layers=3", ""])
+def test_a_config_that_is_not_the_papers_is_refused(arguments):
+    with pytest.raises(ConfigError, match="is not"):
+        paper.get_config(arguments)
+
+
+def test_the_quickstart_is_valid():
+    built = Config.from_config_dict(quickstart.get_config())
+    assert built.moe.method.name == "default"
+    assert built.data.name == "python_stdlib"

@@ -1,0 +1,256 @@
+"""The sparse MoE layer as naive float64 loops over tokens and experts, with its gradient derived by hand.
+
+Written from the formulas of arXiv:2504.12463 and sharing nothing with the package, so that a fault in the fast path
+cannot hide here. See `default_moe/routing.py` for the dimension key; tokens have one axis T.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from helpers.reference_routing import Routes, route
+from helpers.reference_routing import Settings as Settings  # part of this module's interface
+
+
+class Params(NamedTuple):
+    """kernel [D, N], gate and up [N, D, F], down [N, F, D]; float64."""
+
+    kernel: np.ndarray
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+
+
+class Result(NamedTuple):
+    """y [T, D]; ema [N, D] after the step, and as used in it; counts [N] of the tokens kept; losses, unweighted."""
+
+    y: np.ndarray
+    ema: np.ndarray
+    used: np.ndarray
+    routes: Routes
+    counts: np.ndarray
+    load_balance_loss: float
+    z_loss: float
+
+
+class Gradients(NamedTuple):
+    x: np.ndarray
+    kernel: np.ndarray
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+
+
+def sigmoid(a: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-a))
+
+
+def expert(params: Params, i: int, x: np.ndarray) -> np.ndarray:
+    """E_i(x) = (silu(x gate_i) * (x up_i)) down_i of one token."""
+    a = x @ params.gate[i]
+    return (a * sigmoid(a) * (x @ params.up[i])) @ params.down[i]
+
+
+def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s: Settings, mask) -> np.ndarray:
+    """Eq. 10 for each expert that a kept token activated; the others keep their vector."""
+    new = ema.copy()
+    for i in range(len(ema)):
+        total, weight = np.zeros(ema.shape[1]), 0.0
+        for t in range(len(x)):
+            if i in routes.active[t] and mask[t]:
+                w = routes.weights[t, i] if s.ema_weighted else 1.0
+                total += w * expert(params, i, x[t])
+                weight += w
+        if weight > 0:
+            new[i] = s.ema_decay * ema[i] + (1 - s.ema_decay) * total / weight
+    return new
+
+
+def balance(routes: Routes, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Counts [N], shares f [N], N sum_i f_i P_i, and the mean squared log-partition, over the tokens kept."""
+    num_tokens, num_experts = routes.probs.shape
+    counts, mean_probs, z = np.zeros(num_experts), np.zeros(num_experts), 0.0
+    kept = max(1, sum(1 for m in mask if m))
+    for t in range(num_tokens):
+        if mask[t]:
+            for i in routes.chosen[t]:
+                counts[i] += 1
+            mean_probs += routes.probs[t] / kept
+            z += log_partition(routes.logits[t]) ** 2 / kept
+    f = counts / max(1, counts.sum())
+    return counts, f, num_experts * float(f @ mean_probs), z
+
+
+def log_partition(logits: np.ndarray) -> float:
+    return max(logits) + math.log(sum(math.exp(s - max(logits)) for s in logits))
+
+
+def sequence_balance(routes: Routes, length: int, mask=None) -> tuple[np.ndarray, float]:
+    """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P.
+
+    L counts the tokens kept, B the sequences that have any.
+    """
+    num_tokens, num_experts = routes.probs.shape
+    mask = np.ones(num_tokens) if mask is None else mask
+    starts = [first for first in range(0, num_tokens, length) if any(mask[first : first + length])]
+    factors, loss = np.zeros((num_tokens, num_experts)), 0.0
+    for first in starts:
+        kept = [t for t in range(first, first + length) if mask[t]]
+        f, mean_probs = np.zeros(num_experts), np.zeros(num_experts)
+        for t in kept:
+            for i in routes.chosen[t]:
+                f[i] += 1 / (len(kept) * len(routes.chosen[t]))
+            mean_probs += routes.probs[t] / len(kept)
+        loss += num_experts * float(f @ mean_probs) / len(starts)
+        for t in kept:
+            factors[t] = num_experts * f / len(kept) / len(starts)
+    return factors, loss
+
+
+def sparsity(routes: Routes, top_k: int, mask=None) -> tuple[np.ndarray, float]:
+    """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]) of the tokens kept, and each gate's gradient, [T, N]."""
+    num_tokens, num_experts = routes.weights.shape
+    mask = np.ones(num_tokens) if mask is None else mask
+    kept = [t for t in range(num_tokens) if mask[t]]
+    factor = num_experts / (top_k * len(kept) ** 2)
+    d_gates, loss = np.zeros((num_tokens, num_experts)), 0.0
+    for e in range(num_experts):
+        is_open = [t for t in kept if routes.weights[t, e] > 0]
+        loss += factor * len(is_open) * sum(routes.weights[t, e] for t in is_open)
+        for t in is_open:
+            d_gates[t, e] = factor * len(is_open)
+    return d_gates, loss
+
+
+def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None, draws=None) -> Result:
+    """The layer on tokens [T, D]; with `update` as in training: default vectors move, tokens may be dropped."""
+    mask = np.ones(len(x)) if mask is None else mask
+    routes = route(x, params.kernel, s, draws, update, mask)
+    used = new = ema
+    if update and s.router == "default":
+        new = update_ema(x, params, routes, ema, s, mask)
+        used = new if s.ema_update == "before" else ema
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        for i in range(params.kernel.shape[1]):
+            if i in routes.active[t]:
+                y[t] += routes.weights[t, i] * expert(params, i, x[t])
+            elif s.router == "default" and s.substitute == "forward":
+                y[t] += s.substitution * routes.weights[t, i] * used[i]
+    counts, _, load_balance_loss, z_loss = balance(routes, mask)
+    return Result(y, new, used, routes, counts, load_balance_loss, z_loss)
+
+
+def loss(result: Result, g: np.ndarray, a: float, b: float) -> float:
+    """<G, y> + a load_balance_loss + b z_loss: a scalar whose gradient shows every path."""
+    return float((g * result.y).sum()) + a * result.load_balance_loss + b * result.z_loss
+
+
+def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, mask=None, more=None) -> Gradients:
+    """Gradient of `loss` by hand, with the default vectors of `result` as constants (eq. 8).
+
+    Chain: the weight of expert i receives <g, E_i(x)> or <g, E^_i>; the distribution that of the load-balance loss,
+    N f_i / T, f being a constant; the method says how both reach the logits; d lse^2/ds_j = 2 lse p_j; s = x W.
+    Expert i receives w_i g. With expert_gradient the default vectors are no constants, but stand for the weighted means
+    of the experts' outputs: these receive a sum of w_i g over the tokens that they fill in for.
+
+    more: further gradients of the distribution and of the weights, [T, N] each.
+    """
+    mask = np.ones(len(x)) if mask is None else mask
+    num_experts = params.kernel.shape[1]
+    more_probs, more_weights = more or (np.zeros((len(x), num_experts)),) * 2
+    _, f, _, _ = balance(result.routes, mask)
+    kept = max(1, sum(1 for m in mask if m))
+    d = Gradients(np.zeros_like(x), *(np.zeros_like(p) for p in params))
+    for t in range(len(x)):
+        token = result.routes.tokens[t]
+        d_probs, d_weights = more_probs[t].copy(), more_weights[t].copy()
+        for i in range(num_experts):
+            if i in result.routes.active[t]:
+                d_weights[i] += g[t] @ expert(params, i, x[t])
+                _add_expert_gradient(d, params, i, x, t, token.weights[i] * g[t])
+            elif s.router == "densemixer":
+                d_weights[i] += g[t] @ expert(params, i, x[t])
+            elif s.router == "default":
+                d_weights[i] += g[t] @ result.used[i]
+            if mask[t]:
+                d_probs[i] += a * num_experts * f[i] / kept
+        lse = log_partition(result.routes.logits[t])
+        for j in range(num_experts):
+            d_logit = 0.0
+            for i in range(num_experts):
+                d_logit += d_weights[i] * token.weights_to_logits[i, j] + d_probs[i] * token.probs_to_logits[i, j]
+            if mask[t]:
+                d_logit += b * 2 * lse * math.exp(result.routes.logits[t, j] - lse) / kept
+            d.kernel[:, j] += d_logit * x[t]
+            d.x[t] += d_logit * params.kernel[:, j]
+    if s.expert_gradient:
+        _add_gradient_of_means(d, x, params, result.routes, s, g, mask)
+    return d
+
+
+def _add_gradient_of_means(d: Gradients, x, params: Params, routes: Routes, s: Settings, g, mask) -> None:
+    for i in range(params.kernel.shape[1]):
+        active = [t for t in range(len(x)) if i in routes.active[t] and mask[t]]
+        counts = {t: routes.weights[t, i] if s.ema_weighted else 1.0 for t in active}
+        d_mean = np.zeros(x.shape[1])
+        for t in range(len(x)):
+            if i not in routes.active[t]:
+                d_mean += s.substitution * routes.weights[t, i] * g[t]
+        for t in active:
+            _add_expert_gradient(d, params, i, x, t, counts[t] / sum(counts.values()) * d_mean)
+
+
+def _add_expert_gradient(d: Gradients, params: Params, i: int, x: np.ndarray, t: int, d_out: np.ndarray) -> None:
+    """With u = x gate, v = x up, h = silu(u) v, E = h down; silu'(u) = sigma(u) (1 + u (1 - sigma(u)))."""
+    u, v = x[t] @ params.gate[i], x[t] @ params.up[i]
+    silu = u * sigmoid(u)
+    d_h = params.down[i] @ d_out
+    d_u = d_h * v * sigmoid(u) * (1 + u * (1 - sigmoid(u)))
+    d_v = d_h * silu
+    d.down[i] += np.outer(silu * v, d_out)
+    d.gate[i] += np.outer(x[t], d_u)
+    d.up[i] += np.outer(x[t], d_v)
+    d.x[t] += params.gate[i] @ d_u + params.up[i] @ d_v
+
+
+def make_inputs(seed: int, num_tokens: int, num_experts: int, d_model: int = 12, expert_dim: int = 10):
+    """Random (x [T, D], params, ema [N, D], g [T, D]) in float64 that float32 holds exactly, outputs of order 1.
+
+    x[:, 0] is positive, so that row 0 of the kernel can favour an expert or starve it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> np.ndarray:
+        return rng.normal(0, std, shape).astype(np.float32).astype(np.float64)
+
+    x = normal(num_tokens, d_model)
+    x[:, 0] = 1 + np.abs(x[:, 0])
+    weights = (num_experts, d_model, expert_dim)
+    params = Params(
+        normal(d_model, num_experts, std=0.5),
+        normal(*weights, std=d_model**-0.5),
+        normal(*weights, std=d_model**-0.5),
+        normal(num_experts, expert_dim, d_model, std=expert_dim**-0.5),
+    )
+    return x.astype(np.float32).astype(np.float64), params, normal(num_experts, d_model), normal(num_tokens, d_model)
+
+
+def assert_close(got, expected, what: str = "", tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of each entry plus `tolerance` of the array's largest entry.
+
+    Float32 rounds at 6e-8; the sums here have up to some hundred terms behind them and may cancel, which leaves errors
+    of about sqrt(100) * 6e-8 = 6e-7 of the largest term. 1e-5 leaves room for that and for nothing systematic.
+    """
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    scale = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * scale, err_msg=what)
+
+
+def assert_no_near_ties(routes: Routes) -> None:
+    """Float32 and float64 must choose alike, else the comparison means nothing: change the seed if this fails."""
+    for logits, chosen in zip(routes.logits, routes.chosen, strict=True):
+        ranked = -np.sort(-logits)
+        gaps = ranked[: len(chosen)] - np.append(ranked[1:], -np.inf)[: len(chosen)]
+        assert gaps.min() > 1e-5, "the inputs hold near-ties"

@@ -1,0 +1,366 @@
+"""Every method of training a router, and every option of the layer, against naive loops in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import reference
+from helpers.emulation import emulate_exchange
+from helpers.layer_steps import BATCH, D_MODEL, EXPERT_DIM, LENGTH, TOKENS, batched, check_step, compiled, make_config
+from helpers.layers import check_aux, moe_config, settings_of, variables_of
+from helpers.reference import assert_close
+from helpers.sharded_layers import arrays, make_step, mesh_of
+from helpers.sharded_layers import check_step as check_step_on
+from helpers.sharded_layers import make_config as make_config_for_mesh
+
+from default_moe.config import Config, ModelConfig
+from default_moe.errors import ConfigError
+from default_moe.methods import routing, sparsemixer
+from default_moe.methods.sparsemixer import Draws
+from default_moe.model.size import parameter_counts
+from default_moe.moe import MoELayer
+from default_moe.moe.experts.parallel import resolve_expert_parallel
+
+pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
+
+SIGMOID, NORMALIZED = {"score_function": "sigmoid"}, {"normalize_weights": True}
+CASES = [
+    {"router": "dense"},
+    {"router": "dense", "matmul": "blocks", **SIGMOID, **NORMALIZED},
+    {"router": "densemixer", "matmul": "blocks"},
+    {"router": "densemixer"},
+    {"router": "densemixer", "top_k": 1, **NORMALIZED},
+    {"router": "densemixer", "matmul": "blocks", **SIGMOID, **NORMALIZED},
+    {"router": "densemixer", "top_k": 8},
+    {"router": "remoe", "matmul": "blocks"},
+    {"router": "remoe"},
+    {"router": "loss_free", "matmul": "blocks"},
+    {"router": "loss_free", **SIGMOID, **NORMALIZED},
+    {"router": "topk", **NORMALIZED},
+    {"router": "topk", "matmul": "blocks", "sequence_balance_weight": 1.0, **SIGMOID},
+    {"router": "default", **SIGMOID},
+    {"router": "default", "substitute": "backward", **SIGMOID, **NORMALIZED},
+    {"router": "default", "ema_update": "after"},
+    {"router": "default", "substitute_ramp_steps": 8, "matmul": "blocks"},
+    {"router": "default", "capacity_factor": 1.0, "matmul": "blocks"},
+    {"router": "topk", "capacity_factor": 0.5},
+    {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_every_method_equals_the_loops(fields):
+    fields = {"top_k": 2, "matmul": "ragged", **fields}
+    x, params, ema, g = reference.make_inputs(31, TOKENS, 8)
+    expected, _, _ = check_step(make_config(8, **fields), x, params, ema, g)
+    routes = expected.routes
+    if fields["router"] == "remoe":
+        assert {len(chosen) for chosen in routes.chosen} > {2, 3, 4}  # as many as there are open gates
+    if fields["router"] == "loss_free":
+        plain = reference.route(x, params.kernel, settings_of(make_config(8, **fields), LENGTH)._replace(router="topk"))
+        assert sum(a != b for a, b in zip(routes.chosen, plain.chosen, strict=True)) > 5
+    if "capacity_factor" in fields:
+        dropped = sum(len(a) - len(b) for a, b in zip(routes.chosen, routes.active, strict=True))
+        assert dropped > 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router": "remoe", "matmul": "blocks"},
+        {"router": "default", "capacity_factor": 1.0, "sequence_balance_weight": 1.0, "matmul": "blocks"},
+    ],
+    ids=str,
+)
+def test_masked_tokens_count_in_no_loss_and_take_no_room(fields):
+    x, params, ema, g = reference.make_inputs(36, TOKENS, 8)
+    mask = np.random.default_rng(0).integers(0, 2, TOKENS, dtype=np.int32)
+    check_step(make_config(8, 2, **fields), x, params, ema, g, mask)
+
+
+def test_scores_may_be_as_small_as_they_like():
+    """Sigmoids of all experts, and the chosen ones alone, down to what float32 cannot hold."""
+    for fields, logits, bias in (
+        ({"router": "topk"}, [-200.0, -201.0, -250.0, -199.0], None),
+        ({"router": "densemixer", **NORMALIZED}, [-200.0, -201.0, -250.0, -199.0], None),
+        ({"router": "loss_free", **NORMALIZED}, [5.0, -120.0, -121.0, 5.0], [-1.0, 1.0, 1.0, -1.0]),
+    ):
+        config = moe_config(num_experts=4, top_k=2, **SIGMOID, **fields)
+        state = {} if bias is None else {"bias": jnp.array(bias)}
+
+        def chosen_and_distribution(logits, config=config, state=state):
+            decision = config.method.route(logits, config, state, None)
+            weights = jnp.take_along_axis(decision.weights, decision.expert_index, axis=-1)
+            return jnp.concatenate([weights, decision.probs], axis=-1).ravel()
+
+        logits = jnp.array(logits).reshape(1, 1, 4)
+        values, slopes = chosen_and_distribution(logits), jax.jacobian(chosen_and_distribution)(logits)
+        assert np.isfinite(values).all() and np.isfinite(slopes).all()
+        assert_close(values[2:].sum(), 1)
+        if "normalize_weights" in fields:  # exp(-1) between the two, as for softmax
+            first = 1 / (1 + np.exp(-1))
+            assert_close(values[:2], [first, 1 - first])
+
+
+def test_capacity_is_rounded_up():
+    """1 x 2 x 5 / 8 = 1.25, 1 x 2 x 12 / 8 = 3, 0.5 x 2 x 12 / 8 = 1.5."""
+    rooms = [moe_config(top_k=2, capacity_factor=f).capacity(n) for f, n in ((1.0, 5), (1.0, 12), (0.5, 12))]
+    assert rooms == [2, 3, 2]
+    assert moe_config().capacity(12) is None
+
+
+@pytest.mark.parametrize("fields", [{"router": "topk", "sequence_balance_weight": 1.0}, {"router": "remoe"}], ids=str)
+def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
+    config = make_config(8, 2, **fields, router_z_weight=0.0 if fields["router"] == "remoe" else 0.125)
+    x, params, ema, g = reference.make_inputs(32, TOKENS, 8)
+    (_, (_, aux, _)), _ = compiled(config)(variables_of(config, params, ema), batched(x), batched(g), None)
+    if fields["router"] == "remoe":
+        assert_close(aux["auxiliary_loss"], 0.25 * aux["sparsity_loss"])  # lambda
+        assert_close(aux["remoe_lambda"], 0.25)
+    else:
+        weighted = 0.01 * aux["load_balance_loss"] + 0.125 * aux["router_z_loss"] + aux["sequence_balance_loss"]
+        assert_close(aux["auxiliary_loss"], weighted)
+
+
+# SparseMixer, noise: random numbers
+
+
+@pytest.mark.parametrize("top_k,matmul", [(1, "blocks"), (2, "ragged")])
+def test_sparsemixer_equals_the_loops_with_the_same_draws(monkeypatch, top_k, matmul):
+    """A threshold that leaves a few experts to draw from; the whole weight and a third of it both occur."""
+    rng = np.random.default_rng(7)
+    draws = [
+        (np.float64(np.float32(rng.exponential(size=(TOKENS, 8)))), np.float64(np.float32(rng.uniform(size=TOKENS))))
+        for _ in range(top_k)
+    ]
+    given = iter([Draws(batched(exponential), batched(uniform)) for exponential, uniform in draws])
+    monkeypatch.setattr(sparsemixer, "draw", lambda key, shape: next(given))
+    x, params, ema, g = reference.make_inputs(33, TOKENS, 8)
+    config = make_config(8, top_k, router="sparsemixer", mask_threshold=0.45, matmul=matmul)
+    expected, _, _ = check_step(config, x, params, ema, g, draws=draws)
+    plain = reference.route(x, params.kernel, settings_of(config, LENGTH))
+    assert sum(a != b for a, b in zip(expected.routes.chosen, plain.chosen, strict=True)) > 3
+    factors = [factor for token in expected.routes.tokens for factor in token.factors]
+    assert {round(3 * factor) for factor in factors} == {1, 3}
+
+
+def test_sparsemixer_draws_with_the_probabilities_it_should():
+    """Logits 2, 1.9, 1.7, -9 and threshold 0.1: (2 - 1.7) / 2 = 0.15 < 0.2, so three experts may be drawn.
+
+    Of 20,000 draws the shares are within five standard deviations, at most 5 * 0.5 / sqrt(20000) = 0.018. An unlikely
+    expert has its whole weight in a quarter of its draws.
+    """
+    logits = jnp.broadcast_to(jnp.array([2.0, 1.9, 1.7, -9.0]), (100, 200, 4))
+    draws = sparsemixer.draw(jax.random.key(3), logits.shape)
+    expert, weight = (np.asarray(a).ravel() for a in sparsemixer.choose(logits, logits, 0.1, draws))
+    p = np.exp([2, 1.9, 1.7]) / np.exp([2, 1.9, 1.7]).sum()
+    shares = np.bincount(expert, minlength=4) / expert.size
+    np.testing.assert_allclose(shares, [*p, 0], atol=0.018)
+    np.testing.assert_allclose(weight[expert == 0], p[0], rtol=1e-5)
+    whole = weight[expert == 1] > 0.5 * p[1]
+    np.testing.assert_allclose(weight[expert == 1], np.where(whole, p[1], p[1] / 3), rtol=1e-5)
+    assert abs(whole.mean() - 0.25) < 5 * (0.25 * 0.75 / whole.size) ** 0.5
+
+
+def test_sparsemixers_draws_are_independent_and_never_of_what_is_masked(monkeypatch):
+    """The second draw has another key. An exponential number of exactly 0 makes no -inf the largest."""
+    keys, drawn = [], sparsemixer.draw
+    monkeypatch.setattr(sparsemixer, "draw", lambda key, shape: keys.append(key) or drawn(key, shape))
+    config = moe_config(num_experts=4, top_k=2, router="sparsemixer")
+    config.method.route(jnp.zeros((1, 3, 4)), config, {}, jax.random.key(0))
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 2
+    logits = jnp.array([[[2.0, 1.9, -9.0, 1.8]]])
+    left = logits.at[0, 0, 0].set(-jnp.inf)  # chosen before
+    draws = Draws(jnp.array([[[0.0, 1.0, 0.0, 1.0]]]), jnp.zeros((1, 1)))
+    assert int(sparsemixer.choose(logits, left, 0.1, draws)[0][0, 0]) == 1
+
+
+def test_sparsemixer_takes_the_largest_logits_at_evaluation():
+    config = make_config(8, 2, router="sparsemixer", mask_threshold=0.45)
+    x, params, ema, g = reference.make_inputs(34, TOKENS, 8)
+    expected = reference.forward(x, params, ema, settings_of(config, LENGTH), update=False)
+    (_, (y, aux, _)), _ = compiled(config, train=False)(variables_of(config, params, ema), batched(x), batched(g), None)
+    check_aux(config, aux, expected)
+    assert_close(y, batched(expected.y), "y")
+
+
+def test_noise_on_the_logits_has_its_standard_deviation_in_training_alone():
+    """Differences of log-probabilities are those of logits: noise of 0.5 on each gives them 0.5 sqrt(2).
+
+    64 * 64 tokens, 7 differences that are correlated: the standard deviation is known to about 1 / sqrt(2 * 4096).
+    """
+    config = moe_config(num_experts=8, top_k=2, expert_dim=4, router="topk", router_noise_std=0.5)
+    layer, x = MoELayer(config), jnp.ones((64, 64, 8))
+
+    @jax.jit
+    def log_probs(key):
+        """In training, and at evaluation."""
+        variables = layer.init(jax.random.key(0), x, train=True)
+        applied = [layer.apply(variables, x, train=train, rngs={"router": key}) for train in (True, False)]
+        return [jnp.log(aux["router_probs"]) for _, aux in applied]
+
+    noisy, plain = map(np.asarray, log_probs(jax.random.key(1)))
+    noise = noisy - plain
+    differences = noise[..., 1:] - noise[..., :1]
+    assert abs(differences.std() / (0.5 * 2**0.5) - 1) < 5 / (2 * 4096) ** 0.5
+    assert abs(differences.mean()) < 5 * 0.5 * 2**0.5 / 64
+    np.testing.assert_allclose(plain[0, 0], plain[-1, -1])
+
+
+@pytest.mark.parametrize("fields", [{"router": "sparsemixer", "mask_threshold": 0.45}, {"router_noise_std": 1.0}])
+def test_random_numbers_are_the_same_on_any_mesh(fields):
+    config = make_config_for_mesh(matmul="blocks", **fields)
+    results = []
+    for mesh in (None, mesh_of((2, 2, 2))):
+        step = make_step(config)
+        if mesh is None:
+            variables, *inputs = (jax.device_get(a) for a in arrays(config, mesh_of((8, 1, 1)), "replicated"))
+            results.append(jax.jit(step)(variables, *inputs))
+        else:
+            with jax.set_mesh(mesh):
+                results.append(jax.jit(step)(*arrays(config, mesh, "sharded")))
+    (expected_grads, (expected_y, expected_aux, _)), (grads, (y, aux, _)) = results
+    np.testing.assert_array_equal(aux["expert_index"], expected_aux["expert_index"])
+    assert_close(y, expected_y, "y")
+    assert_close(grads[0]["params"]["router"]["kernel"], expected_grads[0]["params"]["router"]["kernel"], "router")
+    assert_close(grads[1], expected_grads[1], "x")
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        ((2, 2, 2), {"router": "densemixer", "matmul": "blocks"}),
+        ((1, 1, 8), {"router": "densemixer", "matmul": "ragged"}),
+        ((2, 1, 4), {"router": "dense", "matmul": "ragged"}),
+        ((2, 2, 2), {"router": "remoe", "matmul": "blocks"}),
+        ((2, 2, 2), {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0}),
+        ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "substitute_ramp_steps": 8, "matmul": "ragged"}),
+        ((2, 2, 2), {"capacity_factor": 1.0, "expert_gradient": True, "matmul": "blocks"}),
+    ],
+    ids=str,
+)
+def test_every_method_equals_the_loops_on_a_mesh(sizes, fields):
+    check_step_on(mesh_of(sizes), make_config_for_mesh(**fields))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        ((2, 1, 4), {"router": "remoe", "matmul": "blocks"}),
+        ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "matmul": "ragged"}),
+    ],
+    ids=str,
+)
+def test_exchanged_tokens_equal_the_loops(monkeypatch, sizes, fields):
+    emulate_exchange(monkeypatch)
+    check_step_on(mesh_of(sizes), make_config_for_mesh(expert_parallel="exchange", **fields))
+
+
+def test_an_exact_dense_gradient_is_not_exchanged_for(monkeypatch):
+    emulate_exchange(monkeypatch)
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        assert resolve_expert_parallel(make_config_for_mesh(router="densemixer"), 4096, 12) == "gather"
+        with pytest.raises(ConfigError, match="'densemixer' every expert needs every token"):
+            resolve_expert_parallel(make_config_for_mesh(router="densemixer", expert_parallel="exchange"), 4096, 12)
+
+
+# What methods are to each other
+
+
+@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
+def test_densemixers_router_gradient_is_the_dense_layers_at_the_same_output_gradient(matmul):
+    """And its output and its experts' gradients are those of top-k, bit for bit."""
+    x, params, ema, g = reference.make_inputs(35, TOKENS, 8)
+    results = {}
+    for router in ("dense", "densemixer", "topk"):
+        layer = MoELayer(make_config(8, 2, router=router, matmul=matmul))
+
+        def objective(variables, layer=layer):
+            y, _ = layer.apply(variables, batched(x), train=True)
+            return (batched(g) * y).sum(), y
+
+        variables = variables_of(layer.config, params, ema)
+        results[router] = jax.jit(jax.grad(objective, has_aux=True))(variables)
+    kernels = {router: grads["params"]["router"]["kernel"] for router, (grads, _) in results.items()}
+    assert_close(kernels["densemixer"], kernels["dense"], "gradient of the router")
+    assert np.abs(kernels["topk"] - kernels["dense"]).max() > 0.1 * np.abs(kernels["dense"]).max()
+    np.testing.assert_array_equal(results["densemixer"][1], results["topk"][1])
+    for name, d in results["densemixer"][0]["params"]["experts"].items():
+        np.testing.assert_array_equal(d, results["topk"][0]["params"]["experts"][name], name)
+
+
+def test_a_dropped_expert_gives_its_default_vector_or_nothing():
+    """A sequence of 4 tokens that are all alike: expert 0 with weight 3/4 has room for the first two of them."""
+    x = jnp.ones((1, 4, 1))
+    kernel = jnp.array([[np.log(3.0), 0.0]])
+    one = jnp.ones((2, 1, 1))
+    for router, last in (("topk", 0.0), ("default", 0.75 * 9 + 0.25 * 5)):
+        config = moe_config(num_experts=2, top_k=1, expert_dim=1, router=router, capacity_factor=1.0)
+        variables = {"params": {"router": {"kernel": kernel}, "experts": {"gate": one, "up": one, "down": one}}}
+        if router == "default":
+            config = moe_config(**{**vars(config), "router": "default"}, ema_decay=1.0)
+            variables["default_vectors"] = {"ema": jnp.array([[9.0], [5.0]])}
+        layer = MoELayer(config)
+
+        @jax.jit
+        def both(variables, layer=layer):
+            trained, _ = layer.apply(variables, x, train=True, mutable=["default_vectors"])
+            return trained, layer.apply(variables, x, train=False)
+
+        (y, aux), (held_y, held_aux) = both(variables)
+        out = 0.75 / (1 + np.exp(-1.0)) + (0.25 * 5 if router == "default" else 0)  # silu(1) * 1 * 1
+        assert_close(y[0, :, 0], [out, out, last, last])
+        assert float(aux["dropped_fraction"]) == 0.5
+        np.testing.assert_array_equal(aux["tokens_per_expert"], [4, 0])  # what was asked for
+        assert_close(held_y[0, :, 0], [out] * 4)
+        assert float(held_aux["dropped_fraction"]) == 0
+
+
+def test_capacity_by_hand():
+    """Room for 2 of a sequence of 5. Expert 0 is chosen by tokens 0, 1, 3, 4, expert 1 by 0, 2, 4, expert 2 by 1, 2, 3.
+
+    With token 1 masked it takes no room: token 3 is then the second for both experts that it chose.
+    """
+    index = jnp.array([[[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]]])
+    kept = routing.within_capacity(index, 3, 2, None)
+    np.testing.assert_array_equal(kept, [[[0, 1], [2, 0], [1, 2], [3, 3], [3, 3]]])
+    kept = routing.within_capacity(index, 3, 2, jnp.array([[1, 0, 1, 1, 1]]))
+    np.testing.assert_array_equal(kept, [[[0, 1], [2, 0], [1, 2], [0, 2], [3, 3]]])
+
+
+def test_balance_of_sequences_by_hand():
+    """Two sequences of two tokens, K = 1. The first: f = (1, 0), P = (3/4, 1/4), 2 f . P = 3/2; the second is even: 1.
+
+    With the second token of the first masked: P = (1/2, 1/2), 1. With all of the second masked the first alone counts.
+    """
+    probs = jnp.array([[[0.5, 0.5], [1.0, 0.0]], [[0.75, 0.25], [0.25, 0.75]]])
+    index = jnp.array([[[0], [0]], [[0], [1]]])
+    assert_close(routing.sequence_balance_loss(probs, index, None), 1.25)
+    assert_close(routing.sequence_balance_loss(probs, index, jnp.array([[1, 0], [1, 1]])), 1)
+    assert_close(routing.sequence_balance_loss(probs, index, jnp.array([[1, 1], [0, 0]])), 1.5)
+    assert float(routing.sequence_balance_loss(probs, index, jnp.zeros((2, 2)))) == 0
+
+
+def test_shared_experts_add_a_dense_network_of_their_width():
+    config = make_config(8, 2, router="topk", num_shared_experts=3)
+    layer = MoELayer(config, down_init_std=0.5)
+    x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, D_MODEL))
+    variables = jax.jit(functools.partial(layer.init, train=False))(jax.random.key(1), x)
+    shared = {name: np.float64(p["kernel"]) for name, p in variables["params"].pop("shared_experts").items()}
+    assert shared["gate"].shape == (D_MODEL, 3 * EXPERT_DIM)
+    assert 0.4 < shared["down"].std() < 0.6
+    without = jax.jit(functools.partial(MoELayer(make_config(8, 2, router="topk")).apply, train=False))
+    without = without(variables, x)[0]
+    variables["params"]["shared_experts"] = {name: {"kernel": jnp.float32(a)} for name, a in shared.items()}
+    gate, up = np.float64(x) @ shared["gate"], np.float64(x) @ shared["up"]
+    expected = np.float64(without) + (gate * reference.sigmoid(gate) * up) @ shared["down"]
+    assert_close(jax.jit(functools.partial(layer.apply, train=False))(variables, x)[0], expected)
+    config = Config(moe=config, model=ModelConfig(d_model=D_MODEL, num_heads=2, num_layers=2))
+    plain = Config(moe=make_config(8, 2, router="topk"), model=config.model)
+    more = [a - b for a, b in zip(parameter_counts(config, 9), parameter_counts(plain, 9), strict=True)]
+    assert more == [9 * D_MODEL * EXPERT_DIM, 9 * D_MODEL * EXPERT_DIM, 0]  # total, active, experts

@@ -1,0 +1,89 @@
+"""Balance statistics by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.reference import assert_close
+
+from default_moe.methods import routing
+
+
+def uniform(num_tokens: int, num_experts: int) -> jnp.ndarray:
+    return jnp.full((1, num_tokens, num_experts), 1 / num_experts)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_perfect_balance_costs_one(top_k):
+    """4 tokens over 4 experts, each chosen K times: f = P = 1/4, so 4 * 4 * 1/16 = 1, whatever K."""
+    index = (jnp.arange(4)[:, None] + jnp.arange(top_k)) % 4
+    counts = routing.tokens_per_expert(index[None], 4, None)
+    np.testing.assert_array_equal(counts, [top_k] * 4)
+    assert counts.dtype == jnp.int32
+    assert_close(routing.load_balance_loss(uniform(4, 4), counts, None), 1)
+
+
+def test_worst_balance_costs_the_number_of_experts():
+    """All on expert 2 with certainty: f_2 = P_2 = 1, so 4 * 1 = 4."""
+    probs = jnp.zeros((1, 5, 4)).at[..., 2].set(1)
+    assert_close(routing.load_balance_loss(probs, jnp.array([0, 0, 5, 0]), None), 4)
+
+
+PROBS = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]], [[0.7, 0.2, 0.1], [0.2, 0.2, 0.6]]])
+INDEX = jnp.array([[[0], [1]], [[0], [2]]])
+
+
+def test_balance_by_hand():
+    """Counts 2, 1, 1 of 4; P = (1.5, 1.3, 1.2) / 4; 3 (2 * 1.5 + 1.3 + 1.2) / 16 = 16.5 / 16."""
+    counts = routing.tokens_per_expert(INDEX, 3, None)
+    np.testing.assert_array_equal(counts, [2, 1, 1])
+    assert_close(routing.load_balance_loss(PROBS, counts, None), 16.5 / 16)
+
+
+def test_masked_balance_by_hand():
+    """Without the token [1, 0]: counts 1, 1, 1 of 3; P = (0.8, 1.1, 1.1) / 3; 3 * 3.0 / 9 = 1."""
+    mask = jnp.array([[1, 1], [0, 1]])
+    counts = routing.tokens_per_expert(INDEX, 3, mask)
+    np.testing.assert_array_equal(counts, [1, 1, 1])
+    assert_close(routing.load_balance_loss(PROBS, counts, mask), 1)
+
+
+def test_masked_imbalance_by_hand():
+    """Without [0, 1] and [1, 1]: counts 2, 0, 0 of 2; P_0 = 1.2 / 2; 3 * 0.6 = 1.8."""
+    mask = jnp.array([[1, 0], [1, 0]])
+    counts = routing.tokens_per_expert(INDEX, 3, mask)
+    np.testing.assert_array_equal(counts, [2, 0, 0])
+    assert_close(routing.load_balance_loss(PROBS, counts, mask), 1.8)
+
+
+def test_the_shares_carry_no_gradient_and_the_probabilities_do():
+    """d/dp_te of N sum f P is N f_e / T: 3 * (2, 1, 1) / 4 / 4."""
+    grad = jax.grad(lambda p: routing.load_balance_loss(p, routing.tokens_per_expert(INDEX, 3, None), None))(PROBS)
+    assert_close(grad, np.broadcast_to([6 / 16, 3 / 16, 3 / 16], PROBS.shape))
+
+
+def test_z_loss_by_hand():
+    """Two equal logits c have log-partition c + ln 2: here ln 2 and 1 + ln 2."""
+    logits = jnp.array([[[0.0, 0.0], [1.0, 1.0]]])
+    expected = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
+    assert_close(routing.router_z_loss(logits, None), expected)
+    assert_close(routing.router_z_loss(logits, jnp.array([[0, 1]])), (1 + math.log(2)) ** 2)
+
+
+def test_entropy_by_hand():
+    """Undecided among 4: ln 4. Certain: 0."""
+    assert_close(routing.router_entropy(jnp.full((1, 3, 4), 0.25), None), math.log(4))
+    assert float(routing.router_entropy(jnp.array([[[1.0, 0.0]]]), None)) == 0
+    probs = jnp.array([[[0.75, 0.25], [0.5, 0.5]]])
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert_close(routing.router_entropy(probs, jnp.array([[1, 0]])), expected)
+    assert_close(routing.router_entropy(probs, None), (expected + math.log(2)) / 2)
+
+
+def test_nothing_kept_gives_zero_not_nan():
+    mask = jnp.zeros((2, 2))
+    counts = routing.tokens_per_expert(INDEX, 3, mask)
+    assert float(routing.load_balance_loss(PROBS, counts, mask)) == 0
+    assert float(routing.router_z_loss(PROBS, mask)) == 0

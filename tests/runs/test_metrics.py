@@ -1,0 +1,205 @@
+"""Metrics on the disk and on the screen: exact after a resumption, and never the end of a run."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from default_moe.hardware import peak_flops
+from default_moe.runs.heat_map import load_heat_map
+from default_moe.runs.metrics import MetricsWriter
+from default_moe.runs.progress import Progress
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(workdir) -> list:
+    """Every event of every file, oldest file first, with TFRecord's framing (length, 2 checksums) taken off."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[12 + size + 4 :]
+    return events
+
+
+def test_lines_and_scalars(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(10, {"train/loss": np.float32(2.5), "train/tokens": 7})
+    assert lines(tmp_path) == [{"step": 10, "train/loss": 2.5, "train/tokens": 7}]  # flushed without close
+    writer.write(20, {"train/loss": float("nan"), "eval/loss": np.inf})
+    writer.close()
+    assert lines(tmp_path)[1] == {"step": 20, "train/loss": None, "eval/loss": None}
+    scalars = [(e.step, v.tag, v.simple_value) for e in read_events(tmp_path) for v in e.summary.value]
+    assert scalars[:2] == [(10, "train/loss", 2.5), (10, "train/tokens", 7.0)]
+    assert len(scalars) == 4 and np.isnan(scalars[2][2])
+
+
+def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        writer = MetricsWriter(folder)
+        for step in range(0, 50, 10):
+            writer.write(step, {"train/loss": 1 / (step + 1)})
+        writer.close()
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')  # a torn line whose step, cut off, would look old enough
+    writer = MetricsWriter(killed, resume_step=20)
+    assert [line["step"] for line in lines(killed)] == [0, 10, 20]
+    for step in (30, 40):
+        writer.write(step, {"train/loss": 1 / (step + 1)})
+    writer.close()
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    starts = [event.step for event in read_events(killed) if event.HasField("session_log")]
+    assert starts == [0, 21]  # TensorBoard hides what older files hold from there on
+
+    MetricsWriter(killed, resume_step=None).close()
+    assert lines(killed) == []
+
+
+def test_a_full_disk_is_reported_once_and_nothing_is_lost(tmp_path):
+    code = """
+import resource, signal, sys
+from default_moe.runs.metrics import MetricsWriter
+reports = []
+writer = MetricsWriter(sys.argv[1], report=reports.append)
+writer.write(1, {"loss": 1.5})
+resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
+for step in (2, 3, 4):
+    writer.write(step, {"loss": 1.5})
+print(open(sys.argv[1] + "/metrics.jsonl").read().count("\\n"), *reports, sep="|")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+writer.write(5, {"loss": 1.5})
+writer.close()
+"""
+    child = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(child, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    count, *reports = done.stdout.strip().split("|")
+    assert int(count) == 1
+    assert sorted(report.split(" cannot be written (File too large)")[0] for report in reports) == [
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_place_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    for name in ("tensorboard", "figures"):
+        (tmp_path / name).write_text("in the way")
+    (tmp_path / "metrics.jsonl").mkdir()
+    reports = []
+    writer = MetricsWriter(tmp_path, resume_step=3, report=reports.append)
+    for step in range(3):
+        writer.write(step, {"loss": 1.0})
+        writer.write_load(step, np.ones((1, 2)))
+    writer.close()
+    assert sorted(report.split()[0] for report in reports) == ["figures", "metrics.jsonl", "tensorboard"]
+
+
+def test_pictures_of_load_and_which_are_kept(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (90, 100, 110, 120, 130, 140):
+        writer.write_load(step, np.ones((2, 4)))
+    writer.close()
+    names = sorted((path.name for path in (tmp_path / "figures").iterdir()), key=lambda name: int(name[17:-4]))
+    assert names == [f"expert_load_step_{step}.png" for step in (100, 110, 120, 130, 140)]
+    images = [v.image for e in read_events(tmp_path) for v in e.summary.value if v.tag == "expert_load"]
+    assert len(images) == 6
+    picture = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string))
+    assert picture.shape[:2] == (images[-1].height, images[-1].width)
+
+
+def test_heat_map_shows_load_relative_to_the_layers_mean():
+    """One layer, loads 1.6, 0.4 of the mean: red is stronger on the left, blue on the right; balanced: both white."""
+
+    def halves(counts):
+        picture = matplotlib.image.imread(io.BytesIO(load_heat_map(np.array([counts]))))[..., :3]
+        colors, number = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+        common = colors[np.argsort(-number)][:3]
+        return [color for color in common if not (color == 1).all()]
+
+    unbalanced = halves([16, 4])
+    assert any(red > blue + 0.2 for red, _, blue in unbalanced) and any(blue > red + 0.2 for red, _, blue in unbalanced)
+    assert halves([3, 3])[0].min() > 0.9
+    for shape in ((3, 8), (1, 1), (2, 128)):
+        assert load_heat_map(np.zeros(shape)).startswith(b"\x89PNG")
+
+
+def test_plain_lines_when_there_is_no_terminal():
+    stream = io.StringIO()
+    progress = Progress(400, stream)
+    progress.start(0)
+    metrics = {"train/loss": 2.34561, "train/bits_per_byte": 3.384, "train/learning_rate": 3e-3}
+    progress.step(1)
+    progress.log(1, {"train/loss": 5.0})
+    progress._first = (1, progress._first[1] - 39.0)  # a second a step: 39 s for the 39 steps since
+    progress.step(40)
+    progress.log(40, {**metrics, "train/tokens_per_second": 20100.4, "train/other": 1.0})
+    progress.message("saved")
+    progress.close()
+    first, second, third = stream.getvalue().splitlines()
+    assert first == "step 1/400  loss 5.0000"
+    assert second == "step 40/400  loss 2.3456  bits/byte 3.38  lr 3.0e-03  tokens/s 20,100  ETA 6:00"
+    assert third == "saved"
+
+
+def test_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = Progress(10, stream)
+    progress.message("before")
+    progress.start(4)
+    for step in (5, 6):
+        progress.step(step)
+    progress.log(6, {"train/loss": 2.5})
+    progress.message("evaluated")
+    progress.close()
+    shown = stream.getvalue()
+    assert re.search(r"60%\|.*\| step 6/10, loss 2\.5000  ETA 0:00", shown)
+    assert shown.startswith("before\n") and "evaluated\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA B200", 2250e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("cpu", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_peak_flops(kind, peak):
+    assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
+
+
+def test_importing_loads_neither_matplotlib_nor_tensorboard():
+    imports = "import sys, default_moe.runs.metrics, default_moe.runs.progress"
+    code = f"{imports}; print({{'matplotlib', 'tensorboardX', 'tqdm'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,261 @@
+"""Whole runs of a tiny model: what they leave, how they survive trouble, and their evaluation."""
+
+import errno
+import json
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_runs import (
+    assert_same_state,
+    at_step,
+    content,
+    evaluate,
+    metrics,
+    steps,
+    tiny_config,
+    tiny_settings,
+    train,
+    write_corpus,
+)
+
+from default_moe.config import Config
+from default_moe.data import open_data
+from default_moe.runs import checkpoint
+from default_moe.runs.sampling import generate
+from default_moe.training.program import Program
+
+# Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
+# to these.
+LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A finished run's work directory and what it printed."""
+    code, output = train(tiny_config(folder, **LEARNING), folder / "finished")
+    assert code == 0, output
+    return folder / "finished", output
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def held_out(workdir):
+    """Held-out losses by step."""
+    return {line["step"]: line["eval/loss"] for line in metrics(workdir) if "eval/loss" in line}
+
+
+def only_error(output):
+    """The one line that says why a run failed, with which its output ends."""
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
+    assert "Traceback" not in output
+    return lines[-1]
+
+
+def saved_report(workdir, step):
+    """The JSON report of an evaluation, which holds neither NaN nor infinity."""
+    return json.loads((workdir / "eval" / f"step_{step}.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
+    workdir, output = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [12, 24, 30]
+    for name in ("perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds"):
+        assert f"train/{name}" in training[0]
+    for name in ("load_balance_loss", "router_entropy", "max_load", "default_vector_norm"):
+        assert f"layer_1/{name}" in training[0]
+    assert training[0]["train/load_balance_loss"] == pytest.approx(training[0]["layer_1/load_balance_loss"])
+    # Nothing known costs log 257 = 5.55 nats a byte; words of lower-case letters at most log 27 = 3.3.
+    assert training[0]["train/loss"] > 5.3
+    assert held_out(workdir)[30] < 3.3
+    last = [line for line in lines if "eval/loss" in line][-1]
+    assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
+    assert last["eval/bits_per_byte"] == pytest.approx(last["eval/loss"] / np.log(2), rel=0.01)  # a byte a token
+    assert (workdir / "figures" / "expert_load_step_30.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.stat().st_size for path in (workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert steps(workdir) == [24, 28, 30]
+    assert "a sample:\ndef " in output and "compiled the training step in" in output
+
+
+def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
+    before = content(copy)
+    code, output = train(tiny_config(folder, **LEARNING), copy)
+    assert code == 0 and "nothing to do: the run is at step 30" in output
+    assert content(copy) == before
+    longer = {**LEARNING, "train": {"num_steps": 32}}
+    code, output = train(tiny_config(folder, **longer), copy)
+    assert code == 0 and "changed since the run began: train.num_steps was 30, is now 32" in output
+    assert "going on from step 30" in output
+    assert steps(copy)[-1] == 32
+
+
+def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp_path):
+    workdir, _ = finished
+    before = content(workdir)
+    changed = tiny_config(
+        folder,
+        model={"d_model": 32},
+        moe={"num_experts": 16},
+        train={"seed": 2},
+        data={"files": write_corpus(tmp_path / "text", seed=5), "validation_fraction": 0.3},
+    )
+    code, output = train(changed, workdir)
+    assert code == 2
+    error = only_error(output)
+    for difference in (
+        "model.d_model: 16 there, 32 here",
+        "moe.num_experts: 8 there, 16 here",
+        "train.seed: 1 there, 2 here",
+        "data.validation_fraction: 0.2 there, 0.3 here",
+        "corpus_hash: ",
+    ):
+        assert difference in error
+    assert content(workdir) == before
+
+
+def test_a_full_disk_does_not_end_a_run(folder, finished, tmp_path, monkeypatch):
+    """The save of step 12 fails; it is made up for at the next step that is logged."""
+    write, failures = checkpoint.write_manifest, []
+
+    def full_once(path):
+        if not failures:
+            failures.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path)
+
+    def until_it_failed():
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full_once)
+    at_step(monkeypatch, 13, until_it_failed)
+    code, output = train(tiny_config(folder, **LEARNING, checkpoint={"every_steps": 12}), tmp_path)
+    assert code == 0
+    complaints = [line for line in output.splitlines() if "not saved" in line]
+    assert len(complaints) == 1 and "step 12" in complaints[0] and "No space left on device" in complaints[0]
+    retried, *due = steps(tmp_path)
+    assert 12 < retried < 24 and due == [24, 30]
+    assert_same_state(tmp_path, finished[0], 30)
+
+
+def test_a_run_whose_last_save_fails_says_so_and_fails(folder, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny_config(folder, **LEARNING, checkpoint={"every_steps": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", full)
+        code, output = train(config, tmp_path)
+    assert code == 1
+    assert only_error(output).startswith("error: the checkpoint of step 30 could not be saved; make room")
+    assert "done" not in output and steps(tmp_path) == []
+    assert train(config, tmp_path)[0] == 0
+    assert steps(tmp_path) == [30]
+
+
+def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
+    # Adam moves each weight by the learning rate: 1e38 a step overflows the activations at once.
+    wild = {
+        "train": {"num_steps": 40, "max_bad_steps": 3},
+        "optim": {"peak_lr": 1e38},
+        "checkpoint": {"every_steps": 1},
+    }
+    code, output = train(tiny_config(folder, **wild), tmp_path)
+    assert code == 1
+    error = only_error(output)
+    assert error.startswith("error: 3 steps in a row had a loss or gradient that is not finite")
+    assert "is intact" in error
+    bad = [line for line in metrics(tmp_path) if line.get("train/bad_steps")]
+    assert [line["train/bad_steps_in_row"] for line in bad] == [1, 2, 3]
+    assert steps(tmp_path)[-1] < bad[0]["step"]  # nothing is saved while steps are bad
+    assert all(line["train/loss"] is None for line in bad)
+    code, output = evaluate(tmp_path)
+    assert code == 0 and "damaged" not in output
+    # What the last step that counted made of the weights is finite, but the loss is not: null in JSON.
+    assert saved_report(tmp_path, steps(tmp_path)[-1])["loss"] is None
+
+
+def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, finished):
+    workdir, _ = finished
+    before = content(workdir / "checkpoints")
+    code, _ = evaluate(workdir)
+    assert code == 0
+    report = saved_report(workdir, 30)  # the newest step
+    data = open_data(tiny_config(folder).data, lambda line: None)
+    assert report["tokens"] == data.validation.info.tokens - 1  # every token after the first, once
+    at_30 = next(line for line in metrics(workdir) if line["step"] == 30 and "eval/loss" in line)
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert report[name] == pytest.approx(at_30[f"eval/{name}"], rel=1e-6)
+    assert [sum(layer["tokens_per_expert"]) for layer in report["layers"]] == [2 * report["tokens"]]  # top 2
+    assert content(workdir / "checkpoints") == before
+
+
+def test_evaluation_prints_what_it_writes(finished):
+    workdir, _ = finished
+    code, output = evaluate(workdir)
+    assert code == 0
+    report = saved_report(workdir, 30)
+    assert f"step 30, text_files, {report['tokens']:,} held-out tokens, {report['text_bytes']:,} bytes" in output
+    for label, name in (("loss", "loss"), ("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")):
+        assert f"\n  {label:<14} {report[name]:.4f}" in output
+    table = [line.split() for line in output.splitlines()]
+    header = next(number for number, line in enumerate(table) if line[:1] == ["layer"])
+    (layer,) = report["layers"]
+    assert table[header + 1] == ["1", *(f"{layer[name]:.4g}" for name in table[header][1:])]
+    assert {"load_balance_loss", "router_entropy", "max_load", "default_vector_norm"} <= {*table[header]}
+    assert report["prompt"] == "the " and report["sample"].startswith("the ")
+    assert f"from the prompt 'the ':\n{report['sample']}\n" in output
+
+
+def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
+    workdir, _ = finished
+
+    def on_mesh(config):
+        return Config.from_mapping({**config.to_dict(), "mesh": {"data": 2, "fsdp": 2, "expert": 2}})
+
+    reports = []
+    for override in (lambda config: config, on_mesh):
+        assert evaluate(workdir, step=24, override=override)[0] == 0
+        reports.append(saved_report(workdir, 24))
+    assert reports[0]["step"] == 24
+    assert reports[0]["loss"] == pytest.approx(held_out(workdir)[24], rel=1e-6)
+    assert reports[0]["loss"] > 1.001 * held_out(workdir)[30]
+    assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
+
+
+def test_greedy_generation_is_the_argmax_of_the_uncached_forward_pass(folder):
+    settings = tiny_settings(folder, eval={"sample_tokens": 8, "temperature": 0.0}, mesh={"data": 1})
+    program = Program(Config.from_mapping(settings), 257, jax.devices()[:1])
+    state = program.new_state()
+    prompt = np.array([256, 97, 98])
+    text, expected = list(prompt), generate(program, state.params, state.variables, prompt)
+    forward = jax.jit(
+        lambda tokens: program.model.apply({"params": state.params, **state.variables}, tokens, train=False)
+    )
+    for _ in range(8):
+        padded = np.zeros((1, 11), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(jnp.argmax(forward(padded)[0][0, len(text) - 1])))
+    assert text[3:] == list(expected)
+
+
+def test_sampling_follows_its_seed(folder):
+    settings = tiny_settings(folder, eval={"sample_tokens": 12, "temperature": 1.0})
+    program = Program(Config.from_mapping(settings), 257)  # eight devices
+    state = program.new_state()
+    draws = [generate(program, state.params, state.variables, np.array([256]), seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert draws[0].shape == (12,)

@@ -1,0 +1,167 @@
+"""Work directories: a run goes on only as the run it was, and nothing is written where it may not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from default_moe.config import Config
+from default_moe.errors import ConfigError
+from default_moe.runs.workdir import RUN_FILE, open_run
+
+
+def changed(**sections) -> Config:
+    return Config.from_mapping(sections)
+
+
+def start(workdir: Path, config: Config | None = None, **identity):
+    return open_run(workdir, config or Config(), **{"corpus_hash": "abc", "vocab_size": 257, **identity})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_is_written_and_goes_on(tmp_path):
+    workdir = tmp_path / "runs" / "first"
+    with start(workdir) as run:
+        assert not run.resumed and run.notes == []
+        assert run.workdir == workdir
+    saved = json.loads((workdir / RUN_FILE).read_text())
+    assert Config.from_mapping(saved["config"]) == Config()
+    assert (saved["corpus_hash"], saved["vocab_size"], saved["format"]) == ("abc", 257, 1)
+    assert [path.name for path in workdir.iterdir()] == [RUN_FILE]
+    with start(workdir) as run:
+        assert run.resumed and run.notes == []
+
+
+def test_settings_that_may_change_are_noted(tmp_path):
+    start(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"})).close()
+    other = changed(
+        train={"num_steps": 900},
+        optim={"peak_lr": 1e-3, "clip_norm": float("inf")},
+        mesh={"data": 1},
+        model={"remat": "full"},
+        moe={"load_balance_weight": 0.02, "matmul": "ragged"},
+        data={"dir": "/elsewhere", "name": "text_files", "files": "other/*.txt"},
+    )
+    with start(tmp_path, other) as run:
+        assert run.resumed
+        assert "train.num_steps was 400, is now 900" in run.notes
+        assert len(run.notes) == 9
+    with start(tmp_path, other) as run:
+        assert run.notes == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"d_model": 256}}, "model.d_model: 128 there, 256 here"),
+        ({"moe": {"top_k": 2}}, "moe.top_k: 1 there, 2 here"),
+        ({"moe": {"default": {"ema_decay": 0.5}}}, "moe.default.ema_decay: 0.9 there, 0.5 here"),
+        ({"data": {"tokenizer": "bpe:512"}}, "data.tokenizer: bytes there, bpe:512 here"),
+        ({"data": {"mask_documents": True}}, "data.mask_documents: False there, True here"),
+        ({"train": {"batch_size": 64}}, "train.batch_size: 32 there, 64 here"),
+        ({"train": {"seed": 1}}, "train.seed: 0 there, 1 here"),
+    ],
+)
+def test_settings_that_may_not_change_are_refused(tmp_path, sections, words):
+    start(tmp_path).close()
+    before = content(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path, changed(**sections))
+    assert words in str(error.value) and "--workdir" in str(error.value) and "\n" not in str(error.value)
+    assert content(tmp_path) == before
+
+
+def test_all_differences_are_listed_in_one_line(tmp_path):
+    start(tmp_path).close()
+    with pytest.raises(ConfigError) as error:
+        start(
+            tmp_path,
+            changed(model={"d_model": 256, "num_layers": 2}, optim={"peak_lr": 1.0}),
+            corpus_hash="def",
+            vocab_size=512,
+        )
+    listed = str(error.value).split("(")[1].split(")")[0].split("; ")
+    assert listed == [
+        "model.d_model: 128 there, 256 here",
+        "model.num_layers: 4 there, 2 here",
+        "corpus_hash: abc there, def here",
+        "vocab_size: 257 there, 512 here",
+    ]
+
+
+def test_a_tokenizer_file_may_move_but_not_change(tmp_path):
+    here, there = changed(data={"tokenizer": "a/t.json"}), changed(data={"tokenizer": "b/t.json"})
+    start(tmp_path, here, tokenizer_hash="1").close()
+    with start(tmp_path, there, tokenizer_hash="1") as run:
+        assert run.notes == ["data.tokenizer was a/t.json, is now b/t.json"]
+    with pytest.raises(ConfigError, match="tokenizer_hash: 1 there, 2 here"):
+        start(tmp_path, there, tokenizer_hash="2")
+
+
+def test_other_peoples_directories_are_left_alone(tmp_path):
+    for name in ("thesis.tex", "photos", "a", "b"):
+        (tmp_path / name).write_text(name)
+    before = content(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds a, b, photos and 1 more, but no run\.json"):
+        start(tmp_path)
+    assert content(tmp_path) == before
+    with pytest.raises(ConfigError, match="Not a directory"):
+        start(tmp_path / "a")
+    with pytest.raises(ConfigError, match="Not a directory"):
+        start(tmp_path / "a" / "below")
+
+
+def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path):
+    (tmp_path / f".{RUN_FILE}.123.tmp").write_text("{")
+    with start(tmp_path) as run:
+        assert not run.resumed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "damaged, not JSON"),
+        ("[]", "is not what this version writes"),
+        ('{"format": 2}', "its format is 2, not 1"),
+        ('{"format": 1, "config": {"model": {"wings": 2}}}', r"there is no setting 'model\.wings'"),
+        ('{"format": 1, "config": {}}', "a part is missing"),
+    ],
+)
+def test_a_broken_run_file_is_named(tmp_path, text, words):
+    (tmp_path / RUN_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=words) as error:
+        start(tmp_path)
+    assert RUN_FILE in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / RUN_FILE).read_text() == text
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = (
+        "import sys; from default_moe.config import Config, ConfigError\n"
+        "from default_moe.runs.workdir import open_run\n"
+        "try: open_run(sys.argv[1], Config(), 'abc', 257)\n"
+        "except ConfigError as error: print(error)"
+    )
+    child = [sys.executable, "-c", code, str(tmp_path)]
+    run = start(tmp_path)
+    refused = subprocess.run(child, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert refused.stdout.startswith(f"another process is training in the work directory {tmp_path}: "), refused.stderr
+    run.close()
+    assert start(tmp_path).resumed
+
+
+def test_an_unwritable_place_is_named(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("default_moe.runs.workdir.write_atomically", fail)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
+        start(tmp_path)
+    monkeypatch.undo()
+    start(tmp_path).close()

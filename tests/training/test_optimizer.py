@@ -1,0 +1,107 @@
+"""What takes less memory than Adam's moments: compared with plain NumPy, on one device and on eight."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from helpers.steps import CONFIG, change
+
+from default_moe.config import MeshConfig, OptimConfig
+from default_moe.errors import ConfigError
+from default_moe.training.optimizer import make_optimizer
+from default_moe.training.program import Program
+
+# No clipping, no decay, and a learning rate of 0.1 from the first step on.
+PLAIN = OptimConfig(peak_lr=0.1, warmup_fraction=0, final_lr_fraction=1, weight_decay=0, clip_norm=1e9)
+
+
+def updates_of(config: OptimConfig, grads: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
+    optimizer = make_optimizer(config, 100)
+    params = {"w": jnp.zeros(grads[0].shape)}
+    state, found = optimizer.init(params), []
+    for g in grads:
+        updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
+        found.append(np.asarray(updates["w"]))
+    return found, state
+
+
+def test_bfloat16_moments_are_adams_rounded_after_each_step():
+    config = dataclasses.replace(PLAIN, moment_dtype="bfloat16")
+    grads = list(np.random.default_rng(0).normal(size=(4, 3, 5)))
+    found, state = updates_of(config, grads)
+    m = v = np.zeros((3, 5))
+    for t, (g, update) in enumerate(zip(grads, found, strict=True), 1):
+        m, v = (0.9 * m + 0.1 * g), (0.95 * v + 0.05 * g**2)
+        expected = -0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+        m, v = (a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (m, v))
+    moments = [a for a in jax.tree.leaves(state) if a.ndim]
+    assert [a.dtype for a in moments] == [jnp.bfloat16] * 2
+
+
+def test_a_factored_second_moment_is_rows_times_columns():
+    """The first decay of Adafactor is 0, the second 1 - 2^-0.8. Updates are small enough not to be clipped."""
+    config = dataclasses.replace(PLAIN, factored=True, b1=0.0)
+    grads = list(np.random.default_rng(1).uniform(0.5, 1, size=(2, 128, 256)))
+    grads[1] *= 0.9
+    found, state = updates_of(config, grads)
+    rows, columns = np.zeros(128), np.zeros(256)
+    for t, (g, update) in enumerate(zip(grads, found, strict=True), 1):
+        decay = 1 - t**-0.8
+        rows = decay * rows + (1 - decay) * (g**2).mean(axis=1)
+        columns = decay * columns + (1 - decay) * (g**2).mean(axis=0)
+        expected = g / np.sqrt(np.outer(rows, columns) / rows.mean())
+        expected /= max(1, np.sqrt((expected**2).mean()))
+        np.testing.assert_allclose(update, -0.1 * expected, rtol=1e-4)
+    assert sum(a.size for a in jax.tree.leaves(state)) < 128 + 256 + 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "bytes_per_parameter"),
+    [({}, 8), ({"moment_dtype": "bfloat16"}, 4), ({"factored": True}, 4), ({"factored": True, "b1": 0.0}, 0)],
+    ids=str,
+)
+def test_what_is_kept_and_that_eight_devices_agree_with_one(fields, bytes_per_parameter):
+    """Of a model whose matrices are large enough to be factored."""
+    config = change(CONFIG, model={"d_model": 128}, moe={"expert_dim": 128}, optim=fields)
+    results = []
+    for mesh, count in ((MeshConfig(1, 1, 1), 1), (MeshConfig(2, 2, 2), 8)):
+        program = Program(dataclasses.replace(config, mesh=mesh), 256, jax.devices()[:count])
+        state = program.new_state()
+
+        def update(state, program=program):
+            grads = jax.tree.map(lambda p: jnp.cos(1000 * p), state.params)
+            updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        results.append(program.jit(update)(state))
+    sizes = [sum(a.nbytes for a in jax.tree.leaves(tree)) for tree in results[0]]
+    assert 4 * sizes[1] / sizes[0] == pytest.approx(bytes_per_parameter, abs=0.2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *results)
+
+
+def test_moments_that_would_not_move_are_refused():
+    with pytest.raises(ConfigError, match=r"optim\.b1, optim\.b2 are 0\.9, 0\.999, but with .* at most 0\.99: what"):
+        OptimConfig(moment_dtype="bfloat16", b2=0.999)
+
+
+def test_the_learning_rate_of_routers_is_multiplied():
+    """And the state is that of AdamW and its schedule alone, as checkpoints hold it whatever the factor."""
+    params = {"moe": {"router": {"kernel": jnp.ones((2, 3))}, "experts": {"gate": jnp.ones((3, 2, 2))}}}
+    grads = jax.tree.map(lambda p: 0.5 * p, params)
+    updates = []
+    for factor in (1.0, 0.25):
+        optimizer = make_optimizer(OptimConfig(router_lr_multiplier=factor, decay_all=True), 10)
+        updates.append(optimizer.update(grads, optimizer.init(params), params)[0]["moe"])
+    adam, decay, rate = optimizer.init(params)[1]
+    assert (type(adam).__name__, type(rate).__name__) == ("ScaleByAdamState", "ScaleByScheduleState")
+    assert not jax.tree.leaves(decay)
+    plain, scaled = updates
+    assert float(jnp.abs(plain["router"]["kernel"]).min()) > 0
+    np.testing.assert_array_equal(scaled["router"]["kernel"], 0.25 * plain["router"]["kernel"])
+    np.testing.assert_array_equal(scaled["experts"]["gate"], plain["experts"]["gate"])
