@@ -1,6 +1,7 @@
 """What a program reports in one line, not with a traceback: what is wrong, and what would be right."""
 
 import difflib
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -42,6 +43,21 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     check(0 <= value <= 1, f"{name} is {value}, but must lie in [0, 1]")
+
+
+def choose(setting: str, asked: str, options: Sequence[tuple[str, str | None]]) -> str:
+    """Return what is asked for by name, or with "auto" the first that can be.
+
+    options: pairs of a name and why it cannot be, None if it can; the best first, the last always can be.
+    Raises ConfigError if what is asked for cannot be.
+    """
+    possible = [name for name, why_not in options if not why_not]
+    if asked == "auto":
+        return possible[0]
+    why_not = dict(options)[asked]
+    others = " or ".join(map(repr, ["auto", *possible]))
+    check(not why_not, f"{setting} is {asked!r}, but {why_not}: use {others}")
+    return asked
 
 
 def closest(name: str, known: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from default_moe.errors import ConfigError
@@ -150,15 +151,28 @@ def _annotations() -> Iterator[None]:
         _annotating.reset(token)
 
 
-def abstract_arrays(init: Callable[..., Any], mesh: Mesh, mesh_rules: tuple, *args: Any) -> Any:
-    """Shape, dtype and NamedSharding of every array that `init(*args)` would make, without making any.
+def trace_annotated(init: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
+    """Trace `init(*args)`. Return what it computes, and the shapes of its result.
+
+    The shapes are in boxes that hold the names of axes, where there are any.
+    """
+    with _annotations(), nn.logical_axis_rules(()):  # with rules Flax would constrain what it unboxes
+        # A function of its own: JAX remembers traces by function, and must not mix these with ones without names.
+        return jax.make_jaxpr(lambda *a: init(*a), return_shape=True)(*args)
+
+
+def unboxed(annotated: Any) -> Any:
+    """Return what `trace_annotated` gives without the names of axes."""
+    with nn.logical_axis_rules(()):
+        return nn.unbox(annotated)
+
+
+def abstract_arrays(annotated: Any, mesh: Mesh, mesh_rules: tuple) -> Any:
+    """Return shape, dtype and NamedSharding of every array of boxed shapes, as `trace_annotated` gives them.
 
     Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
     """
-    with _annotations(), nn.logical_axis_rules(()):  # without rules Flax does not constrain what it unboxes
-        # A function of its own: JAX remembers traces by function, and must not mix these with ones without names.
-        annotated = jax.eval_shape(lambda *a: init(*a), *args)
-        shapes = nn.unbox(annotated)
+    shapes = unboxed(annotated)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(annotated), mesh, mesh_rules)
     # What an optimizer derives from a parameter by leaving out axes has its names, but not its axes. It is small.
     shardings = jax.tree.map(

@@ -28,7 +28,7 @@ from default_moe.moe.layer import DEFAULT_VECTORS
 from default_moe.runs.warm_up import warm_up
 from default_moe.training.memory import out_of_memory_in_one_line
 from default_moe.training.program import Program
-from default_moe.training.state import TrainState, initial_state
+from default_moe.training.state import TrainState
 from default_moe.training.step import Batch, make_gradient
 
 REFERENCES = ("exact", "dense")
@@ -193,7 +193,7 @@ def _state(checkpoint: Checkpoint, program: Program, rows: Rows) -> TrainState:
     """The checkpoint's parameters, with the collections that go with the program's method and K."""
     moe, trained = program.config.moe, checkpoint.config.moe
     # Of a new state only what is not of the checkpoint's parameters' size is made.
-    new = program.jit(lambda: dataclasses.replace(initial_state(program.model, optax.identity(), 0), params=None))()
+    new = program.jit(lambda: dataclasses.replace(program.initial_state(0, optax.identity()), params=None))()
     state = dataclasses.replace(new, params=checkpoint.params)
     if moe.method == trained.method and moe.top_k == trained.top_k:
         return dataclasses.replace(state, variables=dict(checkpoint.variables))

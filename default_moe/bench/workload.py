@@ -12,7 +12,7 @@ from jax import Array
 from default_moe.config import MoEConfig
 from default_moe.errors import ConfigError
 from default_moe.moe import MoELayer
-from default_moe.moe.experts.swiglu import ExpertWeights, swiglu_hidden
+from default_moe.moe.experts.swiglu import ExpertParams, swiglu_hidden
 
 ROUTINGS = ("balanced", "skewed")
 
@@ -65,7 +65,7 @@ class Work(NamedTuple):
     x: Array
     g: Array
     params: dict[str, Any]
-    dense: ExpertWeights
+    dense: ExpertParams
 
 
 def make_work(shape: LayerShape, routing: str, dtype: str, seed: int = 0) -> Work:
@@ -89,7 +89,7 @@ def make_work(shape: LayerShape, routing: str, dtype: str, seed: int = 0) -> Wor
 
     experts = {name: weights(num_experts, d_model, width) for name in ("gate", "up")}
     experts["down"] = weights(num_experts, width, d_model)
-    dense = ExpertWeights(
+    dense = ExpertParams(
         weights(d_model, width * top_k), weights(d_model, width * top_k), weights(width * top_k, d_model)
     )
     params = {"router": {"kernel": jnp.asarray(kernel, jnp.float32)}, "experts": experts}
@@ -127,11 +127,11 @@ def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tu
 def dense_candidate(work: Work) -> tuple[Callable, Callable]:
     """The same of a dense feed-forward network of equal active FLOPs."""
 
-    def forward(params: ExpertWeights, x: Array) -> Array:
+    def forward(params: ExpertParams, x: Array) -> Array:
         gate, up, down = (w.astype(x.dtype) for w in params)
         return (swiglu_hidden(x[0] @ gate, x[0] @ up).astype(x.dtype) @ down)[None]
 
-    def objective(params: ExpertWeights, x: Array, g: Array) -> Array:
+    def objective(params: ExpertParams, x: Array, g: Array) -> Array:
         return (forward(params, x) * g).sum()
 
     both = jax.value_and_grad(objective, argnums=(0, 1))

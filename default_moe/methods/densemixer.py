@@ -9,9 +9,9 @@ from default_moe.methods.topk import TopK
 
 @dataclass(frozen=True)
 class DenseMixer(TopK):
-    """y is top-k's; the weight of every expert receives <dL/dy, E_i(x)>. Default MoE approximates this gradient.
+    """y is top-k's; the gate of every expert receives <dL/dy, E_i(x)>. Default MoE approximates this gradient.
 
-    An expert is trained by the tokens that chose it alone. With normalized weights see `method.weights`.
+    An expert is trained by the tokens that chose it alone. With normalized weights see `method.gates`.
     """
 
     name = "densemixer"

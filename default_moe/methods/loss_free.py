@@ -12,7 +12,7 @@ from default_moe.methods.method import Decision, LayerSettings, Load, Method, St
 
 @dataclass(frozen=True)
 class LossFree(Method):
-    """The K experts of largest score + bias run; their weights are scores without the bias.
+    """The K experts of largest score + bias run; their gates are scores without the bias.
 
     After each step the bias of an expert that had less than the mean load rises by the update rate, that of one that
     had more falls by it. There is no balance loss unless `moe.load_balance_weight` asks for one.

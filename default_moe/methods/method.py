@@ -1,7 +1,7 @@
 """What a way to train a router is: the interface of every method, and what methods are made of.
 
-A method turns router logits into the experts that run for each token and the weights of their outputs. In between lies
-its estimator, for what reaches the logits in the backward pass is what its weights pass on. Running the experts,
+A method turns router logits into the experts that run for each token and the gates of their outputs. In between lies
+its estimator, for what reaches the logits in the backward pass is what its gates pass on. Running the experts,
 adding up their outputs, splitting them over devices, and saving state are the same for all. See `routing.py` for the
 dimension key; Y MoE layers.
 """
@@ -44,15 +44,15 @@ class LayerSettings(Protocol):
 class Decision(NamedTuple):
     """What a method decides about the tokens of a batch.
 
-    weights: float32 [B, L, N], what the output of each expert counts in the layer's. In the backward pass the weight of
-      an expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` or
+    gates: float32 [B, L, N], what the output of each expert counts in the layer's. In the backward pass the gate of an
+      expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` or
       `dense_gradient.experts_for_gradient` gives it.
     expert_index: int32 [B, L, C], the experts that run, in any order; N stands for none.
     probs: float32 [B, L, N], the token's distribution over experts, for balance losses and statistics.
     substitution: float32 scalar that the share of default vectors in the output is multiplied by; None stands for 1.
     """
 
-    weights: Array
+    gates: Array
     expert_index: Array
     probs: Array
     substitution: Array | None = None
@@ -76,7 +76,7 @@ class Method(abc.ABC):
     load_balance_weight: that of the balance loss, unless `moe.load_balance_weight` is set.
     random: whether `route` draws random numbers in training.
     dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
-      their weights the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
+      their gates the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
       methods that choose K different experts. Default vectors then only add to the output.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """
@@ -171,11 +171,11 @@ def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
     return jax.nn.softmax(jax.nn.log_sigmoid(logits_BLN), axis=-1)
 
 
-def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
+def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
     """The scores, with moe.normalize_weights divided by the sum of those chosen.
 
-    Through that sum gradients reach the chosen scores from their own weights alone. An expert that was not chosen, if
-    its weight gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
+    Through that sum gradients reach the chosen scores only from their own gates. An expert that was not chosen, if its
+    gate gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
     """
     if not config.normalize_weights:
         return scores(logits_BLN, config)
@@ -183,11 +183,11 @@ def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array
     chosen_BLN = active_experts(index_BLK, config.num_experts)
     log_total_BL1 = jax.nn.logsumexp(jnp.where(chosen_BLN, log_BLN, -jnp.inf), axis=-1, keepdims=True)
     constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
-    # A score that was passed over though it is far above the chosen ones would overflow. Its weight is not used.
+    # A score that was passed over though it is far above the chosen ones would overflow. Its gate is not used.
     other_BLN = jnp.where(log_BLN > constant_BL1, 0.0, log_BLN - constant_BL1)
     return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
 
 
 def decide(logits_BLN: Array, index_BLK: Array, config: LayerSettings, **more: Any) -> Decision:
-    """The decision for these experts, with weights and distribution made of the scores of these logits."""
-    return Decision(weights(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)
+    """The decision for these experts, with gates and distribution made of the scores of these logits."""
+    return Decision(gates(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)

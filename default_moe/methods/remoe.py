@@ -67,7 +67,7 @@ class ReMoE(Method):
     def losses(
         self, decision: Decision, config: LayerSettings, state: State, mask_BL: Array | None
     ) -> dict[str, tuple[Array | float, Array]]:
-        gates_BLN = decision.weights
+        gates_BLN = decision.gates
         open_N = masked_mean((gates_BLN > 0).astype(jnp.float32), mask_BL)
         loss = config.num_experts / config.top_k * (masked_mean(gates_BLN, mask_BL) * open_N).sum()
         return {"sparsity_loss": (state["lambda"], loss)}

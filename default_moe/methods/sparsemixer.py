@@ -58,16 +58,16 @@ class SparseMixer(Method):
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         keys = [None] * config.top_k if key is None else list(jax.random.split(key, config.top_k))
         draws = [None if k is None else draw(k, logits_BLN.shape) for k in keys]
-        weights_BLN = jnp.zeros_like(logits_BLN)
+        gates_BLN = jnp.zeros_like(logits_BLN)
         left_BLN = logits_BLN  # -inf for the experts drawn before
         index_BLK = []
         for draws_here in draws:
-            expert_BL, weight_BL = choose(logits_BLN, left_BLN, self.mask_threshold, draws_here)
+            expert_BL, gate_BL = choose(logits_BLN, left_BLN, self.mask_threshold, draws_here)
             drawn_BLN = expert_BL[..., None] == jnp.arange(config.num_experts)
-            weights_BLN = jnp.where(drawn_BLN, weight_BL[..., None], weights_BLN)
+            gates_BLN = jnp.where(drawn_BLN, gate_BL[..., None], gates_BLN)
             left_BLN = jnp.where(drawn_BLN, -jnp.inf, left_BLN)
             index_BLK.append(expert_BL)
-        return Decision(weights_BLN, jnp.stack(index_BLK, axis=-1), jax.nn.softmax(logits_BLN, axis=-1))
+        return Decision(gates_BLN, jnp.stack(index_BLK, axis=-1), jax.nn.softmax(logits_BLN, axis=-1))
 
 
 def draw(key: Array, shape_BLN: tuple[int, ...]) -> Draws:
@@ -76,7 +76,7 @@ def draw(key: Array, shape_BLN: tuple[int, ...]) -> Draws:
 
 
 def choose(logits_BLN: Array, left_BLN: Array, threshold: float, draws: Draws | None) -> tuple[Array, Array]:
-    """One expert for each token, int32 [B, L], and its weight, float32 [B, L].
+    """One expert for each token, int32 [B, L], and its gate, float32 [B, L].
 
     Args:
       logits_BLN: s, all of them.
@@ -99,11 +99,11 @@ def choose(logits_BLN: Array, left_BLN: Array, threshold: float, draws: Draws | 
         whole_BL = (expert_BL == likeliest_BL) | (draws.uniform > 0.75)
         factor_BL = jnp.where(whole_BL, 1.0, 1 / 3)
     expert_BL = expert_BL.astype(jnp.int32)
-    return expert_BL, _weight(near_BLN, expert_BL, factor_BL)
+    return expert_BL, _gate(near_BLN, expert_BL, factor_BL)
 
 
 @jax.custom_vjp
-def _weight(near_BLN: Array, expert_BL: Array, factor_BL: Array) -> Array:
+def _gate(near_BLN: Array, expert_BL: Array, factor_BL: Array) -> Array:
     """c p~_a, whose gradient is g p~_a (onehot_a - p~), without the factor c: Heun's method with its draw of steps."""
     return factor_BL * _probs_of(near_BLN, expert_BL)[1]
 
@@ -114,15 +114,15 @@ def _probs_of(near_BLN: Array, expert_BL: Array) -> tuple[Array, Array]:
     return probs_BLN, jnp.where(drawn_BLN, probs_BLN, 0).sum(axis=-1)
 
 
-def _weight_fwd(near_BLN: Array, expert_BL: Array, factor_BL: Array) -> tuple:
-    return _weight(near_BLN, expert_BL, factor_BL), (near_BLN, expert_BL)
+def _gate_fwd(near_BLN: Array, expert_BL: Array, factor_BL: Array) -> tuple:
+    return _gate(near_BLN, expert_BL, factor_BL), (near_BLN, expert_BL)
 
 
-def _weight_bwd(residuals: tuple, g_BL: Array) -> tuple:
+def _gate_bwd(residuals: tuple, g_BL: Array) -> tuple:
     near_BLN, expert_BL = residuals
     probs_BLN, prob_BL = _probs_of(near_BLN, expert_BL)
     drawn_BLN = expert_BL[..., None] == jnp.arange(near_BLN.shape[-1])
     return (g_BL * prob_BL)[..., None] * (drawn_BLN - probs_BLN), None, None
 
 
-_weight.defvjp(_weight_fwd, _weight_bwd)
+_gate.defvjp(_gate_fwd, _gate_bwd)

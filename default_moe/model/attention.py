@@ -1,9 +1,6 @@
-"""Causal attention with rotary positions, and what it knows of its tokens.
+"""Causal attention with rotary positions, and what it knows of its tokens."""
 
-Dimension key: see `routing.py`; also H heads, C size of a head, and in decoding S slots of the cache.
-"""
-
-from typing import Literal
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -12,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.config import ModelConfig
-from default_moe.errors import ConfigError
+from default_moe.errors import choose
 from default_moe.hardware import is_nvidia, platform
 from default_moe.model.splash_attention import LENGTH_MULTIPLE, splash_attention
 from default_moe.moe.feed_forward import small_init_std
@@ -39,21 +36,16 @@ def residual_init_std(config: ModelConfig) -> float:
     return 2 / (config.num_layers * config.d_model**0.5)
 
 
-def attention_implementation(config: ModelConfig, length: int, masked: bool) -> Literal["xla", "cudnn", "splash"]:
-    """How attention over whole sequences is computed here: kernels never hold the [H, L, L] scores.
+def resolve_attention(config: ModelConfig, length: int, masked: bool) -> str:
+    """Return how attention over whole sequences is computed here: "cudnn", "splash" or "xla".
 
-    "auto" takes cuDNN's on an NVIDIA GPU and JAX's splash attention on a TPU where they run, else XLA.
+    Kernels never hold the [H, L, L] scores. "auto" takes cuDNN's on an NVIDIA GPU and JAX's splash attention on a TPU
+    where they run, else XLA.
     length: of the sequences.  masked: whether there are documents to keep apart.
     Raises ConfigError if a kernel is asked for where it cannot run.
     """
-    reasons = {"cudnn": _why_no_cudnn(config, length, masked), "splash": _why_no_splash(length)}
-    if reasons.get(config.attention):
-        raise ConfigError(
-            f"model.attention is {config.attention!r}, but {reasons[config.attention]}: use 'auto' or 'xla'"
-        )
-    if config.attention == "xla":
-        return "xla"
-    return "cudnn" if not reasons["cudnn"] else "splash" if not reasons["splash"] else "xla"
+    kernels = [("cudnn", _why_no_cudnn(config, length, masked)), ("splash", _why_no_splash(length))]
+    return choose("model.attention", config.attention, [*kernels, ("xla", None)])
 
 
 def _why_no_cudnn(config: ModelConfig, length: int, masked: bool) -> str | None:
@@ -79,14 +71,14 @@ def _why_no_splash(length: int) -> str | None:
     return None
 
 
-def rotary_embedding(x_BLHC: Array, positions_BL: Array, theta: float) -> Array:
-    """Rotate pairs (c, c + C/2) of each head by position * theta**(-2c/C) (Su et al. 2021)."""
-    half = x_BLHC.shape[-1] // 2
+def rotary_embedding(x_BLHE: Array, positions_BL: Array, theta: float) -> Array:
+    """Rotate pairs (e, e + E/2) of each head by position * theta**(-2e/E) (Su et al. 2021)."""
+    half = x_BLHE.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BL[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+    first, second = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHE.dtype)
 
 
 class Attention(nn.Module):
@@ -133,11 +125,10 @@ class Attention(nn.Module):
         )(out)
 
     def _attend(self, q: Array, k: Array, v: Array, segment_ids_BL: Array | None) -> Array:
-        """Of whole sequences."""
-        # Shapes alone matter while variables are made, of sequences that are too short for kernels.
-        implementation: Literal["xla", "cudnn", "splash"] = "xla"
-        if not self.is_initializing():
-            implementation = attention_implementation(self.config, q.shape[1], segment_ids_BL is not None)
+        """Attend within whole sequences."""
+        implementation: Any = "xla"
+        if not self.is_initializing():  # then only shapes matter, of sequences that are too short for kernels
+            implementation = resolve_attention(self.config, q.shape[1], segment_ids_BL is not None)
         if implementation == "splash":
             return splash_attention(q, k, v, segment_ids_BL)
         mask = None
@@ -146,7 +137,7 @@ class Attention(nn.Module):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
     def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
-        """All keys and values so far [B, S, H, C], and the mask [1, 1, L, S] of those that each new token may see."""
+        """Return all keys and values so far, [B, cache_length, H, E], and the mask of what a new token may see."""
         shape = (k.shape[0], cache_length, *k.shape[2:])
         keys = self.variable(CACHE, "cached_key", jnp.zeros, shape, k.dtype)
         values = self.variable(CACHE, "cached_value", jnp.zeros, shape, v.dtype)

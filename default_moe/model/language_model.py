@@ -1,7 +1,4 @@
-"""The decoder-only language model: pre-norm attention and feed-forward blocks, most of them Mixture-of-Experts.
-
-Dimension key: see `routing.py`; also V vocabulary.
-"""
+"""The decoder-only language model: pre-norm attention and feed-forward blocks, most of them Mixture-of-Experts."""
 
 import dataclasses
 import functools
@@ -12,15 +9,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import Mesh
 
 from default_moe.config import Config, ModelConfig, MoEConfig
 from default_moe.model.attention import CACHE, Attention, Tokens, residual_init_std
 from default_moe.model.splash_attention import ATTENTION_OUTPUT
 from default_moe.moe import MoELayer
+from default_moe.moe.default_vectors import USED_VECTORS
 from default_moe.moe.experts.swiglu import EXPERT_PRODUCT
 from default_moe.moe.feed_forward import FeedForward, small_init_std
 from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE
-from default_moe.sharding import constrain, with_axes
+from default_moe.sharding import constrain, num_shards, trace_annotated, unboxed, with_axes
 
 
 @flax.struct.dataclass
@@ -184,6 +184,29 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
     return LanguageModel(config.model, config.moe, config.model.vocab_size or vocab_size)
 
 
+class TracedInit(NamedTuple):
+    """How a model's variables are made: computed from a random key, and their shapes, boxed with names of axes."""
+
+    computed: ClosedJaxpr
+    boxed_shapes: Any
+
+    def make(self, key: Array) -> dict[str, Any]:
+        """Return the variables: what `model.init` gives, without tracing the model again."""
+        structure = jax.tree.structure(unboxed(self.boxed_shapes))
+        return dict(jax.tree.unflatten(structure, jaxpr_as_fun(self.computed)(key)))
+
+
+def traced_init(model: LanguageModel) -> TracedInit:
+    """Trace a model's initial variables, once for each model and mesh. To be called outside of jit."""
+    return _traced_init(model, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _traced_init(model: LanguageModel, mesh: Mesh) -> TracedInit:
+    tokens_BL = jnp.zeros((num_shards("batch"), 2), jnp.int32)  # a row for each device that has a part of a batch
+    return TracedInit(*trace_annotated(lambda key: model.init(key, tokens_BL, train=False), jax.random.key(0)))
+
+
 def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
     """A Block class that runs `length` blocks in a scan, recomputing in the backward pass what `remat` says."""
     block: Any = Block
@@ -191,7 +214,7 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
         policies = jax.checkpoint_policies
         products = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(EXPERT_PRODUCT, ATTENTION_OUTPUT),
+            policies.save_only_these_names(EXPERT_PRODUCT, USED_VECTORS, ATTENTION_OUTPUT),
         )
         policy = products if config.remat == "dots" else None
         block = nn.remat(Block, prevent_cse=False, policy=policy)

@@ -1,14 +1,13 @@
 """How large a model is, and how many operations a token costs."""
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from default_moe.config import Config
-from default_moe.model.language_model import LanguageModel, build_model
+from default_moe.model.language_model import build_model, traced_init
+from default_moe.sharding import unboxed
 
 
 class ParameterCounts(NamedTuple):
@@ -20,15 +19,10 @@ class ParameterCounts(NamedTuple):
 
 
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
-    """Counted on the shapes of the very model, of which nothing is created."""
-    return _parameter_counts(build_model(config, vocab_size))
-
-
-@functools.cache
-def _parameter_counts(model: LanguageModel) -> ParameterCounts:
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), train=False))
+    """Count on the shapes of the very model, of which nothing is created."""
+    model = build_model(config, vocab_size)
     total = experts = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(unboxed(traced_init(model).boxed_shapes["params"])):
         size = math.prod(leaf.shape)
         total += size
         experts += size if any(getattr(key, "key", None) == "experts" for key in path) else 0

@@ -20,8 +20,8 @@ _LARGEST_BLOCK = 512
 ATTENTION_OUTPUT = "attention_output"
 
 
-def splash_attention(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Array | None) -> Array:
-    """What `jax.nn.dot_product_attention` gives with is_causal=True, in the dtype of q: [B, L, H, C].
+def splash_attention(q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None) -> Array:
+    """Compute `jax.nn.dot_product_attention` with is_causal=True, in the dtype of q: [B, L, H, E].
 
     segment_ids_BL: int32, if given, tokens attend to those of equal ids. L is a multiple of LENGTH_MULTIPLE.
     On other platforms than TPUs the kernel is interpreted, which is slow. Under a mesh each device takes its sequences,
@@ -29,16 +29,16 @@ def splash_attention(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL
     """
     axes = (sharding.mesh_axes("batch"), sharding.mesh_axes("heads"))
     if not any(axes):
-        return _on_device(q_BLHC, k_BLHC, v_BLHC, segment_ids_BL)
+        return _on_device(q_BLHE, k_BLHE, v_BLHE, segment_ids_BL)
     sequences, heads = (axis or None for axis in axes)
     spec = P(sequences, None, heads)
     # Kernels do not say over which axes their results vary.
     mapped = jax.shard_map(_on_device, in_specs=(spec, spec, spec, P(sequences)), out_specs=spec, check_vma=False)
-    return mapped(q_BLHC, k_BLHC, v_BLHC, segment_ids_BL)
+    return mapped(q_BLHE, k_BLHE, v_BLHE, segment_ids_BL)
 
 
-def _on_device(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Array | None) -> Array:
-    _, length, num_heads, size = q_BLHC.shape
+def _on_device(q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None) -> Array:
+    _, length, num_heads, size = q_BLHE.shape
     block = math.gcd(length, _LARGEST_BLOCK)
     kernel: Any = splash.make_splash_mha(
         mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
@@ -54,7 +54,7 @@ def _on_device(q_BLHC: Array, k_BLHC: Array, v_BLHC: Array, segment_ids_BL: Arra
         residual_checkpoint_name=ATTENTION_OUTPUT,
         interpret=platform() != "tpu",
     )
-    q_BHLC, k_BHLC, v_BHLC = (jnp.swapaxes(a, 1, 2) for a in (q_BLHC * size**-0.5, k_BLHC, v_BLHC))
+    q_BHLE, k_BHLE, v_BHLE = (jnp.swapaxes(a, 1, 2) for a in (q_BLHE * size**-0.5, k_BLHE, v_BLHE))
     segments = None if segment_ids_BL is None else splash.SegmentIds(segment_ids_BL, segment_ids_BL)
-    out_BHLC = jax.vmap(kernel)(q_BHLC, k_BHLC, v_BHLC, segments)
-    return jnp.swapaxes(out_BHLC, 1, 2)
+    out_BHLE = jax.vmap(kernel)(q_BHLE, k_BHLE, v_BHLE, segments)
+    return jnp.swapaxes(out_BHLE, 1, 2)

@@ -13,7 +13,7 @@ from default_moe.methods.method import State
 from default_moe.moe.default_vectors import DefaultVectors
 from default_moe.moe.experts.layout import Routing
 from default_moe.moe.experts.sparse import sparse_experts
-from default_moe.moe.experts.swiglu import INTO_EXPERT, OUT_OF_EXPERT, ExpertWeights
+from default_moe.moe.experts.swiglu import INTO_EXPERT, OUT_OF_EXPERT, ExpertParams
 from default_moe.moe.feed_forward import FeedForward, small_init_std
 from default_moe.sharding import check_divisible, constrain, with_axes
 
@@ -49,12 +49,12 @@ class Experts(nn.Module):
     down_init_std: float | None
 
     @nn.compact
-    def __call__(self, d_model: int, dtype: jnp.dtype) -> ExpertWeights:
+    def __call__(self, d_model: int, dtype: jnp.dtype) -> ExpertParams:
         n, f = self.config.num_experts, self.config.expert_dim
         init = nn.initializers.normal(small_init_std(d_model))
         down_init = init if self.down_init_std is None else nn.initializers.normal(self.down_init_std)
         into, out_of = with_axes(init, *INTO_EXPERT), with_axes(down_init, *OUT_OF_EXPERT)
-        return ExpertWeights(
+        return ExpertParams(
             gate=self.param("gate", into, (n, d_model, f), jnp.float32).astype(dtype),
             up=self.param("up", into, (n, d_model, f), jnp.float32).astype(dtype),
             down=self.param("down", out_of, (n, f, d_model), jnp.float32).astype(dtype),
@@ -122,10 +122,10 @@ class MoELayer(nn.Module):
         if capacity is not None:
             index_BLK = routing.within_capacity(index_BLK, config.num_experts, capacity, mask)
 
-        weights = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
+        params = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
         defaults = self._read_defaults(x.shape[-1]) if config.default_vectors else None
-        decided = Routing(decision.weights, index_BLK, decision.substitution, mask)
-        y, defaults = sparse_experts(x.astype(dtype), decided, weights, defaults, config, update=update)
+        decided = Routing(decision.gates, index_BLK, decision.substitution, mask)
+        y, defaults = sparse_experts(x.astype(dtype), decided, params, defaults, config, update=update)
         if config.num_shared_experts:
             width = config.num_shared_experts * config.expert_dim
             shared = FeedForward(width, dtype, self.down_init_std, name="shared_experts")
@@ -204,13 +204,13 @@ def report(
         raise ValueError(f"{config.method.name} has a loss {taken[0]!r}: its name must end in _loss and not be taken")
     losses |= own
     # A loss of weight 0 is left out: times 0 its gradient would be computed all the same, or might be NaN.
-    weighted = [weight * loss for weight, loss in losses.values() if isinstance(weight, Array) or weight]
+    weighted = [factor * loss for factor, loss in losses.values() if isinstance(factor, Array) or factor]
     return {
         **{name: loss for name, (_, loss) in losses.items()},
         **{f"{config.method.name}_{name}": value for name, value in state.items()},
         "auxiliary_loss": sum(weighted, start=jnp.zeros(())),
         "router_probs": decision.probs,
-        "combine_weights": decision.weights,
+        "combine_weights": decision.gates,
         "expert_index": decision.expert_index,
         "tokens_per_expert": counts_N,
         "num_tokens": jnp.int32(logits_BLN[..., 0].size) if mask is None else (mask != 0).sum(dtype=jnp.int32),

@@ -65,10 +65,10 @@ def _nll_sum(x_TD: Array, head_DV: Array, target_T: Array, counted_T: Array, num
     """
 
     def chunk(total: Array, inputs: tuple) -> tuple[Array, None]:
-        x_CD, target_C, counted_C = inputs
-        nll_C, _, _ = _nll(x_CD, head_DV, target_C)
+        x_RD, target_R, counted_R = inputs
+        nll_R, _, _ = _nll(x_RD, head_DV, target_R)
         # where, not a product: what padding predicts may be infinite, and must not matter.
-        return total + jnp.where(counted_C, nll_C, 0).sum(), None
+        return total + jnp.where(counted_R, nll_R, 0).sum(), None
 
     zero = (0 * target_T[0]).astype(jnp.float32)  # varies over mesh axes as the tokens do
     return _over_chunks(chunk, zero, (x_TD, target_T, counted_T), num_chunks)[0]
@@ -77,13 +77,13 @@ def _nll_sum(x_TD: Array, head_DV: Array, target_T: Array, counted_T: Array, num
 def _nll_sum_fwd(x_TD: Array, head_DV: Array, target_T: Array, counted_T: Array, num_chunks: int) -> tuple:
     def chunk(carry: tuple[Array, Array], inputs: tuple) -> tuple[tuple[Array, Array], Array]:
         total, d_head_DV = carry
-        x_CD, target_C, counted_C = inputs
-        nll_C, logits_CV, log_partition_C = _nll(x_CD, head_DV, target_C)
-        is_target_CV = target_C[:, None] == jnp.arange(head_DV.shape[1])
-        d_logits_CV = jnp.exp(logits_CV - log_partition_C[:, None]) - is_target_CV
-        d_logits_CV = jnp.where(counted_C[:, None], d_logits_CV, 0).astype(x_CD.dtype)
-        d_head_DV += jnp.matmul(x_CD.T, d_logits_CV, preferred_element_type=jnp.float32)
-        return (total + jnp.where(counted_C, nll_C, 0).sum(), d_head_DV), d_logits_CV @ head_DV.T
+        x_RD, target_R, counted_R = inputs
+        nll_R, logits_RV, log_partition_R = _nll(x_RD, head_DV, target_R)
+        is_target_RV = target_R[:, None] == jnp.arange(head_DV.shape[1])
+        d_logits_RV = jnp.exp(logits_RV - log_partition_R[:, None]) - is_target_RV
+        d_logits_RV = jnp.where(counted_R[:, None], d_logits_RV, 0).astype(x_RD.dtype)
+        d_head_DV += jnp.matmul(x_RD.T, d_logits_RV, preferred_element_type=jnp.float32)
+        return (total + jnp.where(counted_R, nll_R, 0).sum(), d_head_DV), d_logits_RV @ head_DV.T
 
     zero = (0 * target_T[0]).astype(jnp.float32)
     start = zero, jnp.zeros(head_DV.shape, jnp.float32) + zero
@@ -99,12 +99,12 @@ def _nll_sum_bwd(num_chunks: int, residuals: tuple, g: Array) -> tuple:
 _nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
 
 
-def _nll(x_CD: Array, head_DV: Array, target_C: Array) -> tuple[Array, Array, Array]:
-    """Negative log-likelihoods, logits [C, V] and log-partition functions, all float32."""
-    logits_CV = jnp.matmul(x_CD, head_DV, preferred_element_type=jnp.float32)
-    log_partition_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    target_logit_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
-    return log_partition_C - target_logit_C, logits_CV, log_partition_C
+def _nll(x_RD: Array, head_DV: Array, target_R: Array) -> tuple[Array, Array, Array]:
+    """Negative log-likelihoods, logits [R, V] and log-partition functions, all float32."""
+    logits_RV = jnp.matmul(x_RD, head_DV, preferred_element_type=jnp.float32)
+    log_partition_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    target_logit_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+    return log_partition_R - target_logit_R, logits_RV, log_partition_R
 
 
 def _over_chunks(chunk: Callable, carry: Any, arrays: tuple[Array, ...], num_chunks: int) -> tuple:

@@ -9,22 +9,21 @@ from typing import Any, Self
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from default_moe import sharding
 from default_moe.config import Config
 from default_moe.errors import ConfigError
-from default_moe.model.attention import attention_implementation
-from default_moe.model.language_model import build_model
+from default_moe.model.attention import resolve_attention
+from default_moe.model.language_model import build_model, traced_init
 from default_moe.moe.experts.backends import resolve_backend
 from default_moe.moe.experts.parallel import resolve_expert_parallel
 from default_moe.training.memory import check_fits, out_of_memory_in_one_line, step_memory
 from default_moe.training.optimizer import make_optimizer
-from default_moe.training.state import TrainState, initial_state
+from default_moe.training.state import TrainState, first_state, initial_state
 from default_moe.training.step import Batch, make_eval_step, make_train_step
-
-_A_SEED = jax.ShapeDtypeStruct((), np.uint32)
 
 
 def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = True) -> Mesh:
@@ -77,26 +76,24 @@ class Program:
             )
         self.config = config
         self.mesh = mesh_for(config, devices, training)
-        self.model = build_model(config, vocab_size)
-        self.vocab_size = self.model.vocab_size
+        as_asked = build_model(config, vocab_size)
+        self.vocab_size = as_asked.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
-            widths = config.model.d_model, config.moe.expert_dim
-            self.matmul = resolve_backend(config.moe.matmul, config.moe.dtype or "float32", widths)
-            self.attention = attention_implementation(
-                config.model, config.train.sequence_length, config.data.mask_documents
-            )
-            self.abstract_state = sharding.abstract_arrays(self._initial_state, self.mesh, config.mesh.rules, _A_SEED)
+            self._init = traced_init(as_asked)
+            boxed = jax.eval_shape(lambda v: first_state(v, self.optimizer, jax.random.key(0)), self._init.boxed_shapes)
+            self.abstract_state = sharding.abstract_arrays(boxed, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
-            microbatch_tokens = config.train.batch_size // config.train.grad_accum_steps * config.train.sequence_length
-            self.expert_parallel = resolve_expert_parallel(
-                config.moe, microbatch_tokens // self.num_batch_shards, config.model.d_model
-            )
+            self._decide()
+        moe = dataclasses.replace(
+            config.moe, matmul=self.matmul, expert_parallel=self.expert_parallel or config.moe.expert_parallel
+        )
+        self.model = as_asked.clone(config=dataclasses.replace(config.model, attention=self.attention), moe=moe)
         self.state_shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes or None))
         self.replicated = replicated = NamedSharding(self.mesh, PartitionSpec())
-        self._new_state = self.jit(self._initial_state, out_shardings=self.state_shardings)
+        self._new_state = self.jit(self.initial_state, out_shardings=self.state_shardings)
         self._compiled_train_step: list[Any] = []  # one at most; shared with the programs of other seeds
         self.train_step = self.jit(
             make_train_step(self.model, self.optimizer, config),
@@ -109,6 +106,14 @@ class Program:
             in_shardings=(self.state_shardings.params, self.state_shardings.variables, self.batch_sharding),
             out_shardings=replicated,
         )
+
+    def _decide(self) -> None:
+        """Decide every "auto" for training batches under the mesh in use. Raises ConfigError if a setting cannot be."""
+        model, moe, train = self.config.model, self.config.moe, self.config.train
+        self.matmul = resolve_backend(moe.matmul, moe.dtype or "float32", (model.d_model, moe.expert_dim))
+        self.attention = resolve_attention(model, train.sequence_length, self.config.data.mask_documents)
+        tokens = train.batch_size // train.grad_accum_steps * train.sequence_length // self.num_batch_shards
+        self.expert_parallel = resolve_expert_parallel(moe, tokens, model.d_model)
 
     def with_seed(self, seed: int) -> Self:
         """The program of a run that differs from this one in train.seed alone, with the same compiled steps."""
@@ -167,8 +172,9 @@ class Program:
         """The state before the first step, every array created where it belongs."""
         return self._new_state(np.uint32(self.config.train.seed))
 
-    def _initial_state(self, seed: Array) -> TrainState:
-        return initial_state(self.model, self.optimizer, seed)
+    def initial_state(self, seed: Array | int, optimizer: optax.GradientTransformation | None = None) -> TrainState:
+        """Make the state before the first step, to be called under `jit`. optimizer: in place of the config's."""
+        return initial_state(self._init.make, optimizer or self.optimizer, seed)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> "CompiledInContext":
         """`jax.jit`, with the mesh and rules in force while it traces."""

@@ -1,5 +1,6 @@
 """Everything that training changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -7,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-
-from default_moe.model.language_model import LanguageModel
-from default_moe.sharding import num_shards
 
 
 @flax.struct.dataclass
@@ -30,17 +28,27 @@ class TrainState:
     bad_steps_in_row: Array
 
 
-def initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: Array | int) -> TrainState:
-    """A new state; the same for the same seed (uint32) whatever the mesh."""
+def initial_state(
+    make_variables: Callable[[Array], Any], optimizer: optax.GradientTransformation, seed: Array | int
+) -> TrainState:
+    """Make a new state; the same for the same seed (uint32) whatever the mesh.
+
+    make_variables: gives the model's variables for a random key, those of `traced_init` for instance.
+    """
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    variables = dict(model.init(init_key, jnp.zeros((num_shards("batch"), 2), jnp.int32), train=False))
-    params = variables.pop("params")
+    return first_state(make_variables(init_key), optimizer, step_key)
+
+
+def first_state(variables: Any, optimizer: optax.GradientTransformation, rng: Array) -> TrainState:
+    """Return the state before the first step of a model with these variables, `params` among them."""
+    others = dict(variables)
+    params = others.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        variables=variables,
+        variables=others,
         opt_state=optimizer.init(params),
-        rng=step_key,
+        rng=rng,
         bad_steps=jnp.zeros((), jnp.int32),
         bad_steps_in_row=jnp.zeros((), jnp.int32),
     )

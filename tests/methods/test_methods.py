@@ -92,7 +92,7 @@ def test_scores_may_be_as_small_as_they_like():
 
         def chosen_and_distribution(logits, config=config, state=state):
             decision = config.method.route(logits, config, state, None)
-            weights = jnp.take_along_axis(decision.weights, decision.expert_index, axis=-1)
+            weights = jnp.take_along_axis(decision.gates, decision.expert_index, axis=-1)
             return jnp.concatenate([weights, decision.probs], axis=-1).ravel()
 
         logits = jnp.array(logits).reshape(1, 1, 4)

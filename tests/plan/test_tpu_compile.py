@@ -57,7 +57,7 @@ def compiled_layer(devices, mesh_config: MeshConfig, **fields):
         return (y.astype(jnp.float32) ** 2).sum() + aux["load_balance_loss"], state
 
     with program.in_force(mesh, Config(mesh=mesh_config)):
-        others = sharding.abstract_arrays(init, mesh, mesh_config.rules)
+        others = sharding.abstract_arrays(sharding.trace_annotated(init)[1], mesh, mesh_config.rules)
         params = others.pop("params")
         batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
         x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16, sharding=batch)

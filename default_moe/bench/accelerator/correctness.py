@@ -17,7 +17,7 @@ from default_moe.config import MATMUL_BACKENDS
 from default_moe.moe.experts.backends import available_backends, group_alignment, resolve_backend, slots_multiple
 from default_moe.moe.experts.gather import run_experts
 from default_moe.moe.experts.layout import group_by_expert
-from default_moe.moe.experts.swiglu import ExpertWeights
+from default_moe.moe.experts.swiglu import ExpertParams
 
 # Largest error allowed, relative to the largest value of the same array: inputs have 8 (bfloat16) or 24 bits, hidden
 # values and gradients are rounded to as many, and accelerators take float32 products with 10.
@@ -56,16 +56,16 @@ def _check(shape: LayerShape, backend: str, dtype: str, seed: int) -> Row:
     weight = rng.random((tokens, top_k))
 
     @jax.jit
-    def both(x: Any, weight: Any, weights: ExpertWeights) -> Any:
+    def both(x: Any, weight: Any, weights: ExpertParams) -> Any:
         layout = group_by_expert(jnp.asarray(index), num_experts, group_alignment(backend), slots_multiple(backend))
 
-        def objective(x: Any, weight: Any, weights: ExpertWeights) -> Any:
+        def objective(x: Any, weight: Any, weights: ExpertParams) -> Any:
             y, sums = run_experts(x, weight, weight, weights, layout, num_experts, backend)
             return (y * jnp.asarray(g, jnp.float32)).sum(), (y, sums)
 
         return jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(x, weight, weights)
 
-    weights = ExpertWeights(*(jnp.asarray(w, dtype) for w in (gate, up, down)))
+    weights = ExpertParams(*(jnp.asarray(w, dtype) for w in (gate, up, down)))
     (d_x, d_weight, d_weights), (y, sums) = both(jnp.asarray(x, dtype), jnp.asarray(weight, jnp.float32), weights)
     found = {
         "y": y,

@@ -18,7 +18,7 @@ from default_moe.bench.report import Row
 from default_moe.bench.torch_block import missing_packages
 from default_moe.bench.workload import LayerShape
 from default_moe.errors import ConfigError
-from default_moe.moe.experts.backends import SlowKernel
+from default_moe.moe.experts.grouped_matmul import SlowKernel
 
 TOTAL_SECONDS = 530.0
 _START_SECONDS = 120.0

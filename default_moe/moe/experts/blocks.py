@@ -1,4 +1,4 @@
-"""SwiGLU experts in blocks of one expert's rows, each block a few plain matrix products. See `routing.py` for the key.
+"""SwiGLU experts in blocks of one expert's rows, each block a few plain matrix products.
 
 Loops over the experts that have rows and over the blocks of each: as many turns as there is work, so the cost follows
 the load, however unbalanced, and no row is dropped. R is such that an expert of mean load is one block, or a few equal
@@ -25,7 +25,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.moe.experts.layout import Layout, take_or_zeros
-from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertWeights, swiglu_gradients, swiglu_hidden
+from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertParams, swiglu_gradients, swiglu_hidden
 
 
 def block_rows(num_assignments: int, num_experts: int, largest: int) -> int:
@@ -44,58 +44,58 @@ def tail_rows(rows: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def block_experts(
     x_TD: Array,
-    weight_TK: Array,
-    counted_TK: Array | None,
-    weights: ExpertWeights,
+    gates_TK: Array,
+    ema_weight_TK: Array | None,
+    params: ExpertParams,
     layout: Layout,
     rows: int,
-    sums_gradient: bool = False,
+    expert_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
-    """Weighted sum of each token's experts, and per expert the sum of its outputs weighted by `counted_TK`.
+    """Weighted sum of each token's experts, and per expert the sum of its outputs weighted by `ema_weight_TK`.
 
     Args:
       x_TD: tokens in the compute dtype.
-      weight_TK: float32, weight of each assignment in the output. It gets a gradient: <g_t, E_i(x_t)>.
-      counted_TK: float32, weight of each assignment in the sums. None: no sums.
-      weights: of the M experts held here, in the compute dtype.
+      gates_TK: float32, weight of each assignment in the output. It gets a gradient: <g_t, E_i(x_t)>.
+      ema_weight_TK: float32, weight of each assignment in the sums. None: no sums.
+      params: of the M experts held here, in the compute dtype.
       layout: of the assignments, with align = 1.
       rows: R.
-      sums_gradient: whether the sums pass their gradient on to the experts (to their outputs, not to `counted_TK`).
+      expert_gradient: whether the sums pass their gradient on to the outputs of experts (not to `ema_weight_TK`).
 
     Returns:
       y, float32 [T, D], and the sums, float32 [M, D] or None.
     """
-    return _forward(x_TD, weight_TK, counted_TK, weights, layout, rows, sums_gradient)[0]
+    return _forward(x_TD, gates_TK, ema_weight_TK, params, layout, rows, expert_gradient)[0]
 
 
 def _forward(
     x_TD: Array,
-    weight_TK: Array,
-    counted_TK: Array | None,
-    weights: ExpertWeights,
+    gates_TK: Array,
+    ema_weight_TK: Array | None,
+    params: ExpertParams,
     layout: Layout,
     rows: int,
-    sums_gradient: bool,
+    expert_gradient: bool,
 ) -> tuple:
-    num_choices = weight_TK.shape[1]
-    weight_A = weight_TK.reshape(-1)
-    counted_A = None if counted_TK is None else counted_TK.reshape(-1)
+    num_choices = gates_TK.shape[1]
+    gates_A = gates_TK.reshape(-1)
+    ema_weight_A = None if ema_weight_TK is None else ema_weight_TK.reshape(-1)
 
-    def one_block(w: ExpertWeights, block: _Block, carry: tuple) -> tuple:
+    def one_block(w: ExpertParams, block: _Block, carry: tuple) -> tuple:
         y_TD, gate_SF, up_SF, sums_MD = carry
         token_R = block.assignment_R // num_choices
         x_RD = take_or_zeros(x_TD, token_R)
         gate_RF, up_RF = x_RD @ w.gate, x_RD @ w.up
         out_RD = swiglu_hidden(gate_RF, up_RF).astype(x_TD.dtype) @ w.down
-        weighted_RD = take_or_zeros(weight_A, block.assignment_R)[:, None] * out_RD.astype(jnp.float32)
+        weighted_RD = take_or_zeros(gates_A, block.assignment_R)[:, None] * out_RD.astype(jnp.float32)
         y_TD = y_TD.at[token_R].add(weighted_RD, mode="drop")
-        if counted_A is not None:
-            counted_R = take_or_zeros(counted_A, block.assignment_R).astype(out_RD.dtype)
-            sum_D = jnp.matmul(counted_R, out_RD, preferred_element_type=jnp.float32)
+        if ema_weight_A is not None:
+            ema_weight_R = take_or_zeros(ema_weight_A, block.assignment_R).astype(out_RD.dtype)
+            sum_D = jnp.matmul(ema_weight_R, out_RD, preferred_element_type=jnp.float32)
             sums_MD = sums_MD.at[block.expert].add(sum_D)
         return y_TD, _put(gate_SF, gate_RF, block.first), _put(up_SF, up_RF, block.first), sums_MD
 
-    (num_tokens, dim), (num_experts, _, hidden_dim) = x_TD.shape, weights.gate.shape
+    (num_tokens, dim), (num_experts, _, hidden_dim) = x_TD.shape, params.gate.shape
     # A block's rows past its expert's last are overwritten by the next expert's; only the very last need room.
     num_slots = layout.assignment_S.shape[0] + rows
     start = (
@@ -104,71 +104,84 @@ def _forward(
         _unset((num_slots, hidden_dim), x_TD.dtype, layout, 1),
         _zeros((num_experts, dim), layout, 0),
     )
-    y_TD, gate_SF, up_SF, sums_MD = _over_blocks(one_block, start, weights, layout, rows)
+    y_TD, gate_SF, up_SF, sums_MD = _over_blocks(one_block, start, params, layout, rows)
     gate_SF, up_SF = (checkpoint_name(a, EXPERT_PRODUCT) for a in (gate_SF, up_SF))
-    counted_A = counted_A if sums_gradient else None
-    residuals = x_TD, weight_TK, counted_A, weights, layout, gate_SF, up_SF
-    return (y_TD, None if counted_TK is None else sums_MD), residuals
+    ema_weight_A = ema_weight_A if expert_gradient else None
+    residuals = x_TD, gates_TK, ema_weight_A, params, layout, gate_SF, up_SF
+    return (y_TD, None if ema_weight_TK is None else sums_MD), residuals
 
 
-def _backward(rows: int, sums_gradient: bool, residuals: tuple, cotangents: tuple) -> tuple:
-    x_TD, weight_TK, counted_A, weights, layout, gate_SF, up_SF = residuals
+def _backward(rows: int, expert_gradient: bool, residuals: tuple, cotangents: tuple) -> tuple:
+    x_TD, gates_TK, ema_weight_A, params, layout, gate_SF, up_SF = residuals
     g_TD, g_sums_MD = cotangents
-    num_choices = weight_TK.shape[1]
-    weight_A = weight_TK.reshape(-1)
+    num_choices = gates_TK.shape[1]
+    gates_A = gates_TK.reshape(-1)
 
-    def one_block(w: ExpertWeights, block: _Block, carry: tuple) -> tuple:
-        d_x_TD, d_weight_A, d_weights = carry
+    def one_block(w: ExpertParams, block: _Block, carry: tuple) -> tuple:
+        d_x_TD, d_gates_A, d_params = carry
         token_R = block.assignment_R // num_choices
         x_RD, g_RD = take_or_zeros(x_TD, token_R), take_or_zeros(g_TD, token_R).astype(x_TD.dtype)
-        weight_R1 = take_or_zeros(weight_A, block.assignment_R)[:, None]
+        gates_R1 = take_or_zeros(gates_A, block.assignment_R)[:, None]
         gate_RF, up_RF = (_rows_from(a, block.first, len(token_R)).astype(jnp.float32) for a in (gate_SF, up_SF))
         hidden_RF = swiglu_hidden(gate_RF, up_RF)
         d_hidden_RF = jnp.matmul(g_RD, w.down.T, preferred_element_type=jnp.float32)
         # <g, E(x)> = <g, hidden @ down> = <g @ down^T, hidden>: the output is not needed.
-        d_weight_R = (d_hidden_RF * hidden_RF).sum(axis=-1)
-        d_weight_A = d_weight_A.at[block.assignment_R].set(d_weight_R, mode="drop")
-        d_hidden_RF = weight_R1 * d_hidden_RF
-        if counted_A is not None:
-            counted_R1 = take_or_zeros(counted_A, block.assignment_R)[:, None]
+        d_gates_R = (d_hidden_RF * hidden_RF).sum(axis=-1)
+        d_gates_A = d_gates_A.at[block.assignment_R].set(d_gates_R, mode="drop")
+        d_hidden_RF = gates_R1 * d_hidden_RF
+        if ema_weight_A is not None:
+            ema_weight_R1 = take_or_zeros(ema_weight_A, block.assignment_R)[:, None]
             g_sum_D = g_sums_MD[block.expert].astype(x_TD.dtype)
-            d_hidden_RF += counted_R1 * jnp.matmul(g_sum_D, w.down.T, preferred_element_type=jnp.float32)
+            d_hidden_RF += ema_weight_R1 * jnp.matmul(g_sum_D, w.down.T, preferred_element_type=jnp.float32)
         d_gate_RF, d_up_RF = (d.astype(x_TD.dtype) for d in swiglu_gradients(gate_RF, up_RF, d_hidden_RF))
         d_x_RD = d_gate_RF @ w.gate.T + d_up_RF @ w.up.T
         d_x_TD = d_x_TD.at[token_R].add(d_x_RD.astype(jnp.float32), mode="drop")
-        factors = (x_RD, d_gate_RF), (x_RD, d_up_RF), ((weight_R1 * hidden_RF).astype(x_TD.dtype), g_RD)
+        factors = (x_RD, d_gate_RF), (x_RD, d_up_RF), ((gates_R1 * hidden_RF).astype(x_TD.dtype), g_RD)
         more = [jnp.matmul(a.T, b, preferred_element_type=jnp.float32) for a, b in factors]
-        if counted_A is not None:
-            more[2] += jnp.outer((counted_R1 * hidden_RF).sum(axis=0), g_sum_D.astype(jnp.float32))
-        d_weights = jax.tree.map(lambda sum_, one: sum_.at[block.expert].add(one), d_weights, ExpertWeights(*more))
-        return d_x_TD, d_weight_A, d_weights
+        if ema_weight_A is not None:
+            more[2] += jnp.outer((ema_weight_R1 * hidden_RF).sum(axis=0), g_sum_D.astype(jnp.float32))
+        d_params = jax.tree.map(lambda sum_, one: sum_.at[block.expert].add(one), d_params, ExpertParams(*more))
+        return d_x_TD, d_gates_A, d_params
 
     start = (
         _zeros(x_TD.shape, layout, 1),
-        _zeros(weight_A.shape, layout, 1),
-        ExpertWeights(*(_zeros(w.shape, layout, index) for index, w in enumerate(weights))),
+        _zeros(gates_A.shape, layout, 1),
+        ExpertParams(*(_zeros(w.shape, layout, index) for index, w in enumerate(params))),
     )
-    d_x_TD, d_weight_A, d_weights = _over_blocks(one_block, start, weights, layout, rows)
-    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
-    return d_x_TD.astype(x_TD.dtype), d_weight_A.reshape(weight_TK.shape), None, d_weights, None
+    d_x_TD, d_gates_A, d_params = _over_blocks(one_block, start, params, layout, rows)
+    d_params = jax.tree.map(lambda d, w: d.astype(w.dtype), d_params, params)
+    return d_x_TD.astype(x_TD.dtype), d_gates_A.reshape(gates_TK.shape), None, d_params, None
 
 
 block_experts.defvjp(_forward, _backward)
 
 
-def block_output_products(x_TD: Array, g_TD: Array, weights: ExpertWeights, layout: Layout, rows: int) -> Array:
+def block_output_products(x_TD: Array, g_TD: Array, params: ExpertParams, layout: Layout, rows: int) -> Array:
     """float32 [T, K], <g_t, E_i(x_t)> of each assignment. Arguments as `block_experts` has them."""
     num_choices = layout.slot_TK.shape[1]
 
-    def one_block(w: ExpertWeights, block: _Block, products_A: Array) -> Array:
+    def one_block(w: ExpertParams, block: _Block, products_A: Array) -> Array:
         token_R = block.assignment_R // num_choices
         x_RD, g_RD = take_or_zeros(x_TD, token_R), take_or_zeros(g_TD, token_R).astype(x_TD.dtype)
         hidden_RF = swiglu_hidden(x_RD @ w.gate, x_RD @ w.up)
         g_hidden_RF = jnp.matmul(g_RD, w.down.T, preferred_element_type=jnp.float32)
         return products_A.at[block.assignment_R].set((g_hidden_RF * hidden_RF).sum(axis=-1), mode="drop")
 
-    products_A = _over_blocks(one_block, _zeros((layout.slot_TK.size,), layout, 0), weights, layout, rows)
+    products_A = _over_blocks(one_block, _zeros((layout.slot_TK.size,), layout, 0), params, layout, rows)
     return products_A.reshape(layout.slot_TK.shape)
+
+
+def block_row_experts(x_QD: Array, params: ExpertParams, group_sizes_M: Array, rows: int) -> Array:
+    """Apply the expert of each row's group to it: [Q, D], in the dtype of `x_QD`.
+
+    To `block_experts` every row is a token that lies in its slot already.
+    """
+    slot_Q = jnp.arange(len(x_QD), dtype=jnp.int32)
+    expert_Q = jnp.searchsorted(jnp.cumsum(group_sizes_M), slot_Q, side="right").astype(jnp.int32)
+    layout = Layout(slot_Q, slot_Q[:, None], expert_Q[:, None], group_sizes_M)
+    gates_Q1 = jnp.ones_like(x_QD, jnp.float32, shape=(len(x_QD), 1))
+    out_QD, _ = block_experts(x_QD, gates_Q1, None, params, layout, rows)
+    return out_QD.astype(x_QD.dtype)
 
 
 class _Block(NamedTuple):
@@ -184,8 +197,8 @@ class _Block(NamedTuple):
     assignment_R: Array
 
 
-def _over_blocks(one_block: Callable, carry: Any, weights: ExpertWeights, layout: Layout, rows: int) -> Any:
-    """Carry through `one_block(w, block, carry)` for each block of each expert, in ascending order; w: its weights."""
+def _over_blocks(one_block: Callable, carry: Any, params: ExpertParams, layout: Layout, rows: int) -> Any:
+    """Carry through `one_block(w, block, carry)` for each block of each expert, in ascending order; w: its params."""
     sizes_M = layout.group_sizes_M
     start_M = jnp.cumsum(sizes_M) - sizes_M
     used_M = jnp.nonzero(sizes_M, size=sizes_M.shape[0], fill_value=0)[0]
@@ -194,7 +207,7 @@ def _over_blocks(one_block: Callable, carry: Any, weights: ExpertWeights, layout
     def one_expert(index: Array, carry: Any) -> Any:
         expert = used_M[index]
         size, start = sizes_M[expert], start_M[expert]
-        w = jax.tree.map(lambda a: a[expert], weights)
+        w = jax.tree.map(lambda a: a[expert], params)
 
         def blocks(begin: Array, rows: int, count: Array, carry: Any) -> Any:
             def turn(index: Array, carry: Any) -> Any:

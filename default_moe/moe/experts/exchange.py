@@ -1,4 +1,12 @@
-"""Rows sent to the devices of their experts, and back."""
+"""Experts reached by exchange: each choice of a token is sent to the device of its expert, and the output back.
+
+Pure functions, to be used inside `shard_map`.
+
+G devices along the expert axis hold M = N / G experts each. A device lays out its rows by expert in S slots (see
+`layout.Layout`), so that those of one expert are a slice. A slice goes to the device that holds the expert, and lies
+there behind the slices that devices of lower index send for the same expert: what a device receives is grouped by
+expert again, in Q slots. Padding of groups travels with them, so slices start at multiples of the alignment everywhere.
+"""
 
 import functools
 from typing import NamedTuple
@@ -10,94 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.config import MoEConfig
 from default_moe.methods.routing import active_experts
-from default_moe.moe.default_vectors import (
-    DefaultVectors,
-    combine,
-    counted_weights,
-    over_others,
-    substitution_of,
-    updated,
-    used_vectors,
-)
-from default_moe.moe.experts.backends import group_alignment, largest_block, slots_multiple
-from default_moe.moe.experts.blocks import block_experts, block_rows
-from default_moe.moe.experts.layout import (
-    Axes,
-    Layout,
-    Routing,
-    choice_weights,
-    dispatch,
-    flat,
-    group_by_expert,
-    round_up,
-)
-from default_moe.moe.experts.sorted_rows import counted_sums, row_experts, weigh
-from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertWeights
-
-
-def exchanged_experts(
-    x_BLD: Array,
-    routing: Routing,
-    weights: ExpertWeights,
-    defaults: DefaultVectors | None,
-    *,
-    axes: Axes,
-    config: MoEConfig,
-    backend: str,
-    update: bool,
-) -> tuple[Array, DefaultVectors | None]:
-    """`experts.sparse_experts` on one device: the choices of its tokens travel to their experts, and outputs back.
-
-    All but the experts themselves happens where the tokens are, over all N experts, sums for the default vectors
-    included: these are summed and scattered to the experts' devices, and the default vectors gathered to be used.
-    """
-    x_TD, weights_TN, index_TK = (flat(a) for a in (x_BLD, routing.weights, routing.expert_index))
-    mask_T = None if routing.mask is None else flat(routing.mask)
-    align = group_alignment(backend)
-    layout = group_by_expert(index_TK, config.num_experts, align)
-    sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
-    num_devices, device = len(sizes_GN), jax.lax.axis_index(axes.experts)
-    there, back = slices(sizes_GN, device)
-    sizes_M = sizes_GN.sum(axis=0).reshape(num_devices, -1)[device]
-    num_received = received_slots(
-        len(index_TK), index_TK.shape[1], len(sizes_M), num_devices, align, slots_multiple(backend)
-    )
-
-    # What arrives is named: recomputing it would send it again.
-    x_SD = dispatch(x_TD, layout)
-    x_QD = checkpoint_name(exchange(x_SD, there, back, num_received, axes.experts), EXPERT_PRODUCT)
-    if backend == "blocks":
-        rows = block_rows(num_devices * index_TK.size, config.num_experts, largest_block())
-        out_QD = _block_row_experts(x_QD, weights, sizes_M, rows)
-    else:
-        out_QD = row_experts(x_QD, weights, sizes_M, backend)
-    out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
-
-    y_TD = weigh(out_SD, choice_weights(weights_TN, index_TK), layout)
-    vectors = config.default_vectors
-    if vectors and defaults is not None:
-        active_TN = active_experts(index_TK, config.num_experts)
-        ema_MD, before, gradient = defaults.ema, defaults, vectors.expert_gradient and update
-        if update:
-            counted_TN = counted_weights(weights_TN, active_TN, mask_T, vectors.ema_weighted, x_TD.dtype)
-            sum_ND = counted_sums(out_SD, choice_weights(counted_TN, index_TK), layout, align, gradient)
-            scattered = (jax.lax.psum_scatter(s, axes.experts, tiled=True) for s in (sum_ND, counted_TN.sum(axis=0)))
-            sums = over_others(tuple(scattered), axes)
-            defaults = updated(defaults, *sums, vectors.ema_decay)
-            ema_MD = used_vectors(before, defaults, *sums, axes, vectors)
-        ema_ND = checkpoint_name(jax.lax.all_gather(ema_MD, axes.experts, tiled=True), EXPERT_PRODUCT)
-        y_TD = combine(y_TD, weights_TN, ema_ND, active_TN, substitution_of(routing, vectors), gradient)
-    return y_TD.reshape(x_BLD.shape), defaults
-
-
-def _block_row_experts(x_QD: Array, weights: ExpertWeights, group_sizes_M: Array, rows: int) -> Array:
-    """What `row_experts` gives, by `block_experts`, to which every row is a token that lies in its slot already."""
-    slot_Q = jnp.arange(len(x_QD), dtype=jnp.int32)
-    expert_Q = jnp.searchsorted(jnp.cumsum(group_sizes_M), slot_Q, side="right").astype(jnp.int32)
-    layout = Layout(slot_Q, slot_Q[:, None], expert_Q[:, None], group_sizes_M)
-    weight_Q1 = jnp.ones_like(x_QD, jnp.float32, shape=(len(x_QD), 1))
-    out_QD, _ = block_experts(x_QD, weight_Q1, None, weights, layout, rows)
-    return out_QD.astype(x_QD.dtype)
+from default_moe.moe.default_vectors import DefaultVectors, ema_weights, update_and_combine
+from default_moe.moe.experts.backends import group_alignment, run_rows, slots_multiple
+from default_moe.moe.experts.layout import Axes, Routing, choice_values, dispatch, flat, group_by_expert, round_up
+from default_moe.moe.experts.sorted_rows import ema_sums, weigh
+from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertParams
 
 
 class Slices(NamedTuple):
@@ -167,3 +92,61 @@ def _backward(num_slots: int, axes: tuple[str, ...], residuals: tuple, g_QD: Arr
 
 
 exchange.defvjp(_forward, _backward)
+
+
+def exchanged_experts(
+    x_BLD: Array,
+    routing: Routing,
+    params: ExpertParams,
+    defaults: DefaultVectors | None,
+    *,
+    axes: Axes,
+    config: MoEConfig,
+    backend: str,
+    update: bool,
+) -> tuple[Array, DefaultVectors | None]:
+    """Compute `sparse_experts` on one device: the choices of its tokens travel to their experts, and outputs back.
+
+    All but the experts themselves happens where the tokens are, over all N experts, sums for the default vectors
+    included.
+    """
+    x_TD, gates_TN, index_TK = (flat(a) for a in (x_BLD, routing.gates, routing.expert_index))
+    mask_T = None if routing.mask is None else flat(routing.mask)
+    align = group_alignment(backend)
+    layout = group_by_expert(index_TK, config.num_experts, align)
+    sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
+    num_devices, device = len(sizes_GN), jax.lax.axis_index(axes.experts)
+    there, back = slices(sizes_GN, device)
+    sizes_M = sizes_GN.sum(axis=0).reshape(num_devices, -1)[device]
+    num_received = received_slots(
+        len(index_TK), index_TK.shape[1], len(sizes_M), num_devices, align, slots_multiple(backend)
+    )
+
+    # What arrives is named: recomputing it would send it again.
+    x_SD = dispatch(x_TD, layout)
+    x_QD = checkpoint_name(exchange(x_SD, there, back, num_received, axes.experts), EXPERT_PRODUCT)
+    out_QD = run_rows(x_QD, params, sizes_M, num_devices * index_TK.size, config.num_experts, backend)
+    out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
+
+    y_TD = weigh(out_SD, choice_values(gates_TN, index_TK), layout)
+    settings = config.default_vectors
+    if settings and defaults is not None:
+        active_TN = active_experts(index_TK, config.num_experts)
+        sums = None
+        if update:
+            ema_weight_TN = ema_weights(gates_TN, active_TN, mask_T, settings, x_TD.dtype)
+            ema_weight_TK = choice_values(ema_weight_TN, index_TK)
+            sum_ND = ema_sums(out_SD, ema_weight_TK, layout, align, settings.expert_gradient)
+            sums = sum_ND, ema_weight_TN.sum(axis=0)
+        y_TD, defaults = update_and_combine(
+            y_TD,
+            gates_TN,
+            active_TN,
+            sums,
+            defaults,
+            settings,
+            routing.substitution,
+            other_axes=axes.others,
+            expert_axes=axes.experts,
+        )
+    return y_TD.reshape(x_BLD.shape), defaults

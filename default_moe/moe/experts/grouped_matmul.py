@@ -1,9 +1,10 @@
-"""Matrix products of rows grouped by expert."""
+"""Matrix products of rows grouped by expert, by the kernels of `backends.py`. Pure functions."""
 
 import functools
 import importlib.metadata
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from jax.lax import RaggedDotDimensionNumbers
 from default_moe.errors import ConfigError
 from default_moe.hardware import platform
 from default_moe.moe.experts import mosaic
-from default_moe.moe.experts.backends import _warn
 
 # out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
 PRODUCT, ROWS_GRADIENT, MATRICES_GRADIENT = (
@@ -123,8 +123,22 @@ def _prepare_tokamax() -> None:
 
 
 def _warn_of_ragged(lhs: Array, rhs: Array, reason: str) -> None:
-    _warn(
+    warn_once(
         reason,
         f"there is no kernel for {lhs.dtype} {list(lhs.shape)} x {list(rhs.shape)} here ({reason}): "
         "jax.lax.ragged_dot computes this product, and any other of which that is true",
     )
+
+
+class SlowKernel(UserWarning):
+    """Experts are computed in a way that is right, but slower than need be."""
+
+
+_warned_of: set[str] = set()
+
+
+def warn_once(reason: str, text: str) -> None:
+    """Warn once for each reason, however often it comes up while tracing."""
+    if reason not in _warned_of:
+        warnings.warn(text, SlowKernel, stacklevel=2)
+        _warned_of.add(reason)

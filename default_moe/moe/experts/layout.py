@@ -67,17 +67,17 @@ def round_up(size: Any, multiple: int) -> Any:
 
 
 @jax.custom_vjp
-def choice_weights(values_TM: Array, expert_TK: Array) -> Array:
+def choice_values(values_TM: Array, expert_TK: Array) -> Array:
     """[T, K]: the value of each chosen expert, 0 where it is held elsewhere (an index of M)."""
     token_T1 = jnp.arange(values_TM.shape[0])[:, None]
     return values_TM.at[token_T1, expert_TK].get(mode="fill", fill_value=0)
 
 
-def _choice_weights_fwd(values_TM: Array, expert_TK: Array) -> tuple:
-    return choice_weights(values_TM, expert_TK), (expert_TK, jnp.arange(values_TM.shape[1]))
+def _choice_values_fwd(values_TM: Array, expert_TK: Array) -> tuple:
+    return choice_values(values_TM, expert_TK), (expert_TK, jnp.arange(values_TM.shape[1]))
 
 
-def _choice_weights_bwd(residuals: tuple, g_TK: Array) -> tuple:
+def _choice_values_bwd(residuals: tuple, g_TK: Array) -> tuple:
     expert_TK, index_M = residuals
     d_values_TM = jnp.zeros((g_TK.shape[0], index_M.shape[0]), g_TK.dtype)
     for k in range(g_TK.shape[1]):  # comparisons, which fuse into one pass, where a scatter would not
@@ -85,7 +85,7 @@ def _choice_weights_bwd(residuals: tuple, g_TK: Array) -> tuple:
     return d_values_TM, None
 
 
-choice_weights.defvjp(_choice_weights_fwd, _choice_weights_bwd)
+choice_values.defvjp(_choice_values_fwd, _choice_values_bwd)
 
 
 def take_or_zeros(values: Array, index: Array) -> Array:
@@ -113,24 +113,24 @@ def _dispatch_bwd(layout: Layout, g_SD: Array) -> tuple[Array, None]:
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
-def sum_choices(values_SD: Array, layout: Layout, weights_TK: Array | None) -> Array:
+def sum_choices(values_SD: Array, layout: Layout, gates_TK: Array | None) -> Array:
     """For each token the (weighted) sum over its K slots, in float32: [T, D]. An expert held elsewhere counts 0."""
     num_tokens, num_choices = layout.slot_TK.shape
     total = jnp.zeros((num_tokens, values_SD.shape[1]), jnp.float32)
     for k in range(num_choices):  # K gathers of [T, D]; a [T, K, D] array never exists
         rows_TD = take_or_zeros(values_SD, layout.slot_TK[:, k]).astype(jnp.float32)
-        total += rows_TD if weights_TK is None else weights_TK[:, k, None] * rows_TD
+        total += rows_TD if gates_TK is None else gates_TK[:, k, None] * rows_TD
     return total
 
 
 class Routing(NamedTuple):
     """What the router decided, and what counts as a sample; the first three as in `methods.Decision`.
 
-    weights: float32 [B, L, N].  expert_index: int32 [B, L, K], N for none.  substitution: scalar, or None.
+    gates: float32 [B, L, N].  expert_index: int32 [B, L, K], N for none.  substitution: scalar, or None.
     mask: [B, L] or None, 0 where a token is no sample.
     """
 
-    weights: Array
+    gates: Array
     expert_index: Array
     substitution: Array | None
     mask: Array | None

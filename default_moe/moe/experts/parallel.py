@@ -5,19 +5,19 @@
   "exchange"  Each choice of a token travels to the device that holds the expert, and its output back, by
               `jax.lax.ragged_all_to_all`, which XLA has for TPUs and GPUs.
 
-`device_experts.py` computes both. Neither drops a token or gathers experts.
+`gather.py` and `exchange.py` compute them. Neither drops a token or gathers experts.
 """
 
 import jax.numpy as jnp
 
 from default_moe import sharding
 from default_moe.config import MoEConfig
-from default_moe.errors import ConfigError
+from default_moe.errors import choose
 from default_moe.hardware import is_nvidia, platform
 
 
 def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) -> str | None:
-    """The form under the mesh in use, None if it does not split experts. "auto" takes the one that moves less.
+    """Return the form under the mesh in use, None if it does not split experts. "auto" takes the one that moves less.
 
     num_tokens: T of a device.
 
@@ -26,28 +26,24 @@ def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) ->
     num_devices = sharding.num_shards("expert")
     if num_devices == 1:
         return None
-    reason = _why_no_exchange(config)
-    if config.expert_parallel == "exchange" and reason:
-        raise ConfigError(f"moe.expert_parallel is 'exchange', but {reason}: use 'auto' or 'gather'")
-    if config.expert_parallel != "auto":
-        return config.expert_parallel
     gather, exchange = (f(config, num_tokens, d_model, num_devices) for f in (gather_bytes, exchange_bytes))
-    return "gather" if reason or gather <= exchange else "exchange"
+    options = [("gather", None), ("exchange", _why_no_exchange(config))]
+    return choose("moe.expert_parallel", config.expert_parallel, options if gather <= exchange else options[::-1])
 
 
 def _why_no_exchange(config: MoEConfig) -> str | None:
-    """What keeps "exchange" from being used under the mesh in use, None if nothing does."""
+    """Say what keeps "exchange" from being used under the mesh in use, None if nothing does."""
     if config.method.dense_gradient:
         return f"with moe.router={config.method.name!r} every expert needs every token"
     if not (platform() == "tpu" or is_nvidia()):
-        return f"XLA has the collective that it needs on TPUs and NVIDIA GPUs alone, and this is {platform()!r}"
+        return f"XLA has the collective that it needs only on TPUs and NVIDIA GPUs, and this is {platform()!r}"
     if not set(sharding.mesh_axes("expert")) <= set(sharding.mesh_axes("batch")):
         return "mesh.rules do not split the batch over the axis that experts are split over"
     return None
 
 
 def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
-    """What a device receives from the others along the expert axis, forward and backward.
+    """Count what a device receives from the others along the expert axis, forward and backward.
 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
     gradient, the float32 probabilities and their gradient, and the int32 choices.
@@ -57,7 +53,7 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
 
 
 def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
-    """What a device receives from the others along the expert axis, forward and backward, on the mean.
+    """Count what a device receives from the others along the expert axis, forward and backward, on average.
 
     With balanced routing its experts run T K choices, and so do its tokens, of which (G - 1) / G come from, or go to,
     other devices: rows and their outputs' gradients arrive for its experts, outputs and the rows' gradients for its

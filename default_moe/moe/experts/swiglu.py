@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# The checkpoint name of the products with experts' weights, so that rematerialisation can keep them.
+# The checkpoint name of the products with experts' matrices, so that rematerialisation can keep them.
 EXPERT_PRODUCT = "expert_product"
 
 
-class ExpertWeights(NamedTuple):
+class ExpertParams(NamedTuple):
     """gate and up [M, D, F], down [M, F, D], in the compute dtype; of one expert without the M."""
 
     gate: Array

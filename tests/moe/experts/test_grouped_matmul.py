@@ -14,7 +14,7 @@ from default_moe.moe.experts.blocks import block_experts, block_rows, tail_rows
 from default_moe.moe.experts.grouped_matmul import grouped_matmul
 from default_moe.moe.experts.layout import group_by_expert
 from default_moe.moe.experts.sorted_rows import sorted_experts
-from default_moe.moe.experts.swiglu import ExpertWeights
+from default_moe.moe.experts.swiglu import ExpertParams
 
 
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS.keys())
@@ -81,7 +81,7 @@ def test_experts_and_gradients_equal_loops(route, backend, rows):
     x, g = (rng.normal(size=(num_tokens, dim)).astype(np.float32) for _ in range(2))
     weight, counted = (rng.random((num_tokens, top_k)).astype(np.float32) for _ in range(2))
     sizes = (num_held, dim, width), (num_held, dim, width), (num_held, width, dim)
-    weights = ExpertWeights(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+    weights = ExpertParams(*(rng.normal(size=size).astype(np.float32) for size in sizes))
 
     y, d_x, d_weight = np.zeros((num_tokens, dim)), np.zeros((num_tokens, dim)), np.zeros((num_tokens, top_k))
     sums, d_weights = np.zeros((num_held, dim)), [np.zeros(size) for size in sizes]
@@ -111,7 +111,7 @@ def test_experts_and_gradients_equal_loops(route, backend, rows):
 
 
 def test_no_sums_where_none_are_asked_for():
-    weights = ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
+    weights = ExpertParams(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
     layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)
     assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
     assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
@@ -142,7 +142,7 @@ def test_blocks_of_both_sizes_equal_one_product_per_expert(loads):
     x, g = (rng.normal(size=(len(chosen), dim)).astype(np.float32) for _ in range(2))
     weight, counted = (rng.random(chosen.shape).astype(np.float32) for _ in range(2))
     sizes = (len(loads), dim, width), (len(loads), dim, width), (len(loads), width, dim)
-    weights = ExpertWeights(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+    weights = ExpertParams(*(rng.normal(size=size).astype(np.float32) for size in sizes))
 
     def one_product_each(x, weight, weights):
         y, sums = jnp.zeros_like(x), []

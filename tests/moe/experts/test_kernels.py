@@ -34,7 +34,7 @@ def on(monkeypatch):
             monkeypatch.setattr(module, "is_nvidia", lambda: nvidia, raising=False)
         monkeypatch.setattr(backends, "is_hopper", lambda: hopper)
         monkeypatch.setattr(backends, "_tokamax_installed", lambda: tokamax)
-        monkeypatch.setattr(backends, "_warned_of", set())
+        monkeypatch.setattr(grouped_matmul, "_warned_of", set())
 
     return use
 
@@ -69,7 +69,7 @@ def test_the_output_gradient_past_the_last_group_counts_for_nothing(monkeypatch)
 
 def test_what_tokamax_does_not_take_is_computed_all_the_same_with_one_warning(monkeypatch):
     """It has no kernel for a CPU, so all three products fall back."""
-    monkeypatch.setattr(backends, "_warned_of", set())
+    monkeypatch.setattr(grouped_matmul, "_warned_of", set())
     lhs, rhs, g = random_arrays(np.random.default_rng(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -156,14 +156,14 @@ def test_hopper_kernels_are_asked_for_the_three_products(d_model, width, hopper_
 
 
 def test_what_hopper_kernels_do_not_take_is_computed_all_the_same_with_a_warning(hopper_kernels, monkeypatch):
-    monkeypatch.setattr(backends, "_warned_of", set())
+    monkeypatch.setattr(grouped_matmul, "_warned_of", set())
     lhs, rhs = jnp.ones((64, 64)), jnp.ones((1, 64, 64))
     reasons = {
         "bfloat16 and float16": (lhs, rhs),
         "multiples of 64": (lhs.astype(jnp.bfloat16), rhs[:, :, :40].astype(jnp.bfloat16)),
     }
     for reason, (a, b) in reasons.items():
-        with pytest.warns(backends.SlowKernel, match=f"Hopper's kernels take .*{reason}"):
+        with pytest.warns(grouped_matmul.SlowKernel, match=f"Hopper's kernels take .*{reason}"):
             out = grouped_matmul.grouped_matmul(a, b, jnp.array([64]), "mosaic")
         assert float(jnp.abs(out - 64).max()) == 0
     assert mosaic.unsupported(jnp.bfloat16, (64, 128, 704)) is None
@@ -181,7 +181,9 @@ def test_the_choice_of_backend(on):
     on("gpu", nvidia=True, hopper=True, tokamax=False)
     assert resolve_backend("auto") == "mosaic"
     assert available_backends() == ["blocks", "ragged", "mosaic"]
-    with pytest.warns(backends.SlowKernel, match="because Hopper's kernels take bfloat16 and float16, and tokamax"):
+    with pytest.warns(
+        grouped_matmul.SlowKernel, match="because Hopper's kernels take bfloat16 and float16, and tokamax"
+    ):
         assert resolve_backend("auto", "float32", (64, 64)) == "ragged"
     on("gpu", nvidia=True, hopper=True)
     assert resolve_backend("auto", "bfloat16", (64, 96)) == "tokamax"
@@ -199,15 +201,15 @@ def test_what_is_a_hopper_gpu(capability, expected, monkeypatch):
 
 def test_a_backend_that_cannot_run_here_is_refused_in_one_line(on):
     on("cpu")
-    with pytest.raises(ConfigError, match="'tokamax', whose kernels run on NVIDIA GPUs and TPUs, but this is 'cpu'"):
+    with pytest.raises(ConfigError, match="'tokamax', but its kernels run on NVIDIA GPUs and TPUs, and this is 'cpu'"):
         resolve_backend("tokamax")
-    with pytest.raises(ConfigError, match=r"'mosaic', whose kernels run on Hopper GPUs .*, but this is 'cpu'"):
+    with pytest.raises(ConfigError, match=r"'mosaic', but its kernels run on Hopper GPUs .*, and this is 'cpu'"):
         resolve_backend("mosaic")
     on("gpu", nvidia=True, tokamax=False)
     with pytest.raises(ConfigError, match="tokamax is not installed: pip install"):
         resolve_backend("tokamax")
     with pytest.warns(
-        backends.SlowKernel, match="falls back to 'ragged', which computes every expert .* tokamax is not"
+        grouped_matmul.SlowKernel, match="falls back to 'ragged', which computes every expert .* tokamax is not"
     ):
         assert resolve_backend("auto") == "ragged"
     with warnings.catch_warnings():
@@ -227,16 +229,16 @@ def test_a_program_refuses_what_cannot_run_here_before_anything_is_compiled():
 def test_cudnn_is_not_asked_for_a_mask_of_odd_length(on):
     on("gpu", nvidia=True)
     config = ModelConfig(dtype="bfloat16")
-    chosen = [attention.attention_implementation(config, length, masked=True) for length in (16, 17)]
+    chosen = [attention.resolve_attention(config, length, masked=True) for length in (16, 17)]
     assert chosen == ["cudnn", "xla"]
 
 
 def test_the_choice_of_attention_on_a_tpu(on):
     on("tpu")
-    chosen = [attention.attention_implementation(ModelConfig(), length, masked=True) for length in (128, 640, 200)]
+    chosen = [attention.resolve_attention(ModelConfig(), length, masked=True) for length in (128, 640, 200)]
     assert chosen == ["splash", "splash", "xla"]
     with pytest.raises(ConfigError, match=r"a multiple of 128 tokens, but train\.sequence_length is 200: use 'auto'"):
-        attention.attention_implementation(ModelConfig(attention="splash"), 200, masked=False)
+        attention.resolve_attention(ModelConfig(attention="splash"), 200, masked=False)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -272,7 +274,7 @@ def test_splash_attention_is_attention(masked):
 )
 def test_the_choice_of_attention_on_an_nvidia_gpu(on, settings, chosen):
     on("gpu", nvidia=True)
-    assert attention.attention_implementation(ModelConfig(**settings), 16, masked=False) == chosen
+    assert attention.resolve_attention(ModelConfig(**settings), 16, masked=False) == chosen
     if chosen == "xla" and "attention" not in settings:
         with pytest.raises(ConfigError, match="use 'auto' or 'xla'"):
-            attention.attention_implementation(ModelConfig(**settings, attention="cudnn"), 16, masked=False)
+            attention.resolve_attention(ModelConfig(**settings, attention="cudnn"), 16, masked=False)

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from helpers.reference import assert_close
 
-from default_moe.moe.experts.layout import (
-    _stable_argsort,
-    active_experts,
-    choice_weights,
-    dispatch,
-    group_by_expert,
-    sum_choices,
-)
+from default_moe.methods.routing import active_experts
+from default_moe.moe.experts.layout import _stable_argsort, choice_values, dispatch, group_by_expert, sum_choices
 
 
 @functools.cache
@@ -112,7 +106,7 @@ def test_sum_of_choices():
 def test_weights_of_choices_and_their_gradient():
     """Token 0 chose experts 2 and 0, token 1 chose 1 and one held elsewhere (of 3): that one weighs 0."""
     probs, expert = jnp.array([[0.5, 0.2, 0.3], [0.1, 0.7, 0.2]]), jnp.array([[2, 0], [1, 3]])
-    weights, pull = jax.vjp(lambda p: choice_weights(p, expert), probs)
+    weights, pull = jax.vjp(lambda p: choice_values(p, expert), probs)
     assert_close(weights, [[0.3, 0.5], [0.7, 0]])
     np.testing.assert_array_equal(pull(jnp.array([[1.0, 2.0], [3.0, 4.0]]))[0], [[2, 0, 1], [0, 3, 0]])
     np.testing.assert_array_equal(active_experts(expert, 3), [[True, False, True], [False, True, False]])
