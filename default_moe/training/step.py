@@ -21,6 +21,7 @@ from default_moe.training.state import TrainState
 
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
+Gradient = Callable[[TrainState, Batch, Array], tuple[Any, Array, "StepResult"]]
 
 
 @flax.struct.dataclass
@@ -32,69 +33,10 @@ class StepResult:
     variables: Any
 
 
-def make_gradient(
-    model: LanguageModel, config: Config
-) -> Callable[[TrainState, Batch, Array], tuple[Any, Array, StepResult]]:
-    """`gradient(state, batch, rng)`: the gradient of the loss over the whole batch, the loss, and the rest.
-
-    With train.grad_accum_steps > 1 the batch is processed in microbatches. The step's gradient is then that of the
-    mean loss over all tokens of the batch. Default vectors keep their contract: each step is one update, with decay
-    ema_decay, by the mean over all tokens of the batch. Microbatch m uses the vectors updated with the sums of
-    microbatches 1 to m; those after the last are kept. The balance loss is that of each microbatch, averaged.
-    """
-    num_microbatches = config.train.grad_accum_steps
-
-    def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, StepResult]:
-        (unembedding, stats), variables = model.apply(
-            {"params": params, **variables},
-            train=True,
-            mutable=list(variables),
-            rngs={"router": rng},
-            **model_inputs(batch, config),
-        )
-        sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
-        loss = sums.nll / num_tokens + auxiliary_loss(stats) / num_microbatches
-        return loss, StepResult(sums, stats, variables)
-
-    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
-        num_tokens = jnp.maximum((batch["loss_mask"] != 0).sum(), 1).astype(jnp.float32)
-        if num_microbatches == 1:
-            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, result), grads = grad_fn(state.params, state.variables, batch, num_tokens, rng)
-            return grads, loss, result
-        # Added up in place, layer by layer as the backward pass gets there: a microbatch's own never exist as a whole.
-        grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
-
-        def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, StepResult]:
-            loss, vector_sums = carry
-            index, microbatch = inputs
-            variables = {**state.variables, **vector_sums}
-
-            def micro_loss_fn(params: Any) -> tuple[Array, StepResult]:
-                return loss_fn(params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index))
-
-            pull_back: Any
-            micro_loss, pull_back, result = jax.vjp(micro_loss_fn, state.params, has_aux=True)
-            pull_back.with_refs(grads)(jnp.ones_like(micro_loss))
-            new_variables = dict(result.variables)
-            vector_sums = {name: new_variables.pop(name) for name in vector_sums}
-            return (loss + micro_loss, vector_sums), dataclasses.replace(result, variables=new_variables)
-
-        vector_sums = {}
-        if DEFAULT_VECTORS in state.variables:
-            vector_sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
-        start = (jnp.zeros(()), vector_sums)
-        inputs = (jnp.arange(num_microbatches), split_batch(batch, num_microbatches))
-        (loss, _), passes = jax.lax.scan(microstep, start, inputs)
-        return jax.tree.map(jax.freeze, grads), loss, _merge_passes(passes)
-
-    return gradient
-
-
 def make_train_step(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a config: one optimizer update, or none if the loss or a gradient is not finite.
+    """Make the training step of a config: one optimizer update, or none if the loss or a gradient is not finite.
 
     A step whose loss, gradient norm or new state is not finite leaves all state as it was, except that it is counted.
     """
@@ -134,6 +76,76 @@ def make_train_step(
         return new_state, {**metrics, "layers": result.stats}
 
     return train_step
+
+
+def make_gradient(model: LanguageModel, config: Config) -> Gradient:
+    """Make `gradient(state, batch, rng)`: the gradient of the loss over the whole batch, the loss, and the rest.
+
+    The loss is the mean over all tokens of the batch, in however many microbatches (train.grad_accum_steps) it is
+    processed. The balance loss is that of each microbatch, averaged.
+    """
+    num_microbatches = config.train.grad_accum_steps
+
+    def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, StepResult]:
+        (unembedding, stats), variables = model.apply(
+            {"params": params, **variables},
+            train=True,
+            mutable=list(variables),
+            rngs={"router": rng},
+            **model_inputs(batch, config),
+        )
+        sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
+        loss = sums.nll / num_tokens + auxiliary_loss(stats) / num_microbatches
+        return loss, StepResult(sums, stats, variables)
+
+    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, result), grads = grad_fn(state.params, state.variables, batch, _num_tokens(batch), rng)
+        return grads, loss, result
+
+    return gradient if num_microbatches == 1 else _accumulated(loss_fn, num_microbatches)
+
+
+def _accumulated(loss_fn: Callable, num_microbatches: int) -> Gradient:
+    """Make the gradient of a loss that is summed over microbatches.
+
+    Default vectors keep their contract: each step is one update, with decay ema_decay, by the mean over all tokens of
+    the batch. Microbatch m uses the vectors updated with the sums of microbatches 1 to m; those after the last
+    are kept.
+    """
+
+    def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
+        num_tokens = _num_tokens(batch)
+        # Added up in place, layer by layer as the backward pass gets there: a microbatch's own never exist as a whole.
+        grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
+
+        def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, StepResult]:
+            loss, vector_sums = carry
+            index, microbatch = inputs
+            variables = {**state.variables, **vector_sums}
+
+            def micro_loss_fn(params: Any) -> tuple[Array, StepResult]:
+                return loss_fn(params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index))
+
+            pull_back: Any
+            micro_loss, pull_back, result = jax.vjp(micro_loss_fn, state.params, has_aux=True)
+            pull_back.with_refs(grads)(jnp.ones_like(micro_loss))
+            new_variables = dict(result.variables)
+            vector_sums = {name: new_variables.pop(name) for name in vector_sums}
+            return (loss + micro_loss, vector_sums), dataclasses.replace(result, variables=new_variables)
+
+        vector_sums = {}
+        if DEFAULT_VECTORS in state.variables:
+            vector_sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
+        inputs = (jnp.arange(num_microbatches), split_batch(batch, num_microbatches))
+        (loss, _), passes = jax.lax.scan(microstep, (jnp.zeros(()), vector_sums), inputs)
+        return jax.tree.map(jax.freeze, grads), loss, _merge_passes(passes)
+
+    return gradient
+
+
+def _num_tokens(batch: Batch) -> Array:
+    return jnp.maximum((batch["loss_mask"] != 0).sum(), 1).astype(jnp.float32)
 
 
 def make_eval_step(model: LanguageModel, config: Config) -> Callable[[Any, Any, Batch], tuple[TokenSums, Any]]:
