@@ -11,23 +11,11 @@ from urllib.parse import quote
 
 from ml_collections import ConfigDict
 
-from default_moe.config import Config, flat_items
+from default_moe.config import NO_EFFECT, TUNED, Config, flat_items, marked
 from default_moe.errors import ConfigError, check, closest
 from default_moe.methods import METHODS
 
 Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given
-
-# Read-outs and safety: a run is the same whatever these are.
-_FREE = ("data.dir", "data.prefetch", "eval.prompt", "eval.sample_tokens", "eval.temperature", "train.max_bad_steps")
-
-# What a method may have its own best value of, beside optim.* and its own settings: it changes no task.
-_TUNED = (
-    "moe.load_balance_weight",
-    "moe.sequence_balance_weight",
-    "moe.router_z_weight",
-    "moe.router_noise_std",
-    "moe.router_init_std",
-)
 
 
 @dataclass(frozen=True)
@@ -160,7 +148,7 @@ def same_run(ours: Config, saved: Config) -> list[str]:
     return [
         f"{name}: {before.get(name)} there, {now.get(name)} here"
         for name in dict.fromkeys([*now, *before])
-        if now.get(name) != before.get(name) and name not in _FREE
+        if now.get(name) != before.get(name) and not marked(name, NO_EFFECT)
     ]
 
 
@@ -177,7 +165,7 @@ def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Ent
             before, now = _assign(config, name, value)
             changed += [f"{name}={now}"] if now != before else []
             own.append((name, now))
-    tuned = tuple(item for item in own if item[0].startswith("optim.") or _group(item[0]) or item[0] in _TUNED)
+    tuned = tuple(item for item in own if marked(item[0], TUNED))
     task = tuple(item for item in own if item not in tuned)
     folder = "/".join([method.name, *(quote(text, safe="=,+*") for text in sorted(changed)), f"seed_{seed}"])
     return Entry(Candidate(method.label, tuned), task, seed, Config.from_config_dict(config), folder)

@@ -10,6 +10,11 @@ import jax.numpy as jnp
 
 from default_moe.errors import check, check_choice, closest
 
+# What may be done with a setting, as metadata of its field; on a field of `Config` it counts for the whole group.
+MAY_CHANGE = {"may change": True}  # in a run that continues: the model's function, the data and its order stay the same
+NO_EFFECT = {"no effect": True}  # on what a run computes
+TUNED = {"tuned": True}  # a comparison may give each method its own best value
+
 
 def check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
     for key in mapping:

@@ -1,8 +1,8 @@
 """The settings of the model around the MoE layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from default_moe.config.mappings import dtype_name
+from default_moe.config.mappings import MAY_CHANGE, dtype_name
 from default_moe.errors import check, check_at_least, check_choice
 
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
@@ -28,9 +28,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
     dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-    scan_unroll: int = 1
+    attention: str = field(default="auto", metadata=MAY_CHANGE)
+    remat: str = field(default="none", metadata=MAY_CHANGE)
+    scan_unroll: int = field(default=1, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "scan_unroll"):

@@ -4,10 +4,10 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from default_moe.config.mappings import check_keys, dtype_name, section_from_mapping
+from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_name, section_from_mapping
 from default_moe.errors import check, check_at_least, check_choice
 from default_moe.methods import METHODS, Method
 from default_moe.methods.default import DefaultVectorSettings
@@ -51,15 +51,15 @@ class MoEConfig:
     router: str | Method = "default"
     score_function: str = "softmax"
     normalize_weights: bool = False
-    router_init_std: float | None = None
-    router_noise_std: float = 0.0
+    router_init_std: float | None = field(default=None, metadata=TUNED)
+    router_noise_std: float = field(default=0.0, metadata=TUNED)
     capacity_factor: float | None = None
-    load_balance_weight: float | None = None
-    sequence_balance_weight: float = 0.0
-    router_z_weight: float = 0.0
+    load_balance_weight: float | None = field(default=None, metadata=MAY_CHANGE | TUNED)
+    sequence_balance_weight: float = field(default=0.0, metadata=MAY_CHANGE | TUNED)
+    router_z_weight: float = field(default=0.0, metadata=MAY_CHANGE | TUNED)
     dtype: str | None = None
-    matmul: str = "auto"
-    expert_parallel: str = "auto"
+    matmul: str = field(default="auto", metadata=MAY_CHANGE)
+    expert_parallel: str = field(default="auto", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         check_at_least("moe.num_experts", self.num_experts, 1)

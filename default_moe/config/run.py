@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from default_moe.config.mappings import check_keys, section_from_mapping
+from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, check_keys, section_from_mapping
 from default_moe.config.mesh import MeshConfig
 from default_moe.errors import check, check_at_least, check_choice, check_fraction
 
@@ -38,13 +38,13 @@ class DataConfig:
     """
 
     name: str = "python_stdlib"
-    files: str | None = None
+    files: str | None = field(default=None, metadata=MAY_CHANGE)  # the corpus hash says whether the text is the same
     text_field: str = "text"
     tokenizer: str = "bytes"
     validation_fraction: float = 0.05
     mask_documents: bool = False
-    dir: str | None = None
-    prefetch: int = 2
+    dir: str | None = field(default=None, metadata=MAY_CHANGE | NO_EFFECT)
+    prefetch: int = field(default=2, metadata=MAY_CHANGE | NO_EFFECT)
 
     def __post_init__(self) -> None:
         check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
@@ -80,13 +80,13 @@ class TrainConfig:
     time in the loss; more tokens than that are taken in chunks, to the same result.
     """
 
-    num_steps: int = 400
+    num_steps: int = field(default=400, metadata=MAY_CHANGE)
     batch_size: int = 32
     sequence_length: int = 256
     grad_accum_steps: int = 1
     seed: int = 0
-    log_every_steps: int = 10
-    max_bad_steps: int = 10
+    log_every_steps: int = field(default=10, metadata=MAY_CHANGE)
+    max_bad_steps: int = field(default=10, metadata=MAY_CHANGE | NO_EFFECT)
     logits_per_chunk: int = 2**28
 
     def __post_init__(self) -> None:
@@ -180,9 +180,9 @@ class EvalConfig:
     every_steps: int = 100
     num_batches: int = 8
     batch_size: int | None = None
-    prompt: str = "def "
-    sample_tokens: int = 200
-    temperature: float = 0.7
+    prompt: str = field(default="def ", metadata=NO_EFFECT)
+    sample_tokens: int = field(default=200, metadata=NO_EFFECT)
+    temperature: float = field(default=0.7, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         check_at_least("eval.every_steps", self.every_steps, 1)
@@ -206,10 +206,10 @@ class Config:
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig, metadata=MAY_CHANGE | TUNED)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         if self.moe.dtype is None:
@@ -240,6 +240,19 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON can hold them."""
         return {**dataclasses.asdict(self), "moe": self.moe.to_dict()}
+
+
+def marked(name: str, mark: Mapping[str, bool]) -> bool:
+    """Whether a setting ("optim.peak_lr") or the group it is in has that mark. A method's own settings are TUNED."""
+    section: Any = Config
+    for part in name.split("."):
+        known = {f.name: f for f in dataclasses.fields(section)}
+        if part not in known:
+            return section is MoEConfig and mark == TUNED
+        if mark.items() <= known[part].metadata.items():
+            return True
+        section = known[part].type
+    return False
 
 
 def _section(section: type, name: str, mapping: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from default_moe.config import Config, flat_items
+from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.data import Rows, Tokenizer, tokenizer_from_dict
 from default_moe.errors import CheckpointError, check
 from default_moe.moe.layer import DEFAULT_VECTORS
@@ -15,19 +15,6 @@ from default_moe.runs.checkpoint import CheckpointStore, difference, shapes
 from default_moe.runs.warm_up import warm_up
 from default_moe.training.program import Program
 from default_moe.training.state import TrainState
-
-# Settings of the model that do not change what it computes, or that are said elsewhere.
-_SAME_FUNCTION = (
-    "model.remat",
-    "model.attention",
-    "model.scan_unroll",
-    "moe.router",
-    "moe.matmul",
-    "moe.expert_parallel",
-    "moe.load_balance_weight",
-    "moe.sequence_balance_weight",
-    "moe.router_z_weight",
-)
 
 
 @dataclass(frozen=True)
@@ -127,8 +114,9 @@ def changes_since(saved: Mapping[str, Any], config: Config) -> list[str]:
     """What the model computes differently than in the source, beside its router: shapes do not show it."""
     before = dict(flat_items(Config.from_mapping(saved).to_dict()))
     now = dict(flat_items(config.to_dict()))
-    groups = ("model.", "moe.")
-    names = [name for name in before if name.startswith(groups) and name not in _SAME_FUNCTION and name in now]
+    # What may change in a run that continues does not change the model's function.
+    names = [name for name in before if name.startswith(("model.", "moe.")) and name in now]
+    names = [name for name in names if name != "moe.router" and not marked(name, MAY_CHANGE)]
     return [f"{name} was {before[name]}, is now {now[name]}" for name in names if before[name] != now[name]]
 
 

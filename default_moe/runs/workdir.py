@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import jax
 
-from default_moe.config import Config, flat_items
+from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.errors import ConfigError
 from default_moe.processes import distributed
 from default_moe.runs.files import write_atomically
@@ -26,23 +26,6 @@ from default_moe.runs.files import write_atomically
 RUN_FILE = "run.json"
 _FORMAT = 1
 _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
-_MAY_CHANGE = (
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "moe.load_balance_weight",
-    "moe.sequence_balance_weight",
-    "moe.router_z_weight",
-    "moe.matmul",
-    "moe.expert_parallel",
-    "data.files",  # the corpus hash says whether it is the same text
-    "data.dir",
-    "data.prefetch",
-    "train.num_steps",
-    "train.log_every_steps",
-    "train.max_bad_steps",
-)
-_GROUPS_THAT_MAY_CHANGE = ("optim", "mesh", "checkpoint", "eval")
 
 
 @dataclass
@@ -179,7 +162,7 @@ def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple
 def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     if name == "data.tokenizer":  # a tokenizer file may move, if its content is known to be the same
         return now["tokenizer_hash"] is not None and now["tokenizer_hash"] == before["tokenizer_hash"]
-    return name in _MAY_CHANGE or name.split(".")[0] in _GROUPS_THAT_MAY_CHANGE
+    return marked(name, MAY_CHANGE)
 
 
 def _check_empty(folder: Path) -> None:

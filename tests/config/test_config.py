@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import paper, quickstart
+from default_moe import config
 from default_moe.config import Config, MoEConfig, default_config, to_config_dict
 from default_moe.errors import ConfigError
 
@@ -137,3 +138,24 @@ def test_the_quickstart_is_valid():
     built = Config.from_config_dict(quickstart.get_config())
     assert built.moe.method.name == "default"
     assert built.data.name == "python_stdlib"
+
+
+# Settings of groups that have a mark as a whole are not listed one by one.
+MARKED = {
+    "MAY_CHANGE": "checkpoint.* data.dir data.files data.prefetch eval.* mesh.* model.attention model.remat "
+    "model.scan_unroll moe.expert_parallel moe.load_balance_weight moe.matmul moe.router_z_weight "
+    "moe.sequence_balance_weight optim.* train.log_every_steps train.max_bad_steps train.num_steps",
+    "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature train.max_bad_steps",
+    "TUNED": "moe.default.* moe.load_balance_weight moe.loss_free.* moe.remoe.* moe.router_init_std "
+    "moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight moe.sparsemixer.* optim.*",
+}
+
+
+@pytest.mark.parametrize("mark", MARKED)
+def test_which_settings_have_a_mark(mark):
+    names = [name for name, _ in config.flat_items(default_config().to_dict())]
+    found = {name for name in names if config.marked(name, getattr(config, mark))}
+    groups = {f"{name.rpartition('.')[0]}." for name in names} - {"."}
+    whole = [g for g in groups if all(name in found for name in names if name.startswith(g))]
+    assert {next((f"{g}*" for g in whole if name.startswith(g)), name) for name in found} == {*MARKED[mark].split()}
+    assert not config.marked("corpus_hash", config.MAY_CHANGE)
