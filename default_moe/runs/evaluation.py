@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from default_moe.data import Batch, Rows
+from default_moe.model.language_model import LayerStats
+from default_moe.runs.measurements import layer_statistics
 from default_moe.training.program import Program
 
 
@@ -41,27 +44,21 @@ def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batc
     """
     batch_size = program.config.eval.batch_size or program.config.train.batch_size
     whole = math.ceil(len(rows) / batch_size)
-    nll = tokens = text_bytes = 0.0
-    layer_sums: dict[str, np.ndarray] = {}
+    total: Any = None
     for index in range(min(num_batches, whole) if num_batches else whole):
         batch = program.put_batch(functools.partial(_load, rows, index * batch_size), batch_size)
-        sums, stats = jax.device_get(program.eval_step(params, variables, batch))
-        nll, tokens, text_bytes = (
-            nll + float(sums.nll),
-            tokens + float(sums.tokens),
-            text_bytes + float(sums.target_bytes),
-        )
-        for name, value in _layer_arrays(stats).items():
-            weight = 1.0 if name == "tokens_per_expert" else float(sums.tokens)
-            layer_sums[name] = layer_sums.get(name, 0.0) + weight * np.asarray(value, np.float64)
-    loss = nll / max(tokens, 1)
+        sums, stats = jax.tree.map(np.float64, jax.device_get(program.eval_step(params, variables, batch)))
+        of_batch = (sums, _map_means(functools.partial(np.multiply, sums.tokens), stats))
+        total = jax.tree.map(np.add, total, of_batch) if total else of_batch
+    sums, stats = total
+    loss = float(sums.nll / max(sums.tokens, 1))
     return Evaluation(
         loss=loss,
         perplexity=float(np.exp(loss)),
-        bits_per_byte=nll / math.log(2) / max(text_bytes, 1),
-        tokens=int(tokens),
-        text_bytes=int(text_bytes),
-        layers=_layer_report(layer_sums, tokens),
+        bits_per_byte=float(sums.nll / math.log(2) / max(sums.target_bytes, 1)),
+        tokens=int(sums.tokens),
+        text_bytes=int(sums.target_bytes),
+        layers=_layer_report(_map_means(lambda total: total / sums.tokens, stats)) if stats else [],
     )
 
 
@@ -69,26 +66,18 @@ def _load(rows: Rows, first: int, start: int, count: int) -> Batch:
     return rows.batch(first + start, count)
 
 
-def _layer_arrays(stats: Any) -> dict[str, np.ndarray]:
+def _map_means(function: Callable[[Any], Any], stats: LayerStats | None) -> LayerStats | None:
+    """`stats` with `function` applied to all but the counts."""
     if stats is None:
-        return {}
-    names = ("load_balance_loss", "router_entropy", "tokens_per_expert")
-    return {**{name: getattr(stats, name) for name in names}, **stats.more}
+        return None
+    counts = {"tokens_per_expert": stats.tokens_per_expert, "num_tokens": stats.num_tokens}
+    return dataclasses.replace(jax.tree.map(function, stats), **counts)
 
 
-def _layer_report(sums: dict[str, np.ndarray], tokens: float) -> list[dict[str, Any]]:
-    if not sums:
-        return []
-    counts_LN = sums["tokens_per_expert"]
-    load_LN = counts_LN / np.maximum(counts_LN.mean(axis=1, keepdims=True), 1e-9)
-    report = []
-    for layer in range(counts_LN.shape[0]):
-        means = {name: float(of[layer] / tokens) for name, of in sums.items() if name != "tokens_per_expert"}
-        row: dict[str, Any] = {
-            **means,
-            "max_load": float(load_LN[layer].max()),
-            "min_load": float(load_LN[layer].min()),
-            "tokens_per_expert": [int(c) for c in counts_LN[layer]],
-        }
-        report.append(row)
-    return report
+def _layer_report(stats: Any) -> list[dict[str, Any]]:
+    of_layers = layer_statistics(stats)
+    names = ("load_balance_loss", "router_entropy", *stats.more, "max_load", "min_load")
+    return [
+        {**{name: float(of_layers[name][index]) for name in names}, "tokens_per_expert": counts.astype(int).tolist()}
+        for index, counts in enumerate(stats.tokens_per_expert)
+    ]

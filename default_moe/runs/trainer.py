@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ import numpy as np
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
 from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
-from default_moe.hardware import peak_flops
-from default_moe.model.size import parameter_counts, train_flops_per_token
+from default_moe.model.size import parameter_counts
 from default_moe.processes import distributed
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.evaluation import evaluate
 from default_moe.runs.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
+from default_moe.runs.measurements import StepMeasurements
 from default_moe.runs.metrics import MetricsWriter
 from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import sample_text
@@ -139,7 +138,6 @@ class _Loop:
         """Train from step `start` on. Returns the state, and whether all steps are done (False: asked to stop)."""
         config = self.program.config
         train, batch_size = config.train, config.train.batch_size
-        self._flops_per_token = train_flops_per_token(config, self.program.vocab_size)
         self._bad_in_row = 0
 
         def load(step: int) -> Batch:
@@ -149,7 +147,7 @@ class _Loop:
             return self.program.put_batch(rows, batch_size)
 
         with Prefetcher(load, start, config.data.prefetch) as batches:
-            self._clock = _Clock(start)
+            self._measurements = StepMeasurements(self.program, start)
             self.progress.start(start)
             last_save = time.monotonic()
             pending: tuple[int, Any] | None = None
@@ -180,9 +178,8 @@ class _Loop:
                 if stopping:
                     break
         self._make_sure_of_the_last_save(state, step, held_out)
-        steps_per_second = self._clock.mean_steps_per_second()
-        if steps_per_second:
-            speed = steps_per_second * batch_size * train.sequence_length
+        speed = self._measurements.mean_tokens_per_second()
+        if speed:
             self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
         return state, finished
 
@@ -215,7 +212,7 @@ class _Loop:
                 f"step {step}: the loss or a gradient is not finite; nothing was updated ({bad_in_row} in a row)"
             )
         if step % train.log_every_steps == 0 or bad_in_row:
-            values = self._scalars(step, jax.device_get(metrics))
+            values = self._measurements.scalars(step, jax.device_get(metrics))
             self.writer.write(step, values)
             self.progress.log(step, values)
         if bad_in_row >= train.max_bad_steps:
@@ -226,24 +223,6 @@ class _Loop:
                 + (f"the checkpoint of step {saved[-1]} is intact; " if saved else "there is no checkpoint yet; ")
                 + "a lower optim.peak_lr may help"
             )
-
-    def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Flat metrics of a step: those of the step itself, its layers' statistics, and speed since the last log."""
-        layers = metrics.pop("layers")
-        values = {f"train/{name}": value for name, value in metrics.items()}
-        seconds_per_step = self._clock.seconds_per_step(step)
-        train = self.program.config.train
-        tokens_per_second = train.batch_size * train.sequence_length / seconds_per_step
-        flops = tokens_per_second * self._flops_per_token
-        values["train/step_seconds"] = seconds_per_step
-        values["train/tokens_per_second"] = tokens_per_second
-        values["train/model_flops_per_second"] = flops
-        peak = peak_flops(jax.devices()[0])
-        if peak:
-            values["train/mfu"] = flops / (peak * jax.device_count())
-        if layers is not None:
-            values.update(_layer_scalars(layers, self.program.config.model.num_dense_layers))
-        return values
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         config = self.program.config
@@ -257,7 +236,7 @@ class _Loop:
             f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"
         )
-        self._clock.restart(step)
+        self._measurements.restart(step)
         return values
 
     def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
@@ -267,56 +246,7 @@ class _Loop:
             "corpus_hash": self.data.corpus_hash,
         }
         self.store.save(step, state, meta, held_out)
-        self._clock.restart(step)
-
-
-class _Clock:
-    """Time per step, evaluation and saving left out."""
-
-    def __init__(self, step: int):
-        self._steps, self._seconds, self._last = 0, 0.0, math.nan
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Go on from here: the time since the last call of `seconds_per_step` counts for nothing."""
-        self._step, self._time = step, time.monotonic()
-
-    def seconds_per_step(self, step: int) -> float:
-        """Since the last call or restart, whichever was later; what the last call gave if no step has passed."""
-        now = time.monotonic()
-        if step > self._step:
-            self._last = (now - self._time) / (step - self._step)
-            self._steps += step - self._step
-            self._seconds += now - self._time
-            self.restart(step)
-        return self._last
-
-    def mean_steps_per_second(self) -> float:
-        """Over all intervals measured; 0 if there was none."""
-        return self._steps / self._seconds if self._seconds else 0.0
-
-
-def _layer_scalars(layers: Any, first_layer: int) -> dict[str, float]:
-    """Means over layers, and each layer's statistics under layer_<number in the model>/."""
-    load_LN = layers.tokens_per_expert / np.maximum(layers.tokens_per_expert.mean(axis=1, keepdims=True), 1e-9)
-    experts_per_token_L = layers.tokens_per_expert.sum(axis=1) / np.maximum(layers.num_tokens, 1)
-    values = {
-        "train/load_balance_loss": layers.load_balance_loss.mean(),
-        "train/router_z_loss": layers.router_z_loss.mean(),
-        "train/router_entropy": layers.router_entropy.mean(),
-        "train/max_load": load_LN.max(),
-        "train/experts_per_token": experts_per_token_L.mean(),
-        **{f"train/{key}": value.mean() for key, value in layers.more.items()},
-    }
-    for index in range(load_LN.shape[0]):
-        name = f"layer_{first_layer + index}"
-        values[f"{name}/load_balance_loss"] = layers.load_balance_loss[index]
-        values[f"{name}/router_entropy"] = layers.router_entropy[index]
-        values[f"{name}/max_load"] = load_LN[index].max()
-        values[f"{name}/experts_per_token"] = experts_per_token_L[index]
-        for key, value in layers.more.items():
-            values[f"{name}/{key}"] = value[index]
-    return values
+        self._measurements.restart(step)
 
 
 def _description(program: Program, data: Data) -> str:
