@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
@@ -48,10 +49,10 @@ class Programs:
     def __init__(self) -> None:
         self._made: dict[tuple[Config, int], Program] = {}
 
-    def __call__(self, config: Config, vocab_size: int) -> Program:
+    def __call__(self, config: Config, vocab_size: int, mesh: Mesh) -> Program:
         shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
         if (shared, vocab_size) not in self._made:
-            self._made[shared, vocab_size] = Program(config, vocab_size)
+            self._made[shared, vocab_size] = Program(config, vocab_size, mesh)
         return self._made[shared, vocab_size].with_seed(config.train.seed)
 
 

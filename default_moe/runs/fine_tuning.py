@@ -9,10 +9,12 @@ from typing import Any
 from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.data import Rows, Tokenizer, tokenizer_from_dict
 from default_moe.errors import CheckpointError, check
+from default_moe.model.language_model import build_model, traced_init
 from default_moe.moe.layer import DEFAULT_VECTORS
 from default_moe.processes import distributed
 from default_moe.runs.checkpoint import CheckpointStore, difference, shapes
 from default_moe.runs.warm_up import warm_up
+from default_moe.sharding import unboxed
 from default_moe.training.program import Program
 from default_moe.training.state import TrainState
 
@@ -53,14 +55,15 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
         meta, saved = store.read_meta(step), store.saved_shapes(step)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from error
-    # Of the model that goes with the source's tokenizer: whether the run has the same is known once its data is.
-    state = Program(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size).abstract_state
-    problem = difference(_below("params", saved), shapes({"params": state.params}))
+    # The model for the source's tokenizer: whether the run's is the same is known once its data is.
+    model = build_model(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size)
+    variables = unboxed(traced_init(model).boxed_shapes)
+    problem = difference(_below("params", saved), shapes({"params": variables.pop("params")}))
     if problem:
         raise CheckpointError(
             f"init_from: the checkpoint of step {step} in {folder} does not fit this model: {problem}"
         )
-    return Source(folder, store, step, meta, collections_taken_over(saved, state.variables))
+    return Source(folder, store, step, meta, collections_taken_over(saved, variables))
 
 
 def collections_taken_over(saved: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
@@ -33,10 +34,12 @@ from default_moe.training.step import Batch
 def train(
     config: Config,
     workdir: Path,
-    make_program: Callable[[Config, int], Program] = Program,
+    make_program: Callable[[Config, int, Mesh], Program] = Program,
     stop: StopRequest | None = None,
 ) -> int:
-    """Train as `config` says, in `workdir`; go on from the newest checkpoint there, bit for bit.
+    """Train as `config` says, in `workdir`; continue from the newest checkpoint there, bit for bit.
+
+    Checks what it can, prepares the data, compiles, restores or makes the state, trains, and prints a sample.
 
     make_program: `Program`, or one that gives a run what another has compiled.
     stop: entered by the caller, who wants to know of it too.
@@ -49,19 +52,24 @@ def train(
     """
     distributed.check_same_start({"--workdir": str(workdir.absolute()), **dict(flat_items(config.to_dict()))})
     progress = Progress(config.train.num_steps)
-    mesh_for(config)  # this and the next fail early, before any data is prepared
+    mesh = mesh_for(config)
     check_ours(workdir)
     source = find_source(config, workdir, progress.message)
+
     data = distributed.in_turn(lambda: open_data(config.data, progress.message))
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
     check_tokenizer(source, data.tokenizer)
-    program = make_program(config, data.tokenizer.vocab_size)
-    identity = (data.corpus_hash, program.vocab_size, tokenizer_fingerprint(data.tokenizer))
-    names = ("corpus_hash", "vocab_size", "tokenizer_hash")
-    distributed.check_same(dict(zip(names, identity, strict=True)), "data must be the same on every host")
+    program = make_program(config, data.tokenizer.vocab_size, mesh)
+    identity: dict[str, Any] = {
+        "corpus_hash": data.corpus_hash,
+        "vocab_size": program.vocab_size,
+        "tokenizer_hash": tokenizer_fingerprint(data.tokenizer),
+    }
+    distributed.check_same(identity, "data must be the same on every host")
+
     with (
-        open_run(workdir, config, *identity) as run,
+        open_run(workdir, config, **identity) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
         contextlib.nullcontext(stop) if stop else StopRequest() as stop,
         out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
@@ -83,12 +91,13 @@ def train(
         train_step = train_step or _compile(program, train_rows, run, progress)
         state = state or _first_state(program, source, train_rows, progress)
         writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
-        loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress)
+        loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress, start)
         try:
-            state, finished = loop.run(state, start, stop)
+            state, finished = loop.run(state, stop)
         finally:
             writer.close()
             progress.close()
+
     if not finished:
         progress.message(f"stopped; the same command goes on from the last checkpoint in {workdir}")
         return stop.exit_code
@@ -123,7 +132,7 @@ def _first_state(program: Program, source: Source | None, rows: Rows, progress: 
 
 @dataclasses.dataclass
 class _Loop:
-    """One run's loop and what it talks to."""
+    """The loop of one run from step `start` on, and what it talks to."""
 
     program: Program
     train_step: Any
@@ -133,48 +142,33 @@ class _Loop:
     store: CheckpointStore
     writer: MetricsWriter
     progress: Progress
+    start: int
 
-    def run(self, state: TrainState, start: int, stop: StopRequest) -> tuple[TrainState, bool]:
-        """Train from step `start` on. Returns the state, and whether all steps are done (False: asked to stop)."""
+    def run(self, state: TrainState, stop: StopRequest) -> tuple[TrainState, bool]:
+        """Train. Returns the state, and whether all steps are done (False: asked to stop)."""
         config = self.program.config
-        train, batch_size = config.train, config.train.batch_size
         self._bad_in_row = 0
-
-        def load(step: int) -> Batch:
-            def rows(first: int, count: int) -> Batch:
-                return self.train_rows.batch(step * batch_size + first, count)
-
-            return self.program.put_batch(rows, batch_size)
-
-        with Prefetcher(load, start, config.data.prefetch) as batches:
-            self._measurements = StepMeasurements(self.program, start)
-            self.progress.start(start)
-            last_save = time.monotonic()
-            pending: tuple[int, Any] | None = None
-            for step in range(start + 1, train.num_steps + 1):
-                held_out: dict[str, float] | None = None
+        self._pending: tuple[int, Any] | None = None
+        with Prefetcher(self._load, self.start, config.data.prefetch) as batches:
+            self._measurements = StepMeasurements(self.program, self.start)
+            self._last_save = time.monotonic()
+            self.progress.start(self.start)
+            for step in range(self.start + 1, config.train.num_steps + 1):
                 state, metrics = self.train_step(state, next(batches))
-                # The metrics of the step before are looked at while this one runs: the device never waits.
-                if pending:
-                    self._record(*pending)
-                pending = (step, metrics)
+                self._record_pending()  # the step before, while this one runs: the device never waits
+                self._pending = step, metrics
                 self.progress.step(step)
 
-                finished = step == train.num_steps
-                stopping = stop.received(step)
+                finished, stopping = step == config.train.num_steps, stop.received(step)
+                held_out = None
                 if finished or step % config.eval.every_steps == 0:
-                    self._record(*pending)
-                    pending = None
+                    self._record_pending()
                     held_out = self._evaluate(state, step)
-                due = step % config.checkpoint.every_steps == 0 or self._minutes_are_over(step, last_save)
-                if finished or stopping or due or (step % train.log_every_steps == 0 and self.store.needs_retry):
-                    if pending:
-                        self._record(*pending)
-                        pending = None
+                if finished or stopping or self._save_is_due(step):
+                    self._record_pending()
                     # What led to a bad step may lie in the weights: it must not push good checkpoints out.
                     if finished or stopping or not self._bad_in_row:
                         self._save(state, step, held_out)
-                        last_save = time.monotonic()
                 if stopping:
                     break
         self._make_sure_of_the_last_save(state, step, held_out)
@@ -183,12 +177,24 @@ class _Loop:
             self.progress.message(f"trained at {speed:,.0f} tokens/s (compiling, evaluating and saving left out)")
         return state, finished
 
-    def _minutes_are_over(self, step: int, last_save: float) -> bool:
-        """Whether checkpoint.every_minutes have passed: by process 0's clock, looked at when a step is logged."""
+    def _load(self, step: int) -> Batch:
+        batch_size = self.program.config.train.batch_size
+
+        def rows(first: int, count: int) -> Batch:
+            return self.train_rows.batch(step * batch_size + first, count)
+
+        return self.program.put_batch(rows, batch_size)
+
+    def _save_is_due(self, step: int) -> bool:
+        """By its number, since the last one failed, or by process 0's clock, which several look at when they log."""
         config = self.program.config
-        if not config.checkpoint.every_minutes or (distributed.several() and step % config.train.log_every_steps):
+        logged = step % config.train.log_every_steps == 0
+        if step % config.checkpoint.every_steps == 0 or (logged and self.store.needs_retry):
+            return True
+        minutes = config.checkpoint.every_minutes
+        if not minutes or (distributed.several() and not logged):
             return False
-        return distributed.share(time.monotonic() - last_save > 60 * config.checkpoint.every_minutes)[0]
+        return distributed.share(time.monotonic() - self._last_save > 60 * minutes)[0]
 
     def _make_sure_of_the_last_save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
         """Wait for it, and try once more if it failed. Raises TrainingFailed if it cannot be saved."""
@@ -203,8 +209,11 @@ class _Loop:
                 + (f"step {saved[-1]}" if saved else "the start")
             )
 
-    def _record(self, step: int, metrics: Any) -> None:
-        """Log a step's metrics if it is one to log. Raises Diverged after too many bad steps in a row."""
+    def _record_pending(self) -> None:
+        """Log the metrics of the last step, if it is one to log. Raises Diverged after too many bad steps in a row."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
         train = self.program.config.train
         self._bad_in_row = bad_in_row = int(metrics["bad_steps_in_row"])
         if bad_in_row:
@@ -230,8 +239,8 @@ class _Loop:
         values = {f"eval/{name}": value for name, value in result.scalars().items()}
         self.writer.write(step, values)
         if result.layers:
-            counts = np.array([layer["tokens_per_expert"] for layer in result.layers])
-            self.writer.write_load(step, counts, config.model.num_dense_layers)
+            counts_YN = np.array([layer["tokens_per_expert"] for layer in result.layers])
+            self.writer.write_load(step, counts_YN, config.model.num_dense_layers)
         self.progress.message(
             f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"
@@ -246,6 +255,7 @@ class _Loop:
             "corpus_hash": self.data.corpus_hash,
         }
         self.store.save(step, state, meta, held_out)
+        self._last_save = time.monotonic()
         self._measurements.restart(step)
 
 

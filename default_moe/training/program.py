@@ -67,15 +67,18 @@ class Program:
       eval_step: `(params, variables, batch) -> (TokenSums, LayerStats)`.
     """
 
-    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | None = None, training: bool = True):
-        """`training`: see `mesh_for`. Raises ConfigError if the config does not fit the devices or vocabulary."""
+    def __init__(self, config: Config, vocab_size: int, devices: list[Any] | Mesh | None = None, training: bool = True):
+        """devices: or a mesh of them.  training: see `mesh_for`.
+
+        Raises ConfigError if the config does not fit the devices or vocabulary.
+        """
         if config.model.vocab_size is not None and config.model.vocab_size < vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {vocab_size} entries: "
                 "leave it unset to take the tokenizer's"
             )
         self.config = config
-        self.mesh = mesh_for(config, devices, training)
+        self.mesh = devices if isinstance(devices, Mesh) else mesh_for(config, devices, training)
         as_asked = build_model(config, vocab_size)
         self.vocab_size = as_asked.vocab_size
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
