@@ -1,20 +1,22 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
-import contextlib
 import copy
 import os
 import re
+import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from default_moe.config import Config, default_config, to_config_dict
-from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed
+from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed, check, closest
 from default_moe.methods import METHODS
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import restart_with_huge_pages
@@ -76,17 +78,10 @@ def parse_config_dict(
     """The ConfigDict from which `parse_config` makes a Config: settings of all methods, checked for the one in use."""
     if not config_name(argv, ""):
         argv = [argv[0], f"--config={default}", *argv[1:]]
-    path = Path(next(arg for arg in argv if arg.startswith(_FILE_FLAGS)).split("=", 1)[1].split(":")[0])
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {str(path)!r} (looked from {Path.cwd()})")
-    try:
-        parse_flags(argv)
-        adjust(flag.value)
-        Config.from_config_dict(flag.value)
-    except SyntaxError as error:
-        raise ConfigError(f"the config file {error.filename} is not Python: {error.msg}, line {error.lineno}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file: {' '.join(str(error.__cause__ or error).split())}") from None
+    _check_config_file(next(arg for arg in argv if arg.startswith(_FILE_FLAGS)).split("=", 1)[1])
+    parse_flags(argv)
+    adjust(flag.value)
+    Config.from_config_dict(flag.value)
     return flag.value
 
 
@@ -100,8 +95,8 @@ def _unused(config_dict: Any, config: Config) -> list[str]:
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Parse all of the command line. Raises ConfigError or flags.Error on anything that is not right."""
     app.define_help_flags()
-    with _unknown_keys_reported(argv):
-        rest = values(argv)
+    _check_keys(argv)
+    rest = values(argv)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: settings are given as --config.section.key=value")
 
@@ -119,8 +114,8 @@ def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -
     """
     values = flags.FlagValues()
     before = to_config_dict(config)
-    with _unknown_keys_reported(argv):
-        holder = config_flags.DEFINE_config_dict("config", copy.deepcopy(before), flag_values=values)
+    _check_keys(argv)
+    holder = config_flags.DEFINE_config_dict("config", copy.deepcopy(before), flag_values=values)
     parse_flags(argv, values)
     now = holder.value.to_dict()
     for section, saved in before.to_dict().items():
@@ -162,30 +157,40 @@ def _file_first(argv: list[str]) -> list[str]:
     return [joined[0], *sorted(joined[1:], key=lambda arg: not arg.startswith(_FILE_FLAGS))]
 
 
-@contextlib.contextmanager
-def _unknown_keys_reported(argv: list[str]) -> Iterator[None]:
-    """Turns ConfigDict's complaint about a key that it does not have into one line with the flag that names it."""
+def _check_keys(argv: list[str]) -> None:
+    """Raises ConfigError if a --config.section.key of `argv` names no setting."""
+    names = [arg.split("=")[0] for arg in argv if re.match(r"--?(no)?config\.", arg)]
+    for name in names:
+        section: Any = default_config()
+        for part in name.split(".")[1:]:
+            known = list(section) if isinstance(section, ConfigDict) else []
+            check(part in known, f"there is no setting {part!r} ({name}){closest(part, known)}")
+            section = section[part]
+
+
+def _check_config_file(name: str) -> None:
+    """Raises ConfigError if "FILE.py" or "FILE.py:ARGUMENT" gives no config; flags would report it with a traceback."""
+    path, *argument = name.split(":", 1)
+    check(Path(path).is_file(), f"there is no config file {path!r} (looked from {Path.cwd()})")
     try:
-        yield
-    except (AttributeError, KeyError) as error:
-        words = str(error).replace("\\", "")
-        if "get_config" in words:
-            raise ConfigError("the config file has no get_config(), which returns the config") from None
-        hint = re.search(r"Did you mean .([^'\" ]+)", words)
-        key = re.search(r"['\"](\w+)['\"]", words)
-        name = key.group(1) if key else words
-        flag = next((arg.split("=")[0] for arg in argv if name in arg.split("=")[0].split(".")), None)
-        if flag is None and hint is None and "locked" not in words:
-            raise  # an error of the config file's own
+        get_config = runpy.run_path(path).get("get_config")
+        check(get_config is not None, f"the config file {path} has no get_config(), which returns the config")
+        get_config(*argument)  # type: ignore[misc]
+    except SyntaxError as error:
         raise ConfigError(
-            f"there is no setting {name!r} ({flag or 'in the config file'})"
-            + (f"; did you mean {hint.group(1)!r}?" if hint else "")
+            f"the config file {error.filename or path} is not Python: {error.msg}, line {error.lineno}"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
+    except AttributeError as error:  # of a locked ConfigDict
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame for frame in frames if "ml_collections" not in frame.filename][-1]
+        reason = textwrap.shorten(str(error).replace("\\n", " "), 100)
+        raise ConfigError(f"{line.filename}, line {line.lineno}, {line.line!r}: {reason}") from None
 
 
 def _report(error: BaseException, code: int) -> int:
-    # A ConfigError raised in a config file reaches us inside absl's error, after the traceback of the file.
-    message = str(error).rstrip().rsplit("ConfigError: ", 1)[-1]
+    message = str(error).rstrip()
     if distributed.several():
         distributed.fail(message, code)
     print(f"error: {message}", file=sys.stderr, flush=True)

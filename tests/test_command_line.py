@@ -14,6 +14,9 @@ from default_moe.runs.checkpoint import CheckpointStore
 TRAIN = {
     "a mistyped key": (["--config.model.d_modle=16"], "did you mean 'd_model'?"),
     "a mistyped section": (["--config.modle.d_model=16"], "did you mean 'model'?"),
+    "a mistyped switch": (["--noconfig.optim.decay_al"], "did you mean 'decay_all'?"),
+    "a setting below a setting": (["--config.train.num_steps.x=3"], "no setting 'x' (--config.train.num_steps.x)"),
+    "a mistyped key in a config file": (["--config={here}/mistyped.py"], "line 5, 'config.model.d_modle = 16': "),
     "an unknown flag": (["--wrkdir=x"], "wrkdir"),
     "a word that is no flag": (["quickstart"], "'quickstart' is not a flag"),
     "a value of the wrong type": (["--config.train.num_steps=many"], "--config.train.num_steps=many"),
@@ -62,6 +65,15 @@ EVAL = {
 }
 
 
+MISTYPED = """from default_moe.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.d_modle = 16
+    return config
+"""
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Exit code, output and errors of every command, and what changed on the disk but for prepared data."""
@@ -70,6 +82,7 @@ def answers(tmp_path_factory):
     (here / "records.jsonl").write_text(json.dumps({"body": "some text"}) + "\n")
     (here / "empty.txt").touch()
     (here / "broken.py").write_text("def get_config(:\n")
+    (here / "mistyped.py").write_text(MISTYPED)
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")
     settings = tiny_settings(here)
