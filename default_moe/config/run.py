@@ -26,8 +26,8 @@ from default_moe.config.moe import MoEConfig
 class DataConfig:
     """Where text comes from and how it becomes sequences.
 
-    name: "python_stdlib" (the standard library's sources), "python_english" (its docstrings and pydoc topics),
-      "text_files" (the files that the glob `files` names), or any TFDS text data set, "c4/en" for instance.
+    name: "python_stdlib" (the standard library's sources), "text_files" (the files that the glob `files` names), or any
+      TFDS text data set, "c4/en" for instance.
     files: glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for text_files.
     text_field: the field that holds the text, in .jsonl, .parquet and TFDS data sets.
     tokenizer: "bytes", "bpe:SIZE" (byte-level BPE trained on the corpus) or the path of a tokenizer.json.

@@ -6,18 +6,18 @@ ids on the disk; packing.py cuts them into rows; pipeline.py puts these together
 
 from default_moe.data.packing import Batch, Rows
 from default_moe.data.pipeline import Data, data_directory, measure_reading, open_data
-from default_moe.data.prefetch import Prefetcher
+from default_moe.data.prefetch import prefetched
 from default_moe.data.tokenizer import Tokenizer, tokenizer_fingerprint, tokenizer_from_dict
 
 __all__ = [
     "Batch",
     "Data",
-    "Prefetcher",
     "Rows",
     "Tokenizer",
     "data_directory",
     "measure_reading",
     "open_data",
+    "prefetched",
     "tokenizer_fingerprint",
     "tokenizer_from_dict",
 ]

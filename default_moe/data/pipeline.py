@@ -79,10 +79,10 @@ def data_directory(config: DataConfig) -> Path:
 
 def open_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config.name` names. Raises ConfigError if there is none."""
-    if config.name in ("python_stdlib", "python_english"):
+    if config.name == "python_stdlib":
         from default_moe.data.stdlib import StdlibCorpus
 
-        return StdlibCorpus(config.name, config.validation_fraction, data_directory(config))
+        return StdlibCorpus(config.validation_fraction, data_directory(config))
     if config.name == "text_files":
         from default_moe.data.text_files import TextFiles
 

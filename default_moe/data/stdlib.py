@@ -1,14 +1,10 @@
-"""Text on every machine with Python: the sources of its standard library, or their English alone.
+"""`python_stdlib`: the sources of Python's standard library, text on every machine. A document is a file.
 
-`python_stdlib` has one document per source file; `python_english` has one per file, its docstrings, and one per pydoc
-topic. The documents are extracted once into a TFDS data set (see `stdlib_builder`) and read from there.
+They are written once to a TFDS data set (see `stdlib_builder`) and read from there.
 """
 
-import ast
 import functools
 import hashlib
-import importlib
-import inspect
 import io
 import os
 import shutil
@@ -16,9 +12,8 @@ import sys
 import sysconfig
 import tokenize
 import uuid
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
@@ -48,56 +43,13 @@ def decode_source(data: bytes) -> str:
     return text.replace("\r\n", "\n")
 
 
-def docstrings(source: str) -> str:
-    """The docstrings of a module, its classes and functions, in order and dedented. Nothing is executed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found = [ast.get_docstring(node, clean=False) for node in nodes]
-    cleaned = [inspect.cleandoc(text) for text in found if text]
-    return "\n\n".join(text for text in cleaned if text) + "\n" if any(cleaned) else ""
-
-
-def source_documents(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of every source file."""
-    for name, path in source_files(root):
-        yield name, decode_source(path.read_bytes())
-
-
-def english_documents(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of every file's docstrings and every pydoc topic."""
-    for name, source in source_documents(root):
-        yield name, docstrings(source)
-    for topic, text in pydoc_topics():
-        yield f"topics/{topic}", text.strip() + "\n"
-
-
-def pydoc_topics() -> list[tuple[str, str]]:
-    """(topic, text) of the running Python's help, sorted; none where it is not installed."""
-    try:
-        return sorted(importlib.import_module("pydoc_data.topics").topics.items())
-    except ImportError:
-        return []
-
-
-VARIANTS: dict[str, Callable[[Path], Iterator[tuple[str, str]]]] = {
-    "python_stdlib": source_documents,
-    "python_english": english_documents,
-}
-
-
 class StdlibCorpus:
     """The standard library of the running Python, prepared under `directory`. See `Corpus` for the interface."""
 
-    def __init__(self, variant: str, validation_fraction: float, directory: Path, root: Path | None = None) -> None:
+    name = "python_stdlib"
+
+    def __init__(self, validation_fraction: float, directory: Path, root: Path | None = None) -> None:
         """`root`: the library's folder, by default the running Python's. Raises ConfigError if it has no sources."""
-        self.name = variant
         self.replaced: Counter[str] = Counter()
         self._validation_fraction = validation_fraction
         self._root = root or Path(sysconfig.get_paths()["stdlib"])
@@ -105,7 +57,7 @@ class StdlibCorpus:
         self._files = source_files(self._root)
         if not self._files:
             raise ConfigError(
-                f"data.name is {variant!r}, but this Python has no standard library sources in {self._root}; "
+                f"data.name is {self.name!r}, but this Python has no standard library sources in {self._root}; "
                 "use data.name='text_files' and data.files"
             )
 
@@ -115,8 +67,7 @@ class StdlibCorpus:
 
     @functools.cached_property
     def _content_key(self) -> str:
-        topics = pydoc_topics() if self.name == "python_english" else []
-        key = (1, self.name, sys.version_info[:2], self._validation_fraction, topics)
+        key = (1, self.name, sys.version_info[:2], self._validation_fraction, [])
         digest = hashlib.sha256(repr(key).encode())
         for name, path in self._files:
             data = path.read_bytes()
@@ -137,13 +88,14 @@ class StdlibCorpus:
         from default_moe.data import stdlib_builder
 
         documents: dict[Split, list[tuple[str, str]]] = {"train": [], "validation": []}
-        for name, text in VARIANTS[self.name](self._root):
+        for name, path in self._files:
+            text = decode_source(path.read_bytes())
             if text.strip():
                 held_out = in_split(name, "validation", self._validation_fraction)
                 documents["validation" if held_out else "train"].append((name, text))
         temporary = prepared.with_name(f"{prepared.name}.{uuid.uuid4().hex}.tmp")
         try:
-            written = stdlib_builder.write(self.name, documents, temporary)
+            written = stdlib_builder.write(documents, temporary)
             written.rename(prepared)
         except OSError:
             if not prepared.exists():  # else another process was faster

@@ -1,4 +1,4 @@
-"""TFDS builders of the standard library's text, written as array_record and read without TensorFlow."""
+"""The TFDS builder of the standard library's text, written as array_record and read without TensorFlow."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,8 @@ from default_moe.data.tfds_text import open_prepared, quiet_tfds, read_text
 Documents = dict[Split, list[tuple[str, str]]]
 
 
-# TFDS takes skip_registration in __init_subclass__, which mypy does not find through its lazy imports.
-class _NamedTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A data set of {"name", "text"} from documents already in hand. Splits without documents are left out."""
+class PythonStdlib(tfds.core.GeneratorBasedBuilder):
+    """Sources of the Python standard library, one document per file, given by name and text in each split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -36,21 +35,10 @@ class _NamedTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             yield name, {"name": name, "text": text}
 
 
-class PythonStdlib(_NamedTexts):
-    """Sources of the Python standard library, one document per file."""
-
-
-class PythonEnglish(_NamedTexts):
-    """Docstrings of the Python standard library, one document per file, and the topics of pydoc's help."""
-
-
-_BUILDERS: dict[str, type[_NamedTexts]] = {"python_stdlib": PythonStdlib, "python_english": PythonEnglish}
-
-
-def write(variant: str, documents: Documents, directory: Path) -> Path:
+def write(documents: Documents, directory: Path) -> Path:
     """Prepares the data set under `directory` and returns the folder that holds it."""
     with quiet_tfds():
-        builder = _BUILDERS[variant](documents=documents, data_dir=str(directory), file_format="array_record")
+        builder = PythonStdlib(documents=documents, data_dir=str(directory), file_format="array_record")
         builder.download_and_prepare()
     return Path(builder.data_dir)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from default_moe.config import Config, flat_items
-from default_moe.data import Data, Prefetcher, Rows, measure_reading, open_data, tokenizer_fingerprint
+from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
 from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
 from default_moe.model.size import parameter_counts
 from default_moe.processes import distributed
@@ -149,7 +149,7 @@ class _Loop:
         config = self.program.config
         self._bad_in_row = 0
         self._pending: tuple[int, Any] | None = None
-        with Prefetcher(self._load, self.start, config.data.prefetch) as batches:
+        with prefetched(self._load, self.start, config.data.prefetch) as batches:
             self._measurements = StepMeasurements(self.program, self.start)
             self._last_save = time.monotonic()
             self.progress.start(self.start)

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from default_moe.config import DataConfig
 from default_moe.data import Data, open_data, stdlib, stdlib_builder
-from default_moe.data.stdlib import StdlibCorpus, decode_source, docstrings
+from default_moe.data.stdlib import StdlibCorpus, decode_source
 from default_moe.errors import ConfigError
 
 
@@ -16,14 +16,16 @@ from default_moe.errors import ConfigError
 def library(tmp_path: Path) -> Path:
     """A small standard library: 30 modules, and files that do not belong."""
     root = tmp_path / "lib"
-    for name in [f"package/module_{index}.py" for index in range(30)]:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'"""What {name} is for."""\n\n\ndef f():\n    """Does it.\n\n    Well.\n    """\n')
-    for name in ("test/a.py", "package/tests/b.py", "site-packages/c.py", "_sysconfigdata_x.py", "notes.txt"):
+    left_out = ("test/a.py", "package/tests/b.py", "site-packages/c.py", "_sysconfigdata_x.py", "notes.txt")
+    for name in (*(f"package/module_{index}.py" for index in range(30)), *left_out):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("LEFT_OUT = True\n")
+        (root / name).write_text("LEFT_OUT = True\n" if name in left_out else f'"""What {name} is for."""\n')
     return root
+
+
+@pytest.fixture
+def corpus(library: Path, tmp_path: Path) -> StdlibCorpus:
+    return StdlibCorpus(0.3, tmp_path / "data", library)
 
 
 def test_real_library(stdlib_data: Data) -> None:
@@ -36,20 +38,19 @@ def test_real_library(stdlib_data: Data) -> None:
     assert train.tokens == train.bytes + train.documents
 
 
-def test_documents_and_their_split(library: Path, tmp_path: Path) -> None:
-    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+def test_documents_and_their_split(corpus, library: Path, tmp_path: Path) -> None:
     train, validation = (list(corpus.documents(split)) for split in ("train", "validation"))
     assert len(train) + len(validation) == 30
     assert 3 < len(validation) < 17
     assert not any("LEFT_OUT" in text for text in train + validation)
-    again = StdlibCorpus("python_stdlib", 0.3, tmp_path / "other", library)
+    again = StdlibCorpus(0.3, tmp_path / "other", library)
     assert list(again.documents("validation")) == validation
     assert again.fingerprint() == corpus.fingerprint()
 
 
 def test_fingerprint_follows_content_and_fraction(library: Path, tmp_path: Path) -> None:
     def key(fraction: float = 0.3) -> str:
-        return StdlibCorpus("python_stdlib", fraction, tmp_path, library).fingerprint()
+        return StdlibCorpus(fraction, tmp_path, library).fingerprint()
 
     before = key()
     assert key(0.2) != before
@@ -60,8 +61,7 @@ def test_fingerprint_follows_content_and_fraction(library: Path, tmp_path: Path)
     assert key() != before
 
 
-def test_prepared_data_is_a_tfds_data_set_and_read_again(library: Path, tmp_path: Path, monkeypatch) -> None:
-    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+def test_prepared_data_is_a_tfds_data_set_and_read_again(corpus, tmp_path: Path, monkeypatch) -> None:
     train = list(corpus.documents("train"))
     monkeypatch.setattr(stdlib_builder, "write", None)  # not written twice
     assert list(corpus.documents("train")) == train
@@ -70,8 +70,7 @@ def test_prepared_data_is_a_tfds_data_set_and_read_again(library: Path, tmp_path
     assert [example["text"].decode() for example in source] == train
 
 
-def test_interrupted_preparation_leaves_nothing(library: Path, tmp_path: Path, monkeypatch) -> None:
-    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+def test_interrupted_preparation_leaves_nothing(corpus, tmp_path: Path, monkeypatch) -> None:
     write = stdlib_builder.write
 
     def interrupted(*args) -> Path:
@@ -86,42 +85,26 @@ def test_interrupted_preparation_leaves_nothing(library: Path, tmp_path: Path, m
     assert list(corpus.documents("train"))
 
 
-def test_two_processes_preparing_at_once(library: Path, tmp_path: Path, monkeypatch) -> None:
-    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
-    other = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+def test_two_processes_preparing_at_once(corpus, library: Path, tmp_path: Path, monkeypatch) -> None:
+    other = StdlibCorpus(0.3, tmp_path / "data", library)
     write = stdlib_builder.write
 
-    def overtaken(variant: str, documents: stdlib_builder.Documents, directory: Path) -> Path:
+    def overtaken(documents: stdlib_builder.Documents, directory: Path) -> Path:
         monkeypatch.setattr(stdlib_builder, "write", write)
         list(other.documents("train"))
-        return write(variant, documents, directory)
+        return write(documents, directory)
 
     monkeypatch.setattr(stdlib_builder, "write", overtaken)
     assert list(corpus.documents("train")) == list(other.documents("train")) != []
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
-def test_damaged_prepared_data(library: Path, tmp_path: Path) -> None:
-    corpus = StdlibCorpus("python_stdlib", 0.3, tmp_path / "data", library)
+def test_damaged_prepared_data(corpus, tmp_path: Path) -> None:
     list(corpus.documents("train"))
     (shard,) = (tmp_path / "data").glob("*/*train*")
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ConfigError, match="cannot be read; remove it and prepare it again"):
         list(corpus.documents("train"))
-
-
-def test_english(library: Path, tmp_path: Path) -> None:
-    corpus = StdlibCorpus("python_english", 0.3, tmp_path / "data", library)
-    documents = [*corpus.documents("train"), *corpus.documents("validation")]
-    assert "What package/module_3.py is for.\n\nDoes it.\n\nWell.\n" in documents
-    assert len(documents) == 30 + len(stdlib.pydoc_topics())
-    assert len(stdlib.pydoc_topics()) > 50
-
-
-def test_docstrings_execute_nothing() -> None:
-    source = 'raise SystemExit\nclass A:\n    "About A."\n    async def f(self):\n        """About f."""\nx = "none"\n'
-    assert docstrings(source) == "About A.\n\nAbout f.\n"
-    assert docstrings("def f(:") == docstrings("x = 1") == ""
 
 
 def test_declared_encodings() -> None:
@@ -132,16 +115,13 @@ def test_declared_encodings() -> None:
 
 def test_no_sources(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no standard library sources in .*text_files"):
-        StdlibCorpus("python_stdlib", 0.3, tmp_path, tmp_path / "missing")
+        StdlibCorpus(0.3, tmp_path, tmp_path / "missing")
 
 
 def test_output_is_lines_of_ours_alone(library: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     open_data(DataConfig(dir=str(tmp_path / "data"), validation_fraction=0.3))
     out, err = capfd.readouterr()
-    lines = out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        "Prepared python_stdlib (train)",
-        "Prepared python_stdlib (validation)",
-    ]
+    splits = [line.partition(":")[0] for line in out.splitlines()]
+    assert splits == [f"Prepared python_stdlib ({split})" for split in ("train", "validation")]
     assert err == ""

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from default_moe.data.stdlib_builder import _NamedTexts
+from default_moe.data.stdlib_builder import PythonStdlib
 from default_moe.data.tfds_text import TfdsText, quiet_tfds
 from default_moe.errors import ConfigError
 
 
-class TinyTexts(_NamedTexts):
+class TinyTexts(PythonStdlib):
     """Stands for any text data set."""
 
 
