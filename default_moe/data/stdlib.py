@@ -67,8 +67,7 @@ class StdlibCorpus:
 
     @functools.cached_property
     def _content_key(self) -> str:
-        key = (1, self.name, sys.version_info[:2], self._validation_fraction, [])
-        digest = hashlib.sha256(repr(key).encode())
+        digest = hashlib.sha256(repr((1, self.name, sys.version_info[:2], self._validation_fraction, [])).encode())
         for name, path in self._files:
             data = path.read_bytes()
             digest.update(repr((name, len(data))).encode())
