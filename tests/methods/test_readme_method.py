@@ -1,4 +1,4 @@
-"""The method that the README shows as an example of a new one is complete, and works like any other."""
+"""The method that the page about methods shows as an example of a new one is complete, and works like any other."""
 
 import dataclasses
 import re
@@ -15,22 +15,22 @@ from default_moe.config import Config, default_config
 from default_moe.methods import METHODS, Method, TopK
 from default_moe.training.program import Program
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "default_moe" / "methods" / "README.md"
 
 
 @pytest.fixture
 def proportional():
-    """The class as the README defines it, as a module of the package; forgotten afterwards."""
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "(Method)" in block)
+    """The class as the page defines it, as a module of the package; forgotten afterwards."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "(Method)" in block)
     assert len(code.splitlines()) <= 35
     module = types.ModuleType("default_moe.methods.proportional")
     sys.modules[module.__name__] = module
-    exec(compile(code, "README.md", "exec"), module.__dict__)
+    exec(compile(code, str(PAGE), "exec"), module.__dict__)
     yield module.Proportional
     del METHODS["proportional"], sys.modules[module.__name__]
 
 
-def test_the_readmes_method_trains_like_any_other(proportional):
+def test_the_pages_method_trains_like_any_other(proportional):
     settings = default_config()
     settings.moe.update({"router": "proportional", "num_experts": 4, "expert_dim": 24, "top_k": 2})
     settings.moe.proportional.rate = 0.5
