@@ -5,7 +5,7 @@
 Two methods, four seeds and both K are 16 runs of 0.12 and 0.15 M active parameters and 2.5 million bytes, in about 30
 minutes on 2 CPU cores. Expect held-out losses of 1.32 and 1.30 nats per byte from top-k, 1.38 and 1.33 from Default
 MoE as in the paper.
-After a colon, `gpu` takes a larger model and 20 million bytes a run, reckoned to take ten minutes on one H200:
+After a colon, `gpu` takes a larger model and 20 million bytes a run, an estimated ten minutes on one H200:
 
     python -m default_moe.compare --config=configs/compare_small.py:gpu --set moe.top_k=1,2
 """
