@@ -52,7 +52,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
         new = {**update(old, grads), "variables": _moved(result.variables, result.stats, config)}
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new)
+        good = _all_finite((loss, grad_norm, new))
         # The update is computed once more, now that it is known to be good. On GPU and TPU that saves the memory in
         # which XLA would keep most of a second state until then, which it does without the barrier.
         good, old, grads = jax.lax.optimization_barrier((good, old, grads))
@@ -205,4 +205,6 @@ def _moved(variables: Any, stats: LayerStats | None, config: Config) -> Any:
 
 
 def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    # A loop: any other reduction XLA for CPU would compute again for every array that depends on it.
+    return jax.lax.fori_loop(0, len(finite), lambda index, good: good & finite[index], jnp.array(True))
