@@ -1,12 +1,13 @@
 """How large a model is, and how many operations a token costs."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 
 from default_moe.config import Config
-from default_moe.model.language_model import build_model, traced_init
+from default_moe.model.language_model import LanguageModel, build_model, traced_init
 from default_moe.sharding import unboxed
 
 
@@ -20,7 +21,11 @@ class ParameterCounts(NamedTuple):
 
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     """Count on the shapes of the very model, of which nothing is created."""
-    model = build_model(config, vocab_size)
+    return _parameter_counts(build_model(config, vocab_size))
+
+
+@functools.cache  # whatever mesh is in use: `Program` counts under its own, on which it has traced the model
+def _parameter_counts(model: LanguageModel) -> ParameterCounts:
     total = experts = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(unboxed(traced_init(model).boxed_shapes["params"])):
         size = math.prod(leaf.shape)

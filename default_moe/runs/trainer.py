@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
 from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
-from default_moe.model.size import parameter_counts
 from default_moe.processes import distributed
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs.checkpoint import CheckpointStore
@@ -262,7 +261,7 @@ class _Loop:
 def _description(program: Program, data: Data) -> str:
     """What is about to be trained, on what."""
     config = program.config
-    counts = parameter_counts(config, program.vocab_size)
+    counts = program.parameter_counts
     devices = jax.devices()
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     reading = measure_reading(data, config.train.sequence_length, config.train.batch_size, seconds=0.2)

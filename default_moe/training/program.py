@@ -18,6 +18,7 @@ from default_moe.config import Config
 from default_moe.errors import ConfigError
 from default_moe.model.attention import resolve_attention
 from default_moe.model.language_model import build_model, traced_init
+from default_moe.model.size import parameter_counts
 from default_moe.moe.experts.backends import resolve_backend
 from default_moe.moe.experts.parallel import resolve_expert_parallel
 from default_moe.training.memory import check_fits, out_of_memory_in_one_line, step_memory
@@ -58,7 +59,7 @@ class Program:
     What is compiled depends on no seed: `with_seed` gives the program of another run without compiling it again.
 
     Attributes:
-      config, mesh, model, optimizer.  vocab_size: of the model, at least the tokenizer's.
+      config, mesh, model, optimizer, parameter_counts.  vocab_size: of the model, at least the tokenizer's.
       matmul, attention: how experts and attention are computed here, "auto" resolved.
       expert_parallel: how tokens of training batches reach experts on other devices, None if experts are not split.
       abstract_state: shapes, dtypes and shardings of the `TrainState`, for restoring one; state_shardings: the latter.
@@ -84,6 +85,7 @@ class Program:
         self.optimizer = make_optimizer(config.optim, config.train.num_steps)
         with self.context():
             self._init = traced_init(as_asked)
+            self.parameter_counts = parameter_counts(config, vocab_size)
             boxed = jax.eval_shape(lambda v: first_state(v, self.optimizer, jax.random.key(0)), self._init.boxed_shapes)
             self.abstract_state = sharding.abstract_arrays(boxed, self.mesh, config.mesh.rules)
             batch_axes = sharding.mesh_axes("batch")
