@@ -239,6 +239,22 @@ def test_settings_in_the_text_exist(page):
     assert not [problem for problem in problems if problem]
 
 
+def test_flags_in_the_text_exist(read_command):
+    known = {"requeue"}  # SLURM's
+    for path in (
+        "train.py",
+        "eval.py",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("default_moe/*/__main__.py")),
+    ):
+        read_command(path, [])
+        known |= set(flags.FLAGS)
+    named = {
+        (page, flag) for page in PAGES for code in inline_code(page) for flag in re.findall(r"^--(\w[\w-]*)", code)
+    }
+    assert len(named) > 30
+    assert not [(str(page), flag) for page, flag in named if flag not in known]
+
+
 def test_rows_of_the_comparisons_page_are_flags_of_compare(read_command):
     page = ROOT / "default_moe" / "compare" / "README.md"
     rows = [code for code in inline_code(page) if code.startswith("--") and "=" in code and "key=value" not in code]
