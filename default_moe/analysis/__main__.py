@@ -5,7 +5,6 @@ and writes gradients_exact.json and .png (gradients_dense with --reference=dense
 says what true is.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -14,13 +13,11 @@ from default_moe import cli
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity
 from default_moe.config import Config
-from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.errors import ConfigError
 from default_moe.hardware import machine
-from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.files import finite_or_null, write_atomically
+from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
-from default_moe.training.program import Program
+from default_moe.runs.saved_run import open_saved_run
 
 _KINDS = ("gradients",)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -46,21 +43,18 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--workdir is missing: the work directory of a run")
     workdir = Path(_WORKDIR.value).expanduser()
     say = Progress(0).message
-    with CheckpointStore(workdir, read_only=True) as store:
-        meta = store.read_meta(_STEP.value)
-        config = cli.parse_overrides(overrides, Config.from_mapping(meta["config"]), allowed=("mesh", "data"))
-        methods, top_ks = [name.strip() for name in _METHODS.value], _top_ks(config)
+    methods = [name.strip() for name in _METHODS.value]
+
+    def chosen(saved: Config) -> Config:
+        config = cli.parse_overrides(overrides, saved, allowed=("mesh", "data"))
+        _top_ks(config)
         gradients.check_methods(methods, config, _REFERENCE.value)
-        tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        data = open_data(config.data, say, tokenizer)
-        if data.corpus_hash != meta["corpus_hash"]:
-            say("note: this is not the text that the run was trained on, or another version of it")
-        program = Program(config, tokenizer.vocab_size)
-        state = program.abstract_state
-        wanted = {"params": state.params, "variables": state.variables}
-        restored, _, step = store.restore_for_eval({k: v for k, v in wanted.items() if v}, _STEP.value)
-    checkpoint = Checkpoint(config, program.vocab_size, step, restored["params"], restored.get("variables", {}))
-    rows = data.train_rows(config.train.sequence_length, config.train.seed)
+        return config
+
+    run = open_saved_run(workdir, _STEP.value, chosen)
+    config, step, top_ks = run.program.config, run.step, _top_ks(run.program.config)
+    checkpoint = Checkpoint(config, run.program.vocab_size, step, run.params, run.variables)
+    rows = run.data.train_rows(config.train.sequence_length, config.train.seed)
     say(
         f"step {step} of {workdir}, trained with {config.moe.method.name!r}, top {config.moe.top_k} of "
         f"{config.moe.num_experts}: cosine similarity of router gradients to the {_REFERENCE.value} ones, mean over "
@@ -78,12 +72,7 @@ def main(argv: list[str]) -> int:
     folder, name = workdir / "analysis", f"gradients_{_REFERENCE.value}"
     picture = gradients_report.picture(found, _REFERENCE.value, config.model.num_dense_layers)
     content = gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())
-    try:
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"{name}.json", json.dumps(finite_or_null(content), indent=1))
-        write_atomically(folder / f"{name}.png", picture)
-    except OSError as error:
-        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+    write_report(folder, {f"{name}.json": content, f"{name}.png": picture})
     say(f"written to {folder}: {name}.json, {name}.png")
     return 0
 

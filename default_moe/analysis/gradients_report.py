@@ -1,6 +1,5 @@
 """What `gradients.py` found, as text, JSON and a picture."""
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from default_moe.analysis.gradients import Checkpoint, Fidelity
+from default_moe.runs.pictures import as_png, new_figure
 
 
 def line(fidelity: Fidelity) -> str:
@@ -65,14 +65,10 @@ def as_json(
 
 def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> bytes:
     """A PNG: cosine similarity above, norms below, against K; the mean over layers, then each layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_layers = found[0].cosine.shape[1]
     shown = list(range(num_layers)) if num_layers <= 6 else sorted({*np.linspace(0, num_layers - 1, 6).astype(int)})
     columns: list[int | None] = [None, *shown]
-    figure = Figure(figsize=(2.6 * len(columns) + 1, 5.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 * len(columns) + 1, 5.4)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for column, layer in enumerate(columns):
         for index, method in enumerate(dict.fromkeys(f.method for f in found)):
@@ -92,9 +88,7 @@ def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> byte
     axes[0, 0].set_ylabel(f"cosine similarity to\nthe {reference} router gradient")
     axes[1, 0].set_ylabel(f"norm / that of\nthe {reference} router gradient")
     axes[0, 0].legend(fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return as_png(figure)
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -5,7 +5,6 @@ of data for all methods, and writes report.md, report.json and report.png to the
 on where it was stopped, and adds what is new to what is done: more seeds, another method.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from default_moe.compare import matrix, plot, report, runs
 from default_moe.compare.comparison import compare
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.processes.supervisor import go_on_in_children
-from default_moe.runs.files import finite_or_null, write_atomically
+from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
 from default_moe.runs.workdir import RUN_FILE
 
@@ -68,12 +67,7 @@ def main(argv: list[str]) -> int:
     text = report.markdown(tasks, vocab_sizes, failures)
     say(f"\n{text}")
     content = report.as_json(tasks, entries, base.to_dict(), failures)
-    try:
-        write_atomically(workdir / "report.json", json.dumps(finite_or_null(content), indent=1))
-        write_atomically(workdir / "report.md", text)
-        write_atomically(workdir / "report.png", plot.picture(tasks))
-    except OSError as error:
-        raise ConfigError(f"the report cannot be written to {workdir}: {error.strerror}") from error
+    write_report(workdir, {"report.json": content, "report.md": text, "report.png": plot.picture(tasks)})
     say(f"written to {workdir}: report.md, report.json, report.png")
     if failures:
         raise TrainingFailed(f"{len(failures)} of {len(entries)} runs failed: {', '.join(failures)}")

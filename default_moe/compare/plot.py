@@ -1,6 +1,5 @@
 """The picture of a comparison: loss curves, and how far each method is from the baseline on the way."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,15 +7,12 @@ import numpy as np
 
 from default_moe.compare.comparison import Row, Task
 from default_moe.compare.statistics import paired
+from default_moe.runs.pictures import as_png, new_figure
 
 
 def picture(tasks: Sequence[Task]) -> bytes:
     """A PNG. Above held-out loss over training tokens, below its difference to the baseline; a column per task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5.2 * len(tasks), 6.4), 7.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.2 * len(tasks), 6.4), 7.2)
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     for column, task in enumerate(tasks):
         _draw_losses(axes[0, column], task)
@@ -24,9 +20,7 @@ def picture(tasks: Sequence[Task]) -> bytes:
         axes[1, column].set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylabel("held-out loss (nats per token)")
     axes[1, 0].set_ylabel("difference to the baseline")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return as_png(figure)
 
 
 def _draw_losses(axes: Any, task: Task) -> None:

@@ -1,20 +1,16 @@
-"""Evaluating a saved checkpoint: the report of eval.py."""
+"""The report of eval.py: a saved checkpoint evaluated."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from default_moe.config import Config, flat_items
-from default_moe.data import open_data, tokenizer_from_dict
-from default_moe.errors import ConfigError
+from default_moe.config import Config
 from default_moe.processes import distributed
-from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.evaluation import Evaluation, evaluate
-from default_moe.runs.files import finite_or_null, write_atomically
+from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import sample_text
-from default_moe.training.program import Program
+from default_moe.runs.saved_run import open_saved_run
 
 
 def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[[Config], Config]) -> int:
@@ -32,38 +28,22 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
     With several processes only the first one prints and writes.
     """
     say = Progress(0).message
-    with CheckpointStore(workdir, read_only=True) as store:
-        meta = store.read_meta(step)
-        saved = Config.from_mapping(meta["config"])
-        whole_split = dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, num_batches=0))
-        config = override(whole_split)
-        asked = {"--workdir": str(workdir.absolute()), "--step": step, "--prompt": prompt}
-        distributed.check_same_start({**asked, **dict(flat_items(config.to_dict()))})
-        tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
-        distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
-        if data.corpus_hash != meta["corpus_hash"]:
-            say("note: this is not the text that the run was trained on, or another version of it")
-        program = Program(config, tokenizer.vocab_size, training=False)
-        state = program.abstract_state
-        wanted = {"params": state.params, "variables": state.variables}
-        restored, _, step = store.restore_for_eval(wanted, step)
-    rows = data.validation_rows(config.train.sequence_length)
-    result = evaluate(program, restored["params"], restored["variables"], rows, config.eval.num_batches)
+
+    def on_whole_split(saved: Config) -> Config:
+        return override(dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, num_batches=0)))
+
+    run = open_saved_run(workdir, step, on_whole_split, {"--prompt": prompt}, training=False)
+    config = run.program.config
+    rows = run.data.validation_rows(config.train.sequence_length)
+    result = evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
     prompt = config.eval.prompt if prompt is None else prompt
-    text = sample_text(program, restored["params"], restored["variables"], tokenizer, prompt)
-    say(_table(result, step, config))
+    text = sample_text(run.program, run.params, run.variables, run.data.tokenizer, prompt)
+    say(_table(result, run.step, config))
     say(f"\nfrom the prompt {prompt!r}:\n{text}")
-    if distributed.process_index() > 0:
-        return 0
-    path = workdir / "eval" / f"step_{step}.json"
-    report = finite_or_null({"step": step, **dataclasses.asdict(result), "prompt": prompt, "sample": text})
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=1))
-    except OSError as error:
-        raise ConfigError(f"the report cannot be written to {path}: {error.strerror}") from error
-    say(f"\nwritten to {path}")
+    if distributed.process_index() == 0:
+        report = {"step": run.step, **dataclasses.asdict(result), "prompt": prompt, "sample": text}
+        write_report(workdir / "eval", {f"step_{run.step}.json": report})
+        say(f"\nwritten to {workdir / 'eval' / f'step_{run.step}.json'}")
     return 0
 
 

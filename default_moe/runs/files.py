@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from default_moe.errors import ConfigError
+
 MANIFEST = "digests.json"
 
 
@@ -26,6 +28,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_report(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Write files to `folder`, made if absent: text and bytes as they are, anything else as JSON.
+
+    Raises ConfigError if they cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            as_it_is = isinstance(content, str | bytes)
+            write_atomically(folder / name, content if as_it_is else json.dumps(finite_or_null(content), indent=1))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
 
 
 def finite_or_null(value: Any) -> Any:

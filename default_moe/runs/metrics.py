@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from default_moe.runs.files import write_atomically
-from default_moe.runs.heat_map import load_heat_map
+from default_moe.runs.pictures import load_heat_map
 
 _PICTURES_KEPT = 5
 

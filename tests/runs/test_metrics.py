@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from default_moe.hardware import peak_flops
-from default_moe.runs.heat_map import load_heat_map
 from default_moe.runs.metrics import MetricsWriter
+from default_moe.runs.pictures import load_heat_map
 from default_moe.runs.progress import Progress
 
 

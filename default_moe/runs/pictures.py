@@ -1,30 +1,43 @@
-"""A picture of how evenly tokens spread over the experts of each layer."""
+"""Pictures as PNG, drawn without a display."""
 
 import io
+from typing import Any
 
 import numpy as np
 
 _LARGEST = 4.0  # colours go from a quarter of the mean to four times, so that pictures of different steps compare
 
 
+def new_figure(width: float, height: float) -> Any:
+    """Return a matplotlib figure of that many inches to draw on."""
+    from matplotlib.figure import Figure  # a second of loading, which nothing else needs
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def as_png(figure: Any) -> bytes:
+    """Return the figure as a PNG file."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
 def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", first_layer: int = 0) -> bytes:
-    """A PNG with a row per MoE layer and a column per expert; white is the mean load, red more, blue less.
+    """Draw how evenly tokens spread over the experts of each layer, as a PNG.
+
+    A row is a MoE layer, a column an expert; white is the mean load, red more, blue less.
 
     Args:
       tokens_per_expert: counts [layers, experts].
       first_layer: number of the first row's layer.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     counts = np.asarray(tokens_per_expert, np.float64)
     layers, experts = counts.shape
     load = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
     shade = np.log2(np.clip(load, 1 / _LARGEST, _LARGEST))
 
     cell = 0.5 if experts <= 16 else 0.32 if experts <= 32 else 0.12
-    figure = Figure(figsize=(cell * experts + 2.4, cell * layers + 1.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(cell * experts + 2.4, cell * layers + 1.4)
     axes = figure.add_subplot()
     image = axes.imshow(shade, cmap="RdBu_r", vmin=-np.log2(_LARGEST), vmax=np.log2(_LARGEST))
     for layer, expert in np.ndindex(layers, experts) if experts <= 32 else ():
@@ -39,6 +52,4 @@ def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", first_layer: i
     axes.set_title(title or "load of each expert (1 = mean)", fontsize=10)
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=0.9)
     bar.ax.set_yticklabels(["\N{LESS-THAN OR EQUAL TO}1/4", "1/2", "1", "2", "\N{GREATER-THAN OR EQUAL TO}4"])
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return as_png(figure)

@@ -1,0 +1,61 @@
+"""A checkpoint of a run opened to be looked at: its weights, its text, and a program that fits them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from default_moe.config import Config, flat_items
+from default_moe.data import Data, open_data, tokenizer_from_dict
+from default_moe.processes import distributed
+from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.progress import Progress
+from default_moe.training.program import Program
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """step: of the checkpoint.  variables: the model's collections beside `params`."""
+
+    step: int
+    program: Program
+    data: Data
+    params: Any
+    variables: Mapping[str, Any]
+
+
+def open_saved_run(
+    workdir: Path,
+    step: int | None,
+    override: Callable[[Config], Config],
+    asked: Mapping[str, Any] | None = None,
+    training: bool = True,
+) -> SavedRun:
+    """Open a checkpoint and the text of its run. With several processes all open it.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint; None takes the newest that is whole.
+      override: changes the checkpoint's own config.
+      asked: flags that must be the same in all processes, by name.
+      training: whether training batches must fit the devices too, see `Program`.
+
+    Raises ConfigError or CheckpointError on bad input.
+    """
+    say = Progress(0).message
+    with CheckpointStore(workdir, read_only=True) as store:
+        meta = store.read_meta(step)
+        config = override(Config.from_mapping(meta["config"]))
+        flags = {"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})}
+        distributed.check_same_start({**flags, **dict(flat_items(config.to_dict()))})
+        tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
+        distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
+        if data.corpus_hash != meta["corpus_hash"]:
+            say("note: this is not the text that the run was trained on, or another version of it")
+        program = Program(config, tokenizer.vocab_size, training=training)
+        state = program.abstract_state
+        wanted = {"params": state.params, "variables": state.variables}
+        # An empty part is not what Orbax finds there.
+        restored, _, step = store.restore_for_eval({name: part for name, part in wanted.items() if part}, step)
+    return SavedRun(step, program, data, restored["params"], restored.get("variables", {}))
