@@ -18,7 +18,7 @@ from default_moe.config import Config, default_config, flat_items
 from default_moe.methods import METHODS
 from default_moe.plan import topologies
 from default_moe.processes import distributed
-from default_moe.runs import evaluate_checkpoint, trainer
+from default_moe.runs import saved_run, trainer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(p for d in ("configs", "default_moe") for p in (ROOT / d).rglob("README.md"))]
@@ -129,7 +129,7 @@ def read_command(own_flags, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(distributed, "start", lambda *args: None)
     monkeypatch.setattr(trainer, "train", stop)
-    monkeypatch.setattr(evaluate_checkpoint, "CheckpointStore", Store)
+    monkeypatch.setattr(saved_run, "CheckpointStore", Store)
     monkeypatch.setattr(comparison_runs, "do_runs", stop)
     for name in ("_tpu_devices", "_gpu_devices"):
         monkeypatch.setattr(topologies, name, stop)
@@ -139,8 +139,6 @@ def read_command(own_flags, monkeypatch, capfd):
         spec = importlib.util.spec_from_file_location("program_of_a_page", ROOT / path)
         program = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(program)
-        if hasattr(program, "CheckpointStore"):
-            monkeypatch.setattr(program, "CheckpointStore", Store)
         if path.startswith("default_moe/bench/"):
             for suite in ("layer", "step", "scaling"):
                 monkeypatch.setattr(getattr(program, suite), "run", stop)
