@@ -27,21 +27,28 @@ def optional_type(annotation: Any) -> type | None:
     return next(t for t in kinds if t is not type(None)) if type(None) in kinds else None
 
 
-def section_from_mapping(section: type, name: str, mapping: Mapping[str, Any]) -> Any:
-    """The dataclass `section`, called `name` in messages, of a mapping of its fields. Raises ConfigError."""
+def section_from_mapping(section: Any, name: str, mapping: Mapping[str, Any]) -> Any:
+    """The dataclass `section` from a mapping of its fields, also of nested ones. Raises ConfigError.
+
+    name: of the section in messages; empty for all settings.
+    """
     check(isinstance(mapping, Mapping), f"{name} is {mapping!r}, but must be a group of settings")
+    prefix = f"{name}." if name else ""
     fields = {f.name: f for f in dataclasses.fields(section)}
-    check_keys(mapping, list(fields), prefix=f"{name}.")
+    check_keys(mapping, list(fields), prefix)
     values = {}
     for key, value in mapping.items():
         optional = optional_type(fields[key].type)
-        wanted = optional or fields[key].type
+        wanted: Any = optional or fields[key].type
+        if dataclasses.is_dataclass(wanted):
+            own = getattr(wanted, "from_mapping", None)
+            value = own(value) if own else section_from_mapping(wanted, prefix + key, value)
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(wanted, type) and not (optional and value is None):
             check(
                 isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)),
-                f"{name}.{key} is {value!r}, but must be of type {wanted.__name__}",
+                f"{prefix}{key} is {value!r}, but must be of type {wanted.__name__}",
             )
         values[key] = value
     return section(**values)

@@ -146,7 +146,8 @@ class MoEConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
-        """Of what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
+        """From what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
+        check(isinstance(mapping, Mapping), f"moe is {mapping!r}, but must be a group of settings")
         # Default vectors' settings as runs were saved before methods had groups.
         old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
         check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *METHODS, *old], prefix="moe.")

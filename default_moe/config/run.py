@@ -7,12 +7,11 @@ immutable. A run stores its `Config` as JSON, never as Python.
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, check_keys, section_from_mapping
+from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, section_from_mapping
 from default_moe.config.mesh import MeshConfig
 from default_moe.errors import check, check_at_least, check_choice, check_fraction
 
@@ -90,17 +89,9 @@ class TrainConfig:
     logits_per_chunk: int = 2**28
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "batch_size",
-            "sequence_length",
-            "grad_accum_steps",
-            "log_every_steps",
-            "max_bad_steps",
-            "logits_per_chunk",
-        ):
-            check_at_least(f"train.{name}", getattr(self, name), 1)
-        check(0 <= self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")
+        for f in dataclasses.fields(self):
+            check_at_least(f"train.{f.name}", getattr(self, f.name), 0 if f.name == "seed" else 1)
+        check(self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")
         check(
             self.batch_size % self.grad_accum_steps == 0,
             f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
@@ -221,16 +212,7 @@ class Config:
 
         Raises ConfigError on an unknown key, a value of the wrong type, or one that cannot work.
         """
-        check_keys(mapping, [f.name for f in dataclasses.fields(cls)], prefix="")
-        values = dict(mapping)
-        for f in dataclasses.fields(cls):
-            if f.name in mapping and dataclasses.is_dataclass(f.type):
-                values[f.name] = _section(typing.cast(type, f.type), f.name, mapping[f.name])
-        check(
-            isinstance(values.get("init_from"), str | None),
-            f"init_from is {values.get('init_from')!r}, but must be the work directory of a run",
-        )
-        return cls(**values)
+        return section_from_mapping(cls, "", mapping)
 
     @classmethod
     def from_config_dict(cls, config: "ConfigDict") -> Self:
@@ -253,8 +235,3 @@ def marked(name: str, mark: Mapping[str, bool]) -> bool:
             return True
         section = known[part].type
     return False
-
-
-def _section(section: type, name: str, mapping: Any) -> Any:
-    check(isinstance(mapping, Mapping), f"{name} is {mapping!r}, but must be a group of settings")
-    return MoEConfig.from_mapping(mapping) if section is MoEConfig else section_from_mapping(section, name, mapping)

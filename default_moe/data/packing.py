@@ -6,6 +6,7 @@ Sequence i covers tokens [i L, i L + L + 1) of the stream, so that each token bu
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -34,8 +35,11 @@ class Windows:
         return self._tokens[start : start + self._sequence_length + 1]
 
 
+@dataclass(frozen=True)
 class Rows:
     """Rows of a split in a fixed order, each a pure function of its number, whoever asks for it.
+
+    order: windows by row number.  length: how many rows there are, None if they go on for ever.
 
     A batch is a dict of arrays [B, L] (a row: [L]): int32 `inputs` and `targets`; float32 `loss_mask`, 0 on padding;
     int32 `segment_ids`, the document's number within the row from 1 on, a separator belonging to the document that
@@ -43,20 +47,16 @@ class Rows:
     UTF-8 bytes of each target.
     """
 
-    def __init__(
-        self, order: grain.MapDataset, length: int | None, sequence_length: int, separator: int, token_bytes: np.ndarray
-    ) -> None:
-        """`order`: windows by row number.  `length`: how many rows there are, None if they go on for ever."""
-        self._order = order
-        self._length = length
-        self._sequence_length = sequence_length
-        self._separator = separator
-        self._token_bytes = token_bytes
+    order: grain.MapDataset
+    length: int | None
+    sequence_length: int
+    separator: int
+    token_bytes: np.ndarray
 
     def __len__(self) -> int:
-        if self._length is None:
+        if self.length is None:
             raise TypeError("training rows go on for ever and have no length")
-        return self._length
+        return self.length
 
     def row(self, index: int) -> Batch:
         """Row `index`, arrays [L]."""
@@ -64,9 +64,9 @@ class Rows:
 
     def batch(self, start: int, count: int) -> Batch:
         """Rows start to start + count - 1, arrays [count, L]. Rows past the end are padding."""
-        stop = start + count if self._length is None else min(start + count, self._length)
-        windows = [self._order[index] for index in range(start, stop)]
-        return pack(windows, count, self._sequence_length, self._separator, self._token_bytes)
+        stop = start + count if self.length is None else min(start + count, self.length)
+        windows = [self.order[index] for index in range(start, stop)]
+        return pack(windows, count, self.sequence_length, self.separator, self.token_bytes)
 
 
 def training_rows(tokens: np.ndarray, sequence_length: int, seed: int, separator: int, token_bytes: np.ndarray) -> Rows:

@@ -6,7 +6,6 @@ it was told so when the process started.
 """
 
 import contextlib
-import itertools
 import os
 import platform
 import sys
@@ -40,15 +39,7 @@ def _would_help() -> bool:
 
 
 def _started_by_command_line() -> bool:
-    """Whether the interpreter was told to run this program itself: not a debugger or notebook that runs it."""
+    """Whether the interpreter was told to run this program, and nothing else: not a debugger that runs it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-    line = sys.orig_argv[1:]
-    first = len(line) - len(program) - len(sys.argv) + 1
-    if program == ["-"] or first < 0 or line[first:] != [*program, *sys.argv[1:]]:
-        return False
-    options = ["", *line[:first]]
-    return all(
-        (option[:1] == "-" and option not in ("-m", "-c")) or before in ("-X", "-W")
-        for before, option in itertools.pairwise(options)
-    )
+    return program != ["-"] and sys.orig_argv[1:] == [*program, *sys.argv[1:]]

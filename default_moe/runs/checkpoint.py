@@ -18,12 +18,10 @@ import math
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -34,19 +32,14 @@ from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
 from default_moe.errors import TrainingFailed
 from default_moe.processes import distributed
-from default_moe.runs.files import find_damage, io_failure, sync_folder, write_atomically, write_manifest
+from default_moe.runs.files import find_damage, io_failure, sync_folder, to_stderr, write_atomically, write_manifest
 
 BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
-Tree = TypeVar("Tree")
 
 # Devices that hold copies of an array write a part of it each, if the parts are of at least this many bytes. (Orbax by
 # itself cuts up small arrays too, which is most of what a save of a small model takes.)
 _LEAST_PART = 1 << 20
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class CheckpointStore:
@@ -63,7 +56,7 @@ class CheckpointStore:
         workdir: str | os.PathLike[str],
         config: CheckpointConfig | None = None,
         read_only: bool = False,
-        report: Callable[[str], None] = _to_stderr,
+        report: Callable[[str], None] = to_stderr,
     ):
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self._root = Path(workdir).absolute() / "checkpoints"
@@ -84,7 +77,7 @@ class CheckpointStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # What others of several processes have no part in any more is not waited for.
         if error is None or not distributed.several():
             self.close()
@@ -219,7 +212,7 @@ class CheckpointStore:
 
     # Restoring
 
-    def restore_latest(self, abstract_state: Tree) -> tuple[Tree, dict[str, Any], int] | None:
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         """State, meta and step of the newest step that is whole; None if there are no steps at all.
 
         abstract_state: jax.ShapeDtypeStruct leaves, whose shardings the arrays get (one device where there is none).
@@ -231,7 +224,7 @@ class CheckpointStore:
             return None
         return self._restore(step, abstract_state, partial=False), self._read_json(step, "meta.json"), step
 
-    def restore_for_eval(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
+    def restore_for_eval(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """Some of the state's fields, such as {"params": ..., "variables": ...}; the rest is verified, but not loaded.
 
         abstract: like `restore_latest`'s.  step: None takes the newest that is whole.
@@ -311,7 +304,7 @@ class CheckpointStore:
             f"no checkpoint in {self._root} is whole; restore them from a copy, or start anew in another work directory"
         )
 
-    def _restore(self, step: int, abstract: Tree, partial: bool) -> Tree:
+    def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         path = self._folder(step) / "state"
         abstract = jax.tree.map(_with_sharding, abstract)
         problem = difference(self.saved_shapes(step), shapes(abstract), partial)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,10 @@ def write_report(folder: Path, contents: Mapping[str, Any]) -> None:
             write_atomically(folder / name, content if as_it_is else json.dumps(finite_or_null(content), indent=1))
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def finite_or_null(value: Any) -> Any:

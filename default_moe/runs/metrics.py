@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,14 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from default_moe.runs.files import write_atomically
+from default_moe.runs.files import to_stderr, write_atomically
 from default_moe.runs.pictures import load_heat_map
 
 _PICTURES_KEPT = 5
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class MetricsWriter:
@@ -36,7 +31,7 @@ class MetricsWriter:
         self,
         workdir: str | os.PathLike[str],
         resume_step: int | None = None,
-        report: Callable[[str], None] = _to_stderr,
+        report: Callable[[str], None] = to_stderr,
     ):
         self._active = jax.process_index() == 0
         self._figures = Path(workdir) / "figures"

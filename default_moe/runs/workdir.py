@@ -4,17 +4,17 @@
 data would be the same; other settings may change between starts.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -28,34 +28,21 @@ _FORMAT = 1
 _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A work directory in use by this process, until `close` or the end of the process.
+    """A run in its work directory.
 
-    resumed: whether the run had been started before.  notes: one line for each setting that has changed since.
+    resumed: whether it had been started before.  notes: one line for each setting that has changed since.
     """
 
     workdir: Path
     resumed: bool
-    notes: list[str] = field(default_factory=list)
-    lock: int | None = None
-
-    def close(self) -> None:
-        """Lets another process use the work directory."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+    notes: list[str]
 
     def discard(self) -> None:
-        """Forget a run that could not begin: other settings may take the work directory. Nothing if it went on."""
+        """Forget a run that could not begin: other settings may take the work directory. Nothing if it was resumed."""
         if not self.resumed and jax.process_index() == 0:
             (self.workdir / RUN_FILE).unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 def check_ours(workdir: str | os.PathLike[str]) -> None:
@@ -65,14 +52,15 @@ def check_ours(workdir: str | os.PathLike[str]) -> None:
         _check_empty(folder)
 
 
+@contextlib.contextmanager
 def open_run(
     workdir: str | os.PathLike[str],
     config: Config,
     corpus_hash: str,
     vocab_size: int,
     tokenizer_hash: str | None = None,
-) -> Run:
-    """Starts a new run in an empty or absent `workdir`, or goes on with the same run there.
+) -> Iterator[Run]:
+    """A new run in an empty or absent `workdir`, or the same run there; while entered, no other process has it.
 
     tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
     Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
@@ -81,27 +69,28 @@ def open_run(
     """
     folder = Path(workdir).absolute()
     if distributed.process_index() > 0:
-        return _join_run(folder)
+        yield _join_run(folder)
+        return
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
     resumed, notes = _compare(folder, config, identity)
     lock = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-        resumed, notes = _compare(folder, config, identity)  # another process may have started it just before the lock
-        if not resumed or notes:
-            content = {"format": _FORMAT, **identity, "config": config.to_dict(), "versions": _versions()}
-            write_atomically(folder / RUN_FILE, json.dumps(content, indent=1))
-        distributed.share((folder / RUN_FILE).read_text())
-    except BaseException as error:
-        if lock is not None:
-            os.close(lock)
-        if isinstance(error, OSError):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+            resumed, notes = _compare(folder, config, identity)  # another process may have started it before the lock
+            if not resumed or notes:
+                content = {"format": _FORMAT, **identity, "config": config.to_dict(), "versions": _versions()}
+                write_atomically(folder / RUN_FILE, json.dumps(content, indent=1))
+            distributed.share((folder / RUN_FILE).read_text())
+        except OSError as error:
             raise ConfigError(
                 f"the work directory {folder} cannot be written ({error.strerror}): choose another --workdir"
             ) from error
-        raise
-    return Run(folder, resumed, notes, lock)
+        yield Run(folder, resumed, notes)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _join_run(folder: Path) -> Run:

@@ -21,6 +21,12 @@ def start(workdir: Path, config: Config | None = None, **identity):
     return open_run(workdir, config or Config(), **{"corpus_hash": "abc", "vocab_size": 257, **identity})
 
 
+def begin(workdir: Path, config: Config | None = None, **identity):
+    """A run that has been started and left."""
+    with start(workdir, config, **identity) as run:
+        return run
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -39,7 +45,7 @@ def test_a_new_run_is_written_and_goes_on(tmp_path):
 
 
 def test_settings_that_may_change_are_noted(tmp_path):
-    start(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"})).close()
+    begin(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"}))
     other = changed(
         train={"num_steps": 900},
         optim={"peak_lr": 1e-3, "clip_norm": float("inf")},
@@ -69,18 +75,18 @@ def test_settings_that_may_change_are_noted(tmp_path):
     ],
 )
 def test_settings_that_may_not_change_are_refused(tmp_path, sections, words):
-    start(tmp_path).close()
+    begin(tmp_path)
     before = content(tmp_path)
     with pytest.raises(ConfigError) as error:
-        start(tmp_path, changed(**sections))
+        begin(tmp_path, changed(**sections))
     assert words in str(error.value) and "--workdir" in str(error.value) and "\n" not in str(error.value)
     assert content(tmp_path) == before
 
 
 def test_all_differences_are_listed_in_one_line(tmp_path):
-    start(tmp_path).close()
+    begin(tmp_path)
     with pytest.raises(ConfigError) as error:
-        start(
+        begin(
             tmp_path,
             changed(model={"d_model": 256, "num_layers": 2}, optim={"peak_lr": 1.0}),
             corpus_hash="def",
@@ -97,11 +103,11 @@ def test_all_differences_are_listed_in_one_line(tmp_path):
 
 def test_a_tokenizer_file_may_move_but_not_change(tmp_path):
     here, there = changed(data={"tokenizer": "a/t.json"}), changed(data={"tokenizer": "b/t.json"})
-    start(tmp_path, here, tokenizer_hash="1").close()
+    begin(tmp_path, here, tokenizer_hash="1")
     with start(tmp_path, there, tokenizer_hash="1") as run:
         assert run.notes == ["data.tokenizer was a/t.json, is now b/t.json"]
     with pytest.raises(ConfigError, match="tokenizer_hash: 1 there, 2 here"):
-        start(tmp_path, there, tokenizer_hash="2")
+        begin(tmp_path, there, tokenizer_hash="2")
 
 
 def test_other_peoples_directories_are_left_alone(tmp_path):
@@ -109,12 +115,12 @@ def test_other_peoples_directories_are_left_alone(tmp_path):
         (tmp_path / name).write_text(name)
     before = content(tmp_path)
     with pytest.raises(ConfigError, match=r"holds a, b, photos and 1 more, but no run\.json"):
-        start(tmp_path)
+        begin(tmp_path)
     assert content(tmp_path) == before
     with pytest.raises(ConfigError, match="Not a directory"):
-        start(tmp_path / "a")
+        begin(tmp_path / "a")
     with pytest.raises(ConfigError, match="Not a directory"):
-        start(tmp_path / "a" / "below")
+        begin(tmp_path / "a" / "below")
 
 
 def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path):
@@ -136,7 +142,7 @@ def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path
 def test_a_broken_run_file_is_named(tmp_path, text, words):
     (tmp_path / RUN_FILE).write_text(text)
     with pytest.raises(ConfigError, match=words) as error:
-        start(tmp_path)
+        begin(tmp_path)
     assert RUN_FILE in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / RUN_FILE).read_text() == text
 
@@ -145,15 +151,14 @@ def test_one_process_at_a_time(tmp_path):
     code = (
         "import sys; from default_moe.config import Config, ConfigError\n"
         "from default_moe.runs.workdir import open_run\n"
-        "try: open_run(sys.argv[1], Config(), 'abc', 257)\n"
+        "try: open_run(sys.argv[1], Config(), 'abc', 257).__enter__()\n"
         "except ConfigError as error: print(error)"
     )
     child = [sys.executable, "-c", code, str(tmp_path)]
-    run = start(tmp_path)
-    refused = subprocess.run(child, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    with start(tmp_path):
+        refused = subprocess.run(child, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert refused.stdout.startswith(f"another process is training in the work directory {tmp_path}: "), refused.stderr
-    run.close()
-    assert start(tmp_path).resumed
+    assert begin(tmp_path).resumed
 
 
 def test_an_unwritable_place_is_named(tmp_path, monkeypatch):
@@ -162,6 +167,6 @@ def test_an_unwritable_place_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("default_moe.runs.workdir.write_atomically", fail)
     with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
-        start(tmp_path)
+        begin(tmp_path)
     monkeypatch.undo()
-    start(tmp_path).close()
+    begin(tmp_path)
