@@ -49,7 +49,7 @@ class Programs:
     def __init__(self) -> None:
         self._made: dict[tuple[Config, int], Program] = {}
 
-    def __call__(self, config: Config, vocab_size: int, mesh: Mesh) -> Program:
+    def __call__(self, config: Config, vocab_size: int, mesh: Mesh | None = None) -> Program:
         shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
         if (shared, vocab_size) not in self._made:
             self._made[shared, vocab_size] = Program(config, vocab_size, mesh)

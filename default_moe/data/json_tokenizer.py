@@ -10,16 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from default_moe.errors import ConfigError
 
-SEPARATORS = (
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<|end▁of▁sentence|>",
-    "[EOS]",
-    "[SEP]",
-)
+SEPARATORS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
 
 
 class JsonTokenizer:

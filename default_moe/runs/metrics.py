@@ -28,10 +28,7 @@ class MetricsWriter:
     """
 
     def __init__(
-        self,
-        workdir: str | os.PathLike[str],
-        resume_step: int | None = None,
-        report: Callable[[str], None] = to_stderr,
+        self, workdir: str | os.PathLike[str], resume_step: int | None = None, report: Callable[[str], None] = to_stderr
     ):
         self._active = jax.process_index() == 0
         self._figures = Path(workdir) / "figures"

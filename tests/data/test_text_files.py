@@ -2,16 +2,17 @@
 
 import gzip
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.refusals import refused
 
 from default_moe.data import text_files
 from default_moe.data.text_files import TextFiles
-from default_moe.errors import ConfigError
 
 
 def documents(corpus: TextFiles) -> list[str]:
@@ -25,7 +26,7 @@ def write_lines(path: Path, records: list) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "jsonl.gz", "parquet"])
-def test_every_kind_gives_its_documents(tmp_path: Path, kind: str) -> None:
+def test_every_kind_gives_its_documents(tmp_path, kind):
     wanted = [f"text {index} é世\r\n  end" for index in range(300)]
     if kind in ("txt", "md"):
         for index, text in enumerate(wanted):
@@ -41,35 +42,31 @@ def test_every_kind_gives_its_documents(tmp_path: Path, kind: str) -> None:
     assert validation == list(corpus.documents("validation"))
 
 
-def test_globs_with_commas_folders_and_repeats(texts: Path) -> None:
+def test_globs_with_commas_folders_and_repeats(texts):
     (texts / "more").mkdir()
     (texts / "more" / "a.md").write_text("nested")
     corpus = TextFiles(f"{texts}/*.txt, {texts}/**/*.md,{texts}/00.txt", "text", 0.2)
     assert len(documents(corpus)) == 41
 
 
-def test_same_files_elsewhere_are_split_in_the_same_way(texts: Path, tmp_path: Path) -> None:
+def test_same_files_elsewhere_are_split_in_the_same_way(texts, tmp_path):
     before = TextFiles(f"{texts}/*.txt", "text", 0.3)
-    copy = tmp_path / "elsewhere"
-    texts.rename(copy)
-    texts.mkdir()
-    for path in copy.iterdir():
-        (texts / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(texts, tmp_path / "elsewhere")
     after = TextFiles(f"{copy}/*.txt", "text", 0.3)
     assert list(before.documents("validation")) == list(after.documents("validation")) != []
 
 
-def test_fingerprint_follows_files_field_and_fraction(texts: Path) -> None:
-    pattern = f"{texts}/*.txt"
-    key = TextFiles(pattern, "text", 0.3).fingerprint()
-    assert key == TextFiles(pattern, "text", 0.3).fingerprint()
-    assert key != TextFiles(pattern, "text", 0.2).fingerprint()
-    assert key != TextFiles(pattern, "body", 0.3).fingerprint()
+def test_fingerprint_follows_files_field_and_fraction(texts):
+    def key(field="text", fraction=0.3):
+        return TextFiles(f"{texts}/*.txt", field, fraction).fingerprint()
+
+    before = key()
+    assert before == key() and before not in (key(fraction=0.2), key("body"))
     (texts / "00.txt").write_text("changed")
-    assert key != TextFiles(pattern, "text", 0.3).fingerprint()
+    assert key() != before
 
 
-def test_large_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "LARGEST_PIECE", 1000)
     monkeypatch.setattr(text_files, "FEW_FILES", 1)
     path = tmp_path / "a.txt"
@@ -84,7 +81,7 @@ def test_large_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Monk
     assert not corpus.replaced  # no character was cut in two
 
 
-def test_one_text_file_can_be_held_out_in_part(tmp_path: Path) -> None:
+def test_one_text_file_can_be_held_out_in_part(tmp_path):
     (tmp_path / "book.txt").write_text("A line of the only book.\n" * 40_000)
     corpus = TextFiles(str(tmp_path / "book.txt"), "text", 0.05)
     train, validation = (sum(map(len, corpus.documents(split))) for split in ("train", "validation"))
@@ -92,24 +89,19 @@ def test_one_text_file_can_be_held_out_in_part(tmp_path: Path) -> None:
     assert 10_000 < validation < 120_000
 
 
-def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
+def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     legitimate = "\ufffd".encode()
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgood " + legitimate + b" \xff bad \xe4\xb8 cut")
     write_lines(tmp_path / "b.jsonl", [{"text": "surrogate \ud800!"}])
-    column = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
-    )  # as other writers leave it
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    column = pa.Array.from_buffers(pa.string(), 1, buffers)  # as other writers leave it
     pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
     corpus = TextFiles(f"{tmp_path}/*", "text", 0.5)
     assert sorted(documents(corpus)) == ["a\ufffdb", "good \ufffd \ufffd bad \ufffd cut", "surrogate \ufffd!"]
-    assert {Path(name).name: places for name, places in corpus.replaced.items()} == {
-        "a.txt": 2,
-        "b.jsonl": 1,
-        "c.parquet": 1,
-    }
+    assert {Path(name).name: n for name, n in corpus.replaced.items()} == {"a.txt": 2, "b.jsonl": 1, "c.parquet": 1}
 
 
-def test_empty_and_null_texts_are_no_documents(tmp_path: Path) -> None:
+def test_empty_and_null_texts_are_no_documents(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}, {"text": "x"}])
     pq.write_table(pa.table({"text": ["", None, "y"]}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_text("")
@@ -121,61 +113,57 @@ def test_empty_and_null_texts_are_no_documents(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 is not a JSON object"),
-        (
-            "a.jsonl",
-            b'{"txt": "x", "id": 1}\n',
-            r"'text', but the fields at .*a\.jsonl:1 are 'txt', 'id'; did you.*'txt'",
-        ),
+        ("a.jsonl", b'{"txt": "x", "id": 1}\n', r"'text', but .*a\.jsonl:1 are 'txt', 'id'; did you.*'txt'"),
         ("a.jsonl", b'{"text": 5}\n', r"'text', but at .*a\.jsonl:1 it holds int, not text"),
         ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz is not a gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], r"a\.jsonl\.gz is cut short"),
         ("a.parquet", b"not parquet at all", r"a\.parquet is not a parquet file"),
+        ("a.parquet", {"txt": ["x"], "number": [1]}, r"are 'txt', 'number'; did you mean 'txt'"),
+        ("a.parquet", {"text": [1]}, r"'text', but in .*a\.parquet it holds int64"),
         ("a.csv", b"a,b", r"a\.csv is no \.txt, \.md, \.jsonl, \.jsonl\.gz, \.parquet file"),
     ],
 )
-def test_wrong_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as error:
+def test_wrong_file(tmp_path, name, content, message):
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with refused(message):
         documents(TextFiles(f"{tmp_path}/*", "text", 0.5))
-    assert "\n" not in str(error.value)
 
 
-def test_wrong_parquet_fields(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"txt": ["x"], "number": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"are 'txt', 'number'; did you mean 'txt'"):
-        documents(TextFiles(f"{tmp_path}/*", "text", 0.5))
-    with pytest.raises(ConfigError, match=r"'number', but in .*a\.parquet it holds int64"):
-        documents(TextFiles(f"{tmp_path}/*", "number", 0.5))
-
-
-def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
+def test_parquet_damaged_in_the_middle(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"{index} " * 50 for index in range(5000)]}), path)
     data = bytearray(path.read_bytes())
     data[100:5000] = bytes(4900)
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"a\.parquet is damaged"):
+    with refused(r"a\.parquet is damaged"):
         documents(TextFiles(str(path), "text", 0.5))
 
 
-def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no-such\*' names no file \(looked from"):
-        TextFiles(f"{tmp_path}/no-such*", "text", 0.5)
-    with pytest.raises(ConfigError, match=r"names no file \(it is a folder; try '.*/\*\*/\*\.txt'\)"):
-        TextFiles(str(tmp_path), "text", 0.5)
-    with pytest.raises(ConfigError, match=r"data\.files is empty"):
-        TextFiles(" , ", "text", 0.5)
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{}/no-such*", r"no-such\*' names no file \(looked from"),
+        ("{}", r"names no file \(it is a folder; try '.*/\*\*/\*\.txt'\)"),
+        (" , ", r"data\.files is empty"),
+    ],
+)
+def test_missing_files(tmp_path, pattern, message):
+    with refused(message):
+        TextFiles(pattern.format(tmp_path), "text", 0.5)
 
 
-def test_file_that_vanishes(texts: Path) -> None:
+def test_file_that_vanishes(texts):
     corpus = TextFiles(f"{texts}/*.txt", "text", 0.5)
     (texts / "00.txt").unlink()
-    with pytest.raises(ConfigError, match=r"00\.txt cannot be read: No such file"):
+    with refused(r"00\.txt cannot be read: No such file"):
         documents(corpus)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
+def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
     path, text, count = tmp_path / f"a.{kind}", "sixteen letters\n" * 64, 70_000  # 72 MB
     if kind == "parquet":
         with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:

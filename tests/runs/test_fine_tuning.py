@@ -9,14 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.reference import assert_close, sigmoid
-from helpers.tiny_runs import (
-    assert_same_state,
-    content,
-    metrics,
-    saved_state,
-    tiny_settings,
-    train,
-)
+from helpers.tiny_runs import assert_same_state, content, metrics, saved_state, tiny_settings, train
 
 from default_moe.config import Config
 from default_moe.data import open_data

@@ -22,6 +22,12 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def write_losses(writer, steps) -> None:
+    for step in steps:
+        writer.write(step, {"train/loss": 1 / (step + 1)})
+    writer.close()
+
+
 def read_events(workdir) -> list:
     """Every event of every file, oldest file first, with TFRecord's framing (length, 2 checksums) taken off."""
     from tensorboardX.proto.event_pb2 import Event
@@ -52,17 +58,12 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-        writer = MetricsWriter(folder)
-        for step in range(0, 50, 10):
-            writer.write(step, {"train/loss": 1 / (step + 1)})
-        writer.close()
+        write_losses(MetricsWriter(folder), range(0, 50, 10))
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')  # a torn line whose step, cut off, would look old enough
     writer = MetricsWriter(killed, resume_step=20)
     assert [line["step"] for line in lines(killed)] == [0, 10, 20]
-    for step in (30, 40):
-        writer.write(step, {"train/loss": 1 / (step + 1)})
-    writer.close()
+    write_losses(writer, (30, 40))
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     starts = [event.step for event in read_events(killed) if event.HasField("session_log")]
     assert starts == [0, 21]  # TensorBoard hides what older files hold from there on
@@ -91,10 +92,8 @@ writer.close()
     assert done.returncode == 0 and done.stderr == "", done.stderr
     count, *reports = done.stdout.strip().split("|")
     assert int(count) == 1
-    assert sorted(report.split(" cannot be written (File too large)")[0] for report in reports) == [
-        "metrics.jsonl",
-        "tensorboard",
-    ]
+    files = sorted(report.split(" cannot be written (File too large)")[0] for report in reports)
+    assert files == ["metrics.jsonl", "tensorboard"]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
@@ -177,24 +176,14 @@ def test_a_bar_on_a_terminal():
     assert shown.startswith("before\n") and "evaluated\n" in shown
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA B200", 2250e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),
-        ("cpu", None),
-        ("NVIDIA H20", None),
-    ],
-)
+PEAKS = {
+    **{"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12},
+    **{"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA H20": None, "cpu": None},
+    **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12},
+}
+
+
+@pytest.mark.parametrize(("kind", "peak"), PEAKS.items())
 def test_peak_flops(kind, peak):
     assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
 

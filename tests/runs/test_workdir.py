@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.refusals import refused
 
 from default_moe.config import Config
-from default_moe.errors import ConfigError
 from default_moe.runs.workdir import RUN_FILE, open_run
 
 
@@ -77,21 +77,16 @@ def test_settings_that_may_change_are_noted(tmp_path):
 def test_settings_that_may_not_change_are_refused(tmp_path, sections, words):
     begin(tmp_path)
     before = content(tmp_path)
-    with pytest.raises(ConfigError) as error:
+    with refused(f"{words}.*--workdir"):
         begin(tmp_path, changed(**sections))
-    assert words in str(error.value) and "--workdir" in str(error.value) and "\n" not in str(error.value)
     assert content(tmp_path) == before
 
 
 def test_all_differences_are_listed_in_one_line(tmp_path):
     begin(tmp_path)
-    with pytest.raises(ConfigError) as error:
-        begin(
-            tmp_path,
-            changed(model={"d_model": 256, "num_layers": 2}, optim={"peak_lr": 1.0}),
-            corpus_hash="def",
-            vocab_size=512,
-        )
+    other = changed(model={"d_model": 256, "num_layers": 2}, optim={"peak_lr": 1.0})
+    with refused("cannot continue") as error:
+        begin(tmp_path, other, corpus_hash="def", vocab_size=512)
     listed = str(error.value).split("(")[1].split(")")[0].split("; ")
     assert listed == [
         "model.d_model: 128 there, 256 here",
@@ -106,7 +101,7 @@ def test_a_tokenizer_file_may_move_but_not_change(tmp_path):
     begin(tmp_path, here, tokenizer_hash="1")
     with start(tmp_path, there, tokenizer_hash="1") as run:
         assert run.notes == ["data.tokenizer was a/t.json, is now b/t.json"]
-    with pytest.raises(ConfigError, match="tokenizer_hash: 1 there, 2 here"):
+    with refused("tokenizer_hash: 1 there, 2 here"):
         begin(tmp_path, there, tokenizer_hash="2")
 
 
@@ -114,13 +109,12 @@ def test_other_peoples_directories_are_left_alone(tmp_path):
     for name in ("thesis.tex", "photos", "a", "b"):
         (tmp_path / name).write_text(name)
     before = content(tmp_path)
-    with pytest.raises(ConfigError, match=r"holds a, b, photos and 1 more, but no run\.json"):
+    with refused(r"holds a, b, photos and 1 more, but no run\.json"):
         begin(tmp_path)
     assert content(tmp_path) == before
-    with pytest.raises(ConfigError, match="Not a directory"):
-        begin(tmp_path / "a")
-    with pytest.raises(ConfigError, match="Not a directory"):
-        begin(tmp_path / "a" / "below")
+    for below in ("a", "a/below"):
+        with refused("Not a directory"):
+            begin(tmp_path / below)
 
 
 def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path):
@@ -141,9 +135,8 @@ def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path
 )
 def test_a_broken_run_file_is_named(tmp_path, text, words):
     (tmp_path / RUN_FILE).write_text(text)
-    with pytest.raises(ConfigError, match=words) as error:
+    with refused(f"{RUN_FILE}.*{words}"):
         begin(tmp_path)
-    assert RUN_FILE in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / RUN_FILE).read_text() == text
 
 
@@ -166,7 +159,7 @@ def test_an_unwritable_place_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("default_moe.runs.workdir.write_atomically", fail)
-    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
+    with refused(r"cannot be written \(Permission denied\)"):
         begin(tmp_path)
     monkeypatch.undo()
     begin(tmp_path)
