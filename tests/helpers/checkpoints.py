@@ -1,5 +1,6 @@
 """States to save, and ways to look at what was saved."""
 
+import os
 from pathlib import Path
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,6 +70,11 @@ def assert_equal(actual, expected) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def latest(workdir: Path, wanted, report=pytest.fail):
+    """State, meta and step of the newest whole step, of a store of its own."""
+    return CheckpointStore(workdir, report=report).restore_latest(abstract(wanted))
+
+
 def save_steps(workdir: Path, *steps: int, keep_last: int = 9) -> None:
     with CheckpointStore(workdir, CheckpointConfig(keep_last=keep_last)) as store:
         for step in steps:
@@ -79,5 +86,11 @@ def biggest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob("state/**/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def folder_content(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.checkpoints import META, abstract, make_state
+from helpers.checkpoints import META, latest, make_state
 
 from default_moe.runs.checkpoint import CheckpointStore
 
@@ -54,7 +55,7 @@ def test_a_failed_write_is_reported_and_tried_again(tmp_path, monkeypatch, place
         patch.undo()
         store.save(2, make_state(2), META)
     assert 2 in store.steps() and not store.needs_retry
-    assert CheckpointStore(tmp_path).restore_latest(abstract(make_state(2)))[2] == 2
+    assert latest(tmp_path, make_state(2))[2] == 2
 
 
 def test_mistakes_in_the_program_are_raised(tmp_path, monkeypatch):
@@ -71,15 +72,10 @@ def test_mistakes_in_the_program_are_raised(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob("*.saving"))
 
 
-def run_child(code: str, *arguments: object, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+def run_child(code: str, workdir: Path) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", textwrap.dedent(code), str(workdir)]
+    return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, **pipes)
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path):

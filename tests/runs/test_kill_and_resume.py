@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.checkpoints import biggest_file, cut_short, flip_a_bit
 from helpers.tiny_runs import (
     REPOSITORY,
     as_flags,
@@ -191,35 +192,20 @@ def test_other_kinds_of_training_go_on_bit_for_bit(folder, tmp_path, monkeypatch
 # Damaged
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
-    path.write_bytes(data)
-
-
-def cut_short(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def largest_file(workdir: Path, step: int) -> Path:
-    files = (path for path in (workdir / "checkpoints" / str(step) / "state").rglob("*") if path.is_file())
-    return max(files, key=lambda path: path.stat().st_size)
-
-
 @pytest.mark.parametrize("harm", [flip_a_bit, cut_short])
 def test_a_damaged_checkpoint_is_stepped_over(folder, copy, uninterrupted, harm):
-    harm(largest_file(copy, STOPPED_AT))
+    harm(biggest_file(copy / "checkpoints" / str(STOPPED_AT)))
     code, output = train(tiny_config(folder), copy)
     assert code == 0
     named = [line for line in output.splitlines() if f"checkpoint of step {STOPPED_AT} is damaged" in line]
-    assert len(named) == 1 and largest_file(uninterrupted, LAST).parent.name in named[0]
+    assert len(named) == 1 and biggest_file(uninterrupted / "checkpoints" / str(LAST)).parent.name in named[0]
     assert "going on from step 32" in output
     assert_equal_runs(copy, uninterrupted)
 
 
 def test_nothing_is_lost_where_every_checkpoint_is_damaged(folder, copy):
     for step in steps(copy):
-        flip_a_bit(largest_file(copy, step))
+        flip_a_bit(biggest_file(copy / "checkpoints" / str(step)))
     before = content(copy)
     code, output = train(tiny_config(folder), copy)
     assert code == 2
