@@ -14,7 +14,6 @@ could be written.)
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -32,7 +31,15 @@ from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
 from default_moe.errors import TrainingFailed
 from default_moe.processes import distributed
-from default_moe.runs.files import find_damage, io_failure, sync_folder, to_stderr, write_atomically, write_manifest
+from default_moe.runs.files import (
+    find_damage,
+    finite_or_null,
+    io_failure,
+    sync_folder,
+    to_stderr,
+    write_atomically,
+    write_manifest,
+)
 
 BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
@@ -110,9 +117,8 @@ class CheckpointStore:
         self.wait()
         if distributed.share(jax.process_index() == 0 and self._has_whole(step))[0]:
             return False
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        files = {"meta.json": json.dumps(dict(meta)), "metrics.json": json.dumps(finite)}
+        numbers = finite_or_null({name: float(value) for name, value in (metrics or {}).items()})
+        files = {"meta.json": json.dumps(dict(meta)), "metrics.json": json.dumps(numbers)}
         self._saving = step
         try:
             if jax.process_index() == 0:
@@ -204,7 +210,7 @@ class CheckpointStore:
         """Whether `step` is there and whole. If it is there and damaged, it is moved out of the way."""
         if not self._folder(step).exists():
             return False
-        problem = None if step in self._trusted else find_damage(self._folder(step))
+        problem = self._damage(step)
         if problem:
             self._report(f"checkpoint of step {step} is damaged ({problem}): saving it again")
             self._move_aside(step)
@@ -230,21 +236,12 @@ class CheckpointStore:
         abstract: like `restore_latest`'s.  step: None takes the newest that is whole.
         Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
         """
-        if step is None:
-            step = self.newest_whole()
-        else:
-            self._check_step(step)
+        step = self._whole(step)
         return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """The meta of a step, or of the newest one whose meta is whole. Raises as `restore_for_eval` does."""
-        if step is not None:
-            self._check_step(step, ["meta.json"])
-            return self._read_json(step, "meta.json")
-        for step in reversed(self.steps()):
-            if find_damage(self._folder(step), ["meta.json"]) is None:
-                return self._read_json(step, "meta.json")
-        raise self._none_whole() if self.steps() else self._nothing_here()
+        """The meta of a step. Raises as `restore_for_eval` does."""
+        return self._read_json(self._whole(step), "meta.json")
 
     def newest_whole(self) -> int:
         """The newest step that is whole, which is not verified again. Raises CheckpointError if there is none."""
@@ -265,7 +262,7 @@ class CheckpointStore:
             steps = self.steps()
             damaged = []
             for step in reversed(steps):
-                problem = find_damage(self._folder(step))
+                problem = self._damage(step)
                 if problem is None:
                     found = step
                     break
@@ -281,7 +278,10 @@ class CheckpointStore:
             self._trusted.add(found)
         return found
 
-    def _check_step(self, step: int, names: list[str] | None = None) -> None:
+    def _whole(self, step: int | None) -> int:
+        """A step that has been verified. Raises CheckpointError if there is no such one."""
+        if step is None:
+            return self.newest_whole()
         steps = self.steps()
         if not steps:
             raise self._nothing_here()
@@ -289,10 +289,16 @@ class CheckpointStore:
             raise CheckpointError(
                 f"there is no checkpoint of step {step} in {self._root}; there is {', '.join(map(str, steps))}"
             )
-        problem = None if step in self._trusted else find_damage(self._folder(step), names)
+        problem = self._damage(step)
         if problem:
             others = ", ".join(str(other) for other in steps if other != step) or "no other step"
             raise CheckpointError(f"the checkpoint of step {step} is damaged ({problem}); there is {others}")
+        self._trusted.add(step)
+        return step
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a step, which are verified once."""
+        return None if step in self._trusted else find_damage(self._folder(step))
 
     def _nothing_here(self) -> CheckpointError:
         if not self._root.parent.is_dir():

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,8 @@ def write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
-def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the files that the manifest of `folder` lists (all of them or just `names`), or None.
-
-    Files that it does not list are not looked at, since nothing reads them.
-    """
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files that the manifest of `folder` lists, or None. Nothing reads any others."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         listed = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
@@ -96,9 +93,8 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
         return f"{MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable as a list of digests"
-    names = listed if names is None else names
     with ThreadPoolExecutor() as pool:
-        problems = pool.map(lambda name: _file_damage(folder, name, listed), names)
+        problems = pool.map(lambda item: _file_damage(folder, *item), listed.items())
         return next((problem for problem in problems if problem), None)
 
 
@@ -114,10 +110,8 @@ def io_failure(error: BaseException | None) -> str | None:
     return None
 
 
-def _file_damage(folder: Path, name: str, listed: dict[str, tuple[str, int]]) -> str | None:
-    if name not in listed:
-        return f"{MANIFEST} does not list {name}"
-    wanted_digest, wanted_size = listed[name]
+def _file_damage(folder: Path, name: str, wanted: tuple[str, int]) -> str | None:
+    wanted_digest, wanted_size = wanted
     try:
         size = (folder / name).stat().st_size
         if size != wanted_size:

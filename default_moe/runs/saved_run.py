@@ -44,10 +44,11 @@ def open_saved_run(
     """
     say = Progress(0).message
     with CheckpointStore(workdir, read_only=True) as store:
+        distributed.check_same_start({"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})})
+        step = store.newest_whole() if step is None else step
         meta = store.read_meta(step)
         config = override(Config.from_mapping(meta["config"]))
-        flags = {"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})}
-        distributed.check_same_start({**flags, **dict(flat_items(config.to_dict()))})
+        distributed.check_same(dict(flat_items(config.to_dict())), "start the same in every process")
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
         data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
         distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
@@ -57,5 +58,5 @@ def open_saved_run(
         state = program.abstract_state
         wanted = {"params": state.params, "variables": state.variables}
         # An empty part is not what Orbax finds there.
-        restored, _, step = store.restore_for_eval({name: part for name, part in wanted.items() if part}, step)
+        restored, _, _ = store.restore_for_eval({name: part for name, part in wanted.items() if part}, step)
     return SavedRun(step, program, data, restored["params"], restored.get("variables", {}))

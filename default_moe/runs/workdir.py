@@ -97,21 +97,15 @@ def _join_run(folder: Path) -> Run:
     """The run that process 0 opens. Raises ConfigError if it is not to be seen in `folder`."""
     written = distributed.share("")[0]
     last = time.monotonic() + _UNTIL_SEEN
-    while _text(folder / RUN_FILE) != written:
-        if time.monotonic() > last:
-            raise ConfigError(
-                f"the work directory {folder} does not hold the {RUN_FILE} that process 0 wrote there: choose a "
-                "--workdir on a file system that all hosts share"
-            )
+    while time.monotonic() < last:
+        with contextlib.suppress(OSError):
+            if (folder / RUN_FILE).read_text() == written:
+                return Run(folder, resumed=True, notes=[])
         time.sleep(0.5)
-    return Run(folder, resumed=True, notes=[])
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
+    raise ConfigError(
+        f"the work directory {folder} does not hold the {RUN_FILE} that process 0 wrote there: choose a --workdir on a "
+        "file system that all hosts share"
+    )
 
 
 def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple[bool, list[str]]:
@@ -193,7 +187,5 @@ def _show(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("jax", "flax", "optax", "orbax-checkpoint"):
-        versions[package] = importlib.metadata.version(package)
-    return versions
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
