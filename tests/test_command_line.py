@@ -65,6 +65,8 @@ EVAL = {
 }
 
 
+CASES = {"train": TRAIN, "eval": EVAL}
+WORDS = {f"{program}: {name}": words for program, cases in CASES.items() for name, (_, words) in cases.items()}
 MISTYPED = """from default_moe.config import default_config
 
 def get_config():
@@ -89,11 +91,8 @@ def answers(tmp_path_factory):
     with CheckpointStore(here / "trained") as store:
         store.save(4, {"params": {}, "step": jax.numpy.zeros(())}, {"config": Config.from_mapping(settings).to_dict()})
     base = as_flags(settings)
-    commands = []
-    for flags, _ in TRAIN.values():
-        commands.append(["train.py", *base, f"--workdir={here}/new", *flags])
-    for flags, _ in EVAL.values():
-        commands.append(["eval.py", *flags])
+    commands = [["train.py", *base, f"--workdir={here}/new", *flags] for flags, _ in TRAIN.values()]
+    commands += [["eval.py", *flags] for flags, _ in EVAL.values()]
     commands = [[word.replace("{here}", str(here)) for word in command] for command in commands]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "DEFAULT_MOE_DATA": str(here / "prepared")}
     repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -104,15 +103,10 @@ def answers(tmp_path_factory):
     before = state()
     results = run_commands(commands, cwd=repository, env=env)
     assert state() == before
-    names = [f"train: {name}" for name in TRAIN] + [f"eval: {name}" for name in EVAL]
-    return here, dict(zip(names, results, strict=True))
+    return here, dict(zip(WORDS, results, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [(f"train: {name}", words) for name, (_, words) in TRAIN.items()]
-    + [(f"eval: {name}", words) for name, (_, words) in EVAL.items()],
-)
+@pytest.mark.parametrize(("name", "words"), WORDS.items())
 def test_bad_input_gets_one_line_and_exit_code_2(answers, name, words):
     here, results = answers
     code, _, errors = results[name]

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from default_moe import cli
 from default_moe.config import Config, flat_items
@@ -82,6 +83,28 @@ def train(config: Config, workdir: Path) -> tuple[int, str]:
 def evaluate(workdir: Path, step: int | None = None, override: Any = lambda config: config) -> tuple[int, str]:
     """Evaluates in this process as the command does. Returns its exit code, and all it printed."""
     return _run(lambda argv: evaluate_checkpoint.run(workdir, step, "the ", override))
+
+
+def trained(config: Config, workdir: Path, code: int = 0) -> str:
+    """What a training that ends with that exit code prints."""
+    found, output = train(config, workdir)
+    assert found == code, output
+    return output
+
+
+def refused_training(config: Config, workdir: Path, code: int = 2) -> str:
+    """The one line with which a training ends that fails with that exit code."""
+    *before, last = trained(config, workdir, code).splitlines()
+    assert last.startswith("error: ") and not any(line.startswith(("error: ", "Traceback")) for line in before)
+    return last
+
+
+def evaluated(workdir: Path, step: int, asked: int | None = None, **options: Any) -> tuple[dict[str, Any], str]:
+    """The report of an evaluation, of which it says that it is of `step`, and what it printed."""
+    code, output = evaluate(workdir, asked, **options)
+    assert code == 0, output
+    text = (workdir / "eval" / f"step_{step}.json").read_text()
+    return json.loads(text, parse_constant=pytest.fail), output  # neither NaN nor infinity
 
 
 def _run(main: Any) -> tuple[int, str]:

@@ -40,13 +40,6 @@ SETTINGS = {
 LONGEST = 120  # seconds that any command may take
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    write_corpus(folder / "text")
-    return folder
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -70,26 +63,22 @@ class Processes:
 
     def __init__(self, folder: Path, command: list[str], more: list[str], cwds: list[Path], joined: Any):
         """more: flags of all but the first.  cwds: where each is started."""
-        port = free_port()
-        self._outputs = [folder / f"output_{port}_{index}" for index in range(len(cwds))]
+        port, count = free_port(), len(cwds)
+        self._outputs = [folder / f"output_{port}_{index}" for index in range(count)]
         self._last = time.monotonic() + LONGEST
         self.processes = []
+        # Some are killed while they write to the cache of compiled programs.
+        env = {
+            **environment(),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_NUM_CPU_DEVICES": f"{2 // count}",
+        }
         for index, cwd in enumerate(cwds):
-            flags, variables = joined(index, port) if len(cwds) > 1 else ([], {})
+            flags, variables = joined(index, port) if count > 1 else ([], {})
+            line = [sys.executable, *command, *flags, *(more if index else [])]
             with self._outputs[index].open("w") as output:
-                process = subprocess.Popen(
-                    [sys.executable, *command, *flags, *(more if index else [])],
-                    cwd=cwd,
-                    env={
-                        **environment(),
-                        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # some are killed while they write to it
-                        "JAX_NUM_CPU_DEVICES": str(2 // len(cwds)),
-                        **variables,
-                    },
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            self.processes.append(process)
+                options = {"cwd": cwd, "env": {**env, **variables}, "stdout": output, "stderr": subprocess.STDOUT}
+                self.processes.append(subprocess.Popen(line, **options))
 
     def output(self, index: int) -> str:
         return self._outputs[index].read_text()

@@ -26,13 +26,9 @@ def start(tmp_path):
     def start_program(then: str) -> subprocess.Popen:
         path = tmp_path / "program.py"
         path.write_text(BEGIN + textwrap.dedent(then))
-        return subprocess.Popen(
-            [sys.executable, path, tmp_path / "progress"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"PYTHONPATH": str(REPOSITORY)},
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        env = {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen([sys.executable, path, tmp_path / "progress"], env=env, **pipes)
 
     return start_program
 

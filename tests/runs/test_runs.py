@@ -13,12 +13,13 @@ from helpers.tiny_runs import (
     assert_same_state,
     at_step,
     content,
-    evaluate,
+    evaluated,
     metrics,
+    refused_training,
     steps,
     tiny_config,
     tiny_settings,
-    train,
+    trained,
     write_corpus,
 )
 
@@ -36,9 +37,7 @@ LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"nu
 @pytest.fixture(scope="module")
 def finished(folder):
     """A finished run's work directory and what it printed."""
-    code, output = train(tiny_config(folder, **LEARNING), folder / "finished")
-    assert code == 0, output
-    return folder / "finished", output
+    return folder / "finished", trained(tiny_config(folder, **LEARNING), folder / "finished")
 
 
 @pytest.fixture
@@ -49,19 +48,6 @@ def copy(finished, tmp_path):
 def held_out(workdir):
     """Held-out losses by step."""
     return {line["step"]: line["eval/loss"] for line in metrics(workdir) if "eval/loss" in line}
-
-
-def only_error(output):
-    """The one line that says why a run failed, with which its output ends."""
-    lines = output.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
-    assert "Traceback" not in output
-    return lines[-1]
-
-
-def saved_report(workdir, step):
-    """The JSON report of an evaluation, which holds neither NaN nor infinity."""
-    return json.loads((workdir / "eval" / f"step_{step}.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
@@ -90,12 +76,10 @@ def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
 
 def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
     before = content(copy)
-    code, output = train(tiny_config(folder, **LEARNING), copy)
-    assert code == 0 and "nothing to do: the run is at step 30" in output
+    assert "nothing to do: the run is at step 30" in trained(tiny_config(folder, **LEARNING), copy)
     assert content(copy) == before
-    longer = {**LEARNING, "train": {"num_steps": 32}}
-    code, output = train(tiny_config(folder, **longer), copy)
-    assert code == 0 and "changed since the run began: train.num_steps was 30, is now 32" in output
+    output = trained(tiny_config(folder, **{**LEARNING, "train": {"num_steps": 32}}), copy)
+    assert "changed since the run began: train.num_steps was 30, is now 32" in output
     assert "going on from step 30" in output
     assert steps(copy)[-1] == 32
 
@@ -110,9 +94,7 @@ def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp
         train={"seed": 2},
         data={"files": write_corpus(tmp_path / "text", seed=5), "validation_fraction": 0.3},
     )
-    code, output = train(changed, workdir)
-    assert code == 2
-    error = only_error(output)
+    error = refused_training(changed, workdir)
     for difference in (
         "model.d_model: 16 there, 32 here",
         "moe.num_experts: 8 there, 16 here",
@@ -141,8 +123,7 @@ def test_a_full_disk_does_not_end_a_run(folder, finished, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint, "write_manifest", full_once)
     at_step(monkeypatch, 13, until_it_failed)
-    code, output = train(tiny_config(folder, **LEARNING, checkpoint={"every_steps": 12}), tmp_path)
-    assert code == 0
+    output = trained(tiny_config(folder, **LEARNING, checkpoint={"every_steps": 12}), tmp_path)
     complaints = [line for line in output.splitlines() if "not saved" in line]
     assert len(complaints) == 1 and "step 12" in complaints[0] and "No space left on device" in complaints[0]
     retried, *due = steps(tmp_path)
@@ -157,42 +138,33 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(folder, tmp_path, monkeyp
     config = tiny_config(folder, **LEARNING, checkpoint={"every_steps": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", full)
-        code, output = train(config, tmp_path)
-    assert code == 1
-    assert only_error(output).startswith("error: the checkpoint of step 30 could not be saved; make room")
-    assert "done" not in output and steps(tmp_path) == []
-    assert train(config, tmp_path)[0] == 0
+        error = refused_training(config, tmp_path, code=1)
+    assert error.startswith("error: the checkpoint of step 30 could not be saved; make room")
+    assert steps(tmp_path) == []
+    trained(config, tmp_path)
     assert steps(tmp_path) == [30]
 
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
     # Adam moves each weight by the learning rate: 1e38 a step overflows the activations at once.
-    wild = {
-        "train": {"num_steps": 40, "max_bad_steps": 3},
-        "optim": {"peak_lr": 1e38},
-        "checkpoint": {"every_steps": 1},
-    }
-    code, output = train(tiny_config(folder, **wild), tmp_path)
-    assert code == 1
-    error = only_error(output)
+    wild = {"train": {"max_bad_steps": 3}, "optim": {"peak_lr": 1e38}, "checkpoint": {"every_steps": 1}}
+    error = refused_training(tiny_config(folder, **wild), tmp_path, code=1)
     assert error.startswith("error: 3 steps in a row had a loss or gradient that is not finite")
     assert "is intact" in error
     bad = [line for line in metrics(tmp_path) if line.get("train/bad_steps")]
     assert [line["train/bad_steps_in_row"] for line in bad] == [1, 2, 3]
     assert steps(tmp_path)[-1] < bad[0]["step"]  # nothing is saved while steps are bad
     assert all(line["train/loss"] is None for line in bad)
-    code, output = evaluate(tmp_path)
-    assert code == 0 and "damaged" not in output
+    report, output = evaluated(tmp_path, steps(tmp_path)[-1])
+    assert "damaged" not in output
     # What the last step that counted made of the weights is finite, but the loss is not: null in JSON.
-    assert saved_report(tmp_path, steps(tmp_path)[-1])["loss"] is None
+    assert report["loss"] is None
 
 
 def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, finished):
     workdir, _ = finished
     before = content(workdir / "checkpoints")
-    code, _ = evaluate(workdir)
-    assert code == 0
-    report = saved_report(workdir, 30)  # the newest step
+    report, _ = evaluated(workdir, step=30)  # the newest
     data = open_data(tiny_config(folder).data, lambda line: None)
     assert report["tokens"] == data.validation.info.tokens - 1  # every token after the first, once
     at_30 = next(line for line in metrics(workdir) if line["step"] == 30 and "eval/loss" in line)
@@ -204,9 +176,7 @@ def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, fini
 
 def test_evaluation_prints_what_it_writes(finished):
     workdir, _ = finished
-    code, output = evaluate(workdir)
-    assert code == 0
-    report = saved_report(workdir, 30)
+    report, output = evaluated(workdir, step=30)
     assert f"step 30, text_files, {report['tokens']:,} held-out tokens, {report['text_bytes']:,} bytes" in output
     for label, name in (("loss", "loss"), ("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")):
         assert f"\n  {label:<14} {report[name]:.4f}" in output
@@ -225,10 +195,7 @@ def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
     def on_mesh(config):
         return Config.from_mapping({**config.to_dict(), "mesh": {"data": 2, "fsdp": 2, "expert": 2}})
 
-    reports = []
-    for override in (lambda config: config, on_mesh):
-        assert evaluate(workdir, step=24, override=override)[0] == 0
-        reports.append(saved_report(workdir, 24))
+    reports = [evaluated(workdir, 24, asked=24, **options)[0] for options in ({}, {"override": on_mesh})]
     assert reports[0]["step"] == 24
     assert reports[0]["loss"] == pytest.approx(held_out(workdir)[24], rel=1e-6)
     assert reports[0]["loss"] > 1.001 * held_out(workdir)[30]
