@@ -1,6 +1,6 @@
-"""Train a model, or go on with a run: `python train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
+"""Train a model, or continue a run: `python train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
 
-Any setting can be changed on the command line: --config.train.num_steps=1000. See default_moe/config.py for all.
+Any setting can be changed on the command line: --config.train.num_steps=1000. See default_moe/config for all.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
     except AnotherProcessFailed:
         distributed.end_after_another()
     except KeyboardInterrupt:
-        _report(KeyboardInterrupt("interrupted; the same command starts again or goes on"), 128 + signal.SIGINT)
+        _report(KeyboardInterrupt("interrupted; the same command starts again or continues"), 128 + signal.SIGINT)
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)  # an orderly exit crashes if a compilation was interrupted
     except Exception as error:

@@ -13,7 +13,7 @@ class CheckpointError(RuntimeError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on. The last checkpoint is intact."""
+    """Training cannot continue. The last checkpoint is intact."""
 
 
 class Diverged(TrainingFailed):
@@ -21,7 +21,7 @@ class Diverged(TrainingFailed):
 
 
 class AnotherProcessFailed(RuntimeError):
-    """One of the processes that train as one has failed, so this one cannot go on. code: what all exit with."""
+    """One of the processes that train as one has failed, so this one cannot continue. code: what all exit with."""
 
     def __init__(self, line: str, code: int):
         super().__init__(line)

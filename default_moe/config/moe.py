@@ -130,7 +130,7 @@ class MoEConfig:
 
     @property
     def experts_per_token(self) -> int:
-        """How many experts' outputs a token uses, on the mean: K, unless the method says otherwise."""
+        """How many experts' outputs a token uses on average: K, unless the method says otherwise."""
         return self.method.experts_per_token(self)
 
     @property

@@ -103,7 +103,7 @@ class TrainConfig:
 class OptimConfig:
     """AdamW with linear warm-up over warmup_fraction of the steps, then cosine decay to peak_lr * final_lr_fraction.
 
-    decay_all: apply weight decay to norms, biases, embeddings and the router too, not to the other matrices alone.
+    decay_all: apply weight decay to norms, biases, embeddings and the router too, not only to the other matrices.
     router_lr_multiplier: what the learning rate of the routers is multiplied by.
     moment_dtype: what both moments are kept in, "float32" or "bfloat16"; they are computed in float32.
     factored: keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern

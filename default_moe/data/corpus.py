@@ -23,11 +23,9 @@ class Corpus(Protocol):
 
         Raises ConfigError where the source is missing, damaged or has no such text.
         """
-        ...
 
     def fingerprint(self) -> str:
         """Hexadecimal key of the documents and their split, found without reading large files."""
-        ...
 
 
 def in_split(document: str, split: Split, validation_fraction: float) -> bool:

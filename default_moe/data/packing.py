@@ -1,4 +1,4 @@
-"""Fixed-length training sequences from a flat stream of tokens, in an order that depends on the seed alone.
+"""Fixed-length training sequences from a flat stream of tokens, in an order that depends only on the seed.
 
 Dimension key: B rows, L sequence length, T tokens of a split, V vocabulary.
 
@@ -39,7 +39,7 @@ class Windows:
 class Rows:
     """Rows of a split in a fixed order, each a pure function of its number, whoever asks for it.
 
-    order: windows by row number.  length: how many rows there are, None if they go on for ever.
+    order: windows by row number.  length: how many rows there are, None if they are endless.
 
     A batch is a dict of arrays [B, L] (a row: [L]): int32 `inputs` and `targets`; float32 `loss_mask`, 0 on padding;
     int32 `segment_ids`, the document's number within the row from 1 on, a separator belonging to the document that
@@ -55,7 +55,7 @@ class Rows:
 
     def __len__(self) -> int:
         if self.length is None:
-            raise TypeError("training rows go on for ever and have no length")
+            raise TypeError("training rows are endless and have no length")
         return self.length
 
     def row(self, index: int) -> Batch:

@@ -105,7 +105,7 @@ def _unreadable(directory: Path | str, error: Exception) -> ConfigError:
 
 
 def _find_prepared(name: str, directory: Path) -> Path:
-    """The folder of the newest prepared version. Looks on the disk alone: TFDS itself would try to download."""
+    """The folder of the newest prepared version. Looks only on the disk: TFDS itself would try to download."""
     from tensorflow_datasets.core import constants
 
     full, _, version = name.partition(":")

@@ -28,19 +28,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]; text that spells a special token is encoded as text."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on all cores where the tokenizer can."""
-        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; invalid bytes become U+FFFD, separators line ends."""
-        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for `tokenizer_from_dict`."""
-        ...
 
 
 class ByteTokenizer:

@@ -26,7 +26,7 @@ from default_moe.errors import AnotherProcessFailed, ConfigError
 from default_moe.processes.supervisor import go_on_in_child
 
 _GONE = "another process is gone, or cannot be reached any more"
-GOES_ON = "the same command in all processes goes on from the last checkpoint"
+CONTINUES = "the same command in all processes continues from the last checkpoint"
 _LOST = re.compile(r"gloo|nccl|connection|socket|UNAVAILABLE", re.IGNORECASE)
 _UNTIL_MISSED = 30  # seconds without a sign of life after which a process counts as gone
 _LONGEST_PAUSE = 0.2  # seconds between two looks at what others have said
@@ -40,7 +40,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     """Join the other processes, if there are any. To be called before JAX's backend starts.
 
     coordinator ("HOST:PORT" of process 0), num_processes, process_id: all or none, in which case the processes are
-    those of the TPU slice, SLURM step or Open MPI job that this one belongs to. num_processes=1 alone looks for none.
+    those of the TPU slice, SLURM step or Open MPI job that this one belongs to. Only num_processes=1 looks for none.
     seconds: how long to wait for them.
     Raises ConfigError if the arguments are not right. Exits with 2 if the others do not come.
     """
@@ -54,7 +54,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         return
     else:
         _check(coordinator, num_processes, process_id)
-    go_on_in_child(f"{_GONE}: {GOES_ON}")
+    go_on_in_child(f"{_GONE}: {CONTINUES}")
     jax.config.update("jax_enable_preemption_service", False)  # until there is something to save
     clock = threading.Timer(seconds, _give_up, [seconds])
     clock.daemon = True
@@ -105,7 +105,7 @@ def wait_for_all() -> None:
 
 
 def in_turn(prepare: Callable[[], T]) -> T:
-    """`prepare()`, first in process 0 alone, then in the others, which may find what it has left on a shared disk."""
+    """`prepare()`, first only in process 0, then in the others, which may find what it has left on a shared disk."""
     if process_index() > 0:
         wait_for_all()
     result = prepare()
@@ -164,7 +164,7 @@ def fail_after(error: BaseException) -> NoReturn:
         pass  # process 0 is gone, and with it the key-value store
     reason = (str(error).splitlines() or [""])[0]
     if isinstance(error, (ValueError, jax.errors.JaxRuntimeError)) and _LOST.search(reason):
-        fail(f"{_GONE} ({reason[:200]}): {GOES_ON}", 1, until_heard=False)
+        fail(f"{_GONE} ({reason[:200]}): {CONTINUES}", 1, until_heard=False)
     traceback.print_exception(error)
     fail(f"{type(error).__name__}: {reason}", 1)
 

@@ -80,7 +80,7 @@ def _fork() -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches it through its parent, once
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # and it may write to the terminal all the same
-        with contextlib.suppress(AttributeError):  # Linux alone has it
+        with contextlib.suppress(AttributeError):  # only Linux has it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     return child
 
@@ -96,7 +96,7 @@ def _pass_signals_on(child: int) -> list[int]:
             os.kill(child, number)
 
     def pause(number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: both stop, until this process is told to go on."""
+        """Ctrl-Z: both stop, until this process is told to continue."""
         del number, frame
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGSTOP)

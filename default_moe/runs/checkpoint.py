@@ -7,7 +7,7 @@
     <workdir>/checkpoints_damaged/<step>/       steps that failed verification, kept out of the way
 
 A step is put together in `<step>.saving` and renamed once its digests are on the disk, and renamed to
-`<step>.deleting` before it is deleted: a directory that is named by its number alone is whole, unless it was damaged.
+`<step>.deleting` before it is deleted: a directory whose name is only a number is whole, unless it was damaged.
 Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes old steps, before digests
 could be written.)
 """
@@ -184,9 +184,9 @@ class CheckpointStore:
         if distributed.several():
             raise TrainingFailed(
                 f"the checkpoint of step {self._saving} could not be saved ({reason}): make room, and "
-                + distributed.GOES_ON
+                + distributed.CONTINUES
             )
-        self._report(f"checkpoint of step {self._saving} not saved ({reason}): training goes on, the save is retried")
+        self._report(f"checkpoint of step {self._saving} not saved ({reason}): training continues, the save is retried")
 
     def _delete_old(self) -> None:
         steps = self.steps()

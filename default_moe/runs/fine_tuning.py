@@ -34,7 +34,7 @@ class Source:
 
 
 def find_source(config: Config, workdir: Path, report: Callable[[str], None]) -> Source | None:
-    """The newest whole checkpoint of `init_from`; None if the run starts from nothing, or goes on in `workdir`.
+    """The newest whole checkpoint of `init_from`; None if the run starts from nothing, or continues in `workdir`.
 
     Raises ConfigError if that is `workdir` itself, CheckpointError if there is no whole one or it is of another model.
     """

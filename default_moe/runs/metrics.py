@@ -20,7 +20,7 @@ _PICTURES_KEPT = 5
 class MetricsWriter:
     """Writes a run's metrics to `<workdir>/metrics.jsonl`, `<workdir>/tensorboard` and `<workdir>/figures`.
 
-    resume_step: the step that the run goes on from; what was written for later steps is dropped, so that a run that
+    resume_step: the step that the run continues from; what was written for later steps is dropped, so that a run that
       was killed leaves the same file as one that was not. None starts anew.
     report: takes one line when writing begins to fail.
 
@@ -83,7 +83,7 @@ class MetricsWriter:
         except OSError as error:
             if what not in self._failing:
                 self._report(
-                    f"{what} cannot be written ({error.strerror or error}): training goes on, writing is retried"
+                    f"{what} cannot be written ({error.strerror or error}): training continues, writing is retried"
                 )
                 self._failing.add(what)
 

@@ -17,9 +17,9 @@ _SHOWN = (
 
 
 class Progress:
-    """Shows how far a run of `total_steps` has come, from `start` on. Before that it prints messages alone.
+    """Shows how far a run of `total_steps` has come, from `start` on. Before that it only prints messages.
 
-    The time left is reckoned from the steps after the first, which compiles. With several processes only the first one
+    The time left is estimated from the steps after the first, which compiles. With several processes only the first one
     shows anything.
     """
 

@@ -83,9 +83,9 @@ def train(
             train_step = _compile(program, train_rows, run, progress)
         restored = store.restore_latest(program.abstract_state)
         state, start = (restored[0], restored[2]) if restored else (None, 0)
-        progress.message(f"workdir: {workdir}, " + (f"going on from step {start}" if start else "a new run"))
+        progress.message(f"workdir: {workdir}, " + (f"continuing from step {start}" if start else "a new run"))
         if start >= config.train.num_steps:
-            progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would go on")
+            progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would continue it")
             return 0
         train_step = train_step or _compile(program, train_rows, run, progress)
         state = state or _first_state(program, source, train_rows, progress)
@@ -98,7 +98,7 @@ def train(
             progress.close()
 
     if not finished:
-        progress.message(f"stopped; the same command goes on from the last checkpoint in {workdir}")
+        progress.message(f"stopped; the same command continues from the last checkpoint in {workdir}")
         return stop.exit_code
     with out_of_memory_in_one_line(TrainingFailed, "sampling", config, program.num_batch_shards):
         text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
@@ -204,7 +204,7 @@ class _Loop:
         if self.store.needs_retry:
             saved = self.store.steps()
             raise TrainingFailed(
-                f"the checkpoint of step {step} could not be saved; make room, and the same command goes on from "
+                f"the checkpoint of step {step} could not be saved; make room, and the same command continues from "
                 + (f"step {saved[-1]}" if saved else "the start")
             )
 

@@ -1,4 +1,4 @@
-"""A run's work directory: what makes it this run, written once, and compared when the run goes on.
+"""A run's work directory: what makes it this run, written once, and compared when the run continues.
 
 `run.json` holds the config and what the data was. A run continues only where its model, its data and the order of its
 data would be the same; other settings may change between starts.

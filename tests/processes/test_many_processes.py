@@ -185,7 +185,7 @@ def test_sigterm_to_one_process_saves_the_same_step_in_both(moved):
     assert codes == [0, 0], first
     assert re.findall(r"^step (\d+)/", first, re.MULTILINE)[-1] == str(saved)
     assert 1 < saved < LAST - 5
-    assert "goes on from the last checkpoint" in first
+    assert "continues from the last checkpoint" in first
     assert "devices: 2 x cpu" in first
     rest = [line for line in second.splitlines() if "[Gloo]" not in line]
     assert all("SIGTERM caught" in line for line in rest), rest
@@ -196,7 +196,7 @@ def test_a_killed_process_ends_the_other_with_one_line(moved, killed):
     codes, outputs, _ = moved[1][2 + killed]
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 1
     (error,) = errors(outputs[1 - killed])
-    assert "another process is gone" in error and "goes on from the last checkpoint" in error
+    assert "another process is gone" in error and "continues from the last checkpoint" in error
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(moved, alone):
@@ -204,7 +204,7 @@ def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(moved, al
     saved = [part[2] for part in parts]
     assert saved[0] < saved[1] < LAST - 5 and saved[1:4] == 3 * saved[1:2] and saved[4] == LAST
     for part, start in zip(parts[1:], saved, strict=False):
-        assert f"going on from step {start}" in part[1][0]
+        assert f"continuing from step {start}" in part[1][0]
     assert parts[1][0] == [0] and parts[4][0] == [0, 0]
     assert f"done: everything is in {workdir}" in parts[4][1][0]
     # Bit for bit: a sum of two parts, one from each device, is the same whichever way they come together.

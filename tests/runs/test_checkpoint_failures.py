@@ -50,7 +50,7 @@ def test_a_failed_write_is_reported_and_tried_again(tmp_path, monkeypatch, place
         store.wait()
         assert store.needs_retry
         assert lines == [
-            "checkpoint of step 1 not saved (No space left on device: x): training goes on, the save is retried"
+            "checkpoint of step 1 not saved (No space left on device: x): training continues, the save is retried"
         ]
         patch.undo()
         store.save(2, make_state(2), META)
@@ -100,7 +100,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path):
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     assert out.splitlines() == ["True 1", "False [1, 2]"]
-    assert err == "checkpoint of step 2 not saved (File too large): training goes on, the save is retried\n"
+    assert err == "checkpoint of step 2 not saved (File too large): training continues, the save is retried\n"
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 

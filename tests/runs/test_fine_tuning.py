@@ -159,7 +159,7 @@ def test_an_interrupted_run_needs_its_source_no_more(source, tuned, folder, tmp_
         output = trained(config, workdir)
     finally:
         (folder / "elsewhere").rename(source[0])
-    assert "going on from step 4" in output and "weights: " not in output
+    assert "continuing from step 4" in output and "weights: " not in output
     assert metrics(workdir) == metrics(tuned[0])
     assert_same_state(workdir, tuned[0], 8)
     assert find_source(config, workdir, pytest.fail) is None

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or moved to another mesh, and go on as if nothing had happened."""
+"""Runs that are killed, stopped, damaged or moved to another mesh, and continue as if nothing had happened."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def uninterrupted(folder):
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-    """A run that was asked to stop with SIGTERM; tests go on with copies of it. Its exit code and output too."""
+    """A run that was asked to stop with SIGTERM; tests continue copies of it. Its exit code and output too."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         at_step(monkeypatch, STOPPED_AT, lambda: os.kill(os.getpid(), signal.SIGTERM))
         code, output = train(tiny_config(folder), folder / "stopped")
@@ -148,7 +148,7 @@ def test_sigterm_ends_the_command_with_its_step_saved(interrupted):
     workdir, (code, output, saved) = interrupted
     assert code == 0, output
     assert "SIGTERM received: the step under way is finished and saved" in output
-    assert f"the same command goes on from the last checkpoint in {workdir}" in output
+    assert f"the same command continues from the last checkpoint in {workdir}" in output
     last_step = re.findall(rf"^step (\d+)/{LAST} ", output, re.MULTILINE)[-1]
     assert saved[-1] == int(last_step) < LAST
     assert "Traceback" not in output
@@ -160,7 +160,7 @@ def test_sigterm_ends_the_command_with_its_step_saved(interrupted):
 def test_sigterm_finishes_and_saves_the_very_step(stopped):
     workdir, code, output = stopped
     assert code == 0
-    assert "SIGTERM received" in output and f"goes on from the last checkpoint in {workdir}" in output
+    assert "SIGTERM received" in output and f"continues from the last checkpoint in {workdir}" in output
     assert steps(workdir)[-1] == STOPPED_AT
     assert metrics(workdir)[-1]["step"] == STOPPED_AT
     assert saved_state(workdir, STOPPED_AT)["step"] == STOPPED_AT
@@ -171,10 +171,10 @@ def test_a_run_interrupted_again_goes_on_bit_for_bit(folder, copy, uninterrupted
     step = 36
     at_step(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
     output = trained(tiny_config(folder), copy, code=130)
-    assert f"going on from step {STOPPED_AT}" in output
+    assert f"continuing from step {STOPPED_AT}" in output
     assert steps(copy)[-1] == step
     monkeypatch.undo()
-    assert f"going on from step {step}" in trained(tiny_config(folder), copy)
+    assert f"continuing from step {step}" in trained(tiny_config(folder), copy)
     assert_equal_runs(copy, uninterrupted)
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_stepped_over(folder, copy, uninterrupted, harm)
     output = trained(tiny_config(folder), copy)
     named = [line for line in output.splitlines() if f"checkpoint of step {STOPPED_AT} is damaged" in line]
     assert len(named) == 1 and biggest_file(uninterrupted / "checkpoints" / str(LAST)).parent.name in named[0]
-    assert "going on from step 32" in output
+    assert "continuing from step 32" in output
     assert_equal_runs(copy, uninterrupted)
 
 
@@ -216,7 +216,7 @@ def test_nothing_is_lost_where_every_checkpoint_is_damaged(folder, copy):
 
 def test_a_run_goes_on_on_another_mesh(folder, copy, uninterrupted):
     output = trained(tiny_config(folder, mesh={"data": 2, "fsdp": 2, "expert": 2}), copy)
-    assert f"going on from step {STOPPED_AT}" in output
+    assert f"continuing from step {STOPPED_AT}" in output
     assert "mesh data 2 x fsdp 2 x expert 2" in output
     ours, theirs = metrics(copy), metrics(uninterrupted)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

@@ -80,7 +80,7 @@ def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
     assert content(copy) == before
     output = trained(tiny_config(folder, **{**LEARNING, "train": {"num_steps": 32}}), copy)
     assert "changed since the run began: train.num_steps was 30, is now 32" in output
-    assert "going on from step 30" in output
+    assert "continuing from step 30" in output
     assert steps(copy)[-1] == 32
 
 

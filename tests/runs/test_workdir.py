@@ -1,4 +1,4 @@
-"""Work directories: a run goes on only as the run it was, and nothing is written where it may not."""
+"""Work directories: a run continues only as the run it was, and nothing is written where it may not."""
 
 import json
 import os
