@@ -33,11 +33,5 @@ def _defaults(section: Any) -> ConfigDict:
 def to_config_dict(config: Config) -> ConfigDict:
     """The locked ConfigDict that stands for `config`."""
     result = default_config()
-    for name, value in flat_items(config.to_dict()):
-        if value is not None:
-            *groups, key = name.split(".")
-            group = result
-            for part in groups:
-                group = group[part]
-            group[key] = value
+    result.update_from_flattened_dict({name: v for name, v in flat_items(config.to_dict()) if v is not None})
     return result

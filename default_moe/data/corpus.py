@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Split = Literal["train", "validation"]
 
@@ -33,6 +33,16 @@ def in_split(document: str, split: Split, validation_fraction: float) -> bool:
     digest = hashlib.sha256(document.encode("utf-8", "surrogateescape")).digest()
     held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
     return held_out == (split == "validation")
+
+
+def strings_below(key: str, values: Any) -> Iterator[str]:
+    """Every string that is called `key` somewhere in nested JSON values."""
+    if isinstance(values, dict):
+        if isinstance(values.get(key), str):
+            yield values[key]
+        values = list(values.values())
+    for value in values if isinstance(values, list) else ():
+        yield from strings_below(key, value)
 
 
 def decode_utf8(data: bytes) -> tuple[str, int]:

@@ -1,13 +1,14 @@
 """Tokenizers that a tokenizer.json describes: Llama-3's, say, or a byte-level BPE trained here."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from default_moe.data.corpus import strings_below
 from default_moe.errors import ConfigError
 
 SEPARATORS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
@@ -88,7 +89,7 @@ def _token_bytes(
     tokenizer: tokenizers.Tokenizer, values: dict[str, Any], vocab_size: int, separator: int
 ) -> np.ndarray:
     """int32 [vocab_size]: see `Tokenizer`. Ids without a token count 0."""
-    kinds = set(_component_types(values.get("pre_tokenizer"))) | set(_component_types(values.get("decoder")))
+    kinds = set(strings_below("type", [values.get("pre_tokenizer"), values.get("decoder")]))
     byte_level = "ByteLevel" in kinds
     added = tokenizer.get_added_tokens_decoder()
     unknown = values["model"].get("unk_token")
@@ -108,15 +109,3 @@ def _plain_length(token: str, byte_fallback: bool) -> int:
     if len(token) > 2:
         token = token.removeprefix("##")
     return len(token.replace("▁", " ").encode())
-
-
-def _component_types(component: Any) -> Iterator[str]:
-    """The types of a tokenizer.json component and of those nested in it."""
-    if isinstance(component, dict):
-        if isinstance(component.get("type"), str):
-            yield component["type"]
-        for value in component.values():
-            yield from _component_types(value)
-    elif isinstance(component, list):
-        for value in component:
-            yield from _component_types(value)

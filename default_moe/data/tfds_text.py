@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from default_moe.data.corpus import Split, decode_utf8, in_split
+from default_moe.data.corpus import Split, decode_utf8, in_split, strings_below
 from default_moe.errors import ConfigError, closest
 
 READABLE = ("array_record", "parquet")
@@ -157,7 +157,7 @@ def _check_info(path: Path, name: str, text_field: str, directory: Path) -> None
         features = json.loads((path / "features.json").read_text())
         formats = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
         fields = features["featuresDict"]["features"]
-        classes = list(_class_names(features))
+        classes = list(strings_below("pythonClassName", features))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is not a data set that TFDS 4 prepared ({error!r})") from error
     if not set(formats) & set(READABLE):
@@ -176,14 +176,3 @@ def _check_info(path: Path, name: str, text_field: str, directory: Path) -> None
         )
     if not str(fields[text_field].get("pythonClassName", "")).endswith(".Text"):
         raise ConfigError(f"data.text_field is {text_field!r}, but that field of {name!r} does not hold text")
-
-
-def _class_names(features: Any) -> Iterator[str]:
-    if isinstance(features, dict):
-        if "pythonClassName" in features:
-            yield str(features["pythonClassName"])
-        for value in features.values():
-            yield from _class_names(value)
-    elif isinstance(features, list):
-        for value in features:
-            yield from _class_names(value)
