@@ -26,10 +26,6 @@ from default_moe.errors import ConfigError
 Log = Callable[[str], None]
 
 
-def _print(line: str) -> None:
-    print(line, flush=True)
-
-
 @dataclass(frozen=True)
 class Data:
     """A corpus, tokenized. corpus_hash: SHA-256 over the text of both splits, wherever the files lie.
@@ -57,7 +53,7 @@ class Data:
         )
 
 
-def open_data(config: DataConfig, log: Log = _print, tokenizer: Tokenizer | None = None) -> Data:
+def open_data(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None) -> Data:
     """The data of a run, prepared now where it has not been before, with a line to `log` about it.
 
     tokenizer: to be used instead of the one that the config names, a checkpoint's for instance.
