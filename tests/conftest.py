@@ -40,20 +40,42 @@ def pytest_sessionstart() -> None:
         raise RuntimeError(f"the tests need 8 simulated CPU devices, but JAX has {devices}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: none of them is what all processes wait for at the end."""
-    names = (
-        "kill_and_resume",
-        "compare_runs",
-        "many_processes",
-        "analysis",
-        "train_step",
-        "runs",
-        "mesh_training",
-        "bench",
-    )
-    slow = [f"test_{name}" for name in names]
-    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+# What takes longest, the slowest files first: tests whose names start with one of these are marked `slow`.
+SLOW = {
+    "test_kill_and_resume": ("test_",),
+    "test_many_processes": ("test_",),
+    "test_method_training": ("test_what_a_method_keeps", "test_layers_"),
+    "test_analysis": ("test_the_", "test_methods_are_measured_", "test_default_vectors_are_", "test_losses_and_noise_"),
+    "test_compare_runs": ("test_",),
+    "test_optimizer": ("test_what_is_kept_",),
+    "test_runs": ("test_a_run_whose_", "test_a_run_that_", "test_a_full_disk_", "test_evaluation_of_", "test_greedy_"),
+    "test_mesh_training": ("test_losses_", "test_accumulation_", "test_state_"),
+    "test_accelerator_bench": ("test_every_part_", "test_the_training_part_", "test_the_report_", "test_results_are_"),
+    "test_fine_tuning": ("test_",),
+    "test_memory": ("test_the_memory_", "test_a_program_starts_", "test_what_runs_the_program_"),
+    "test_train_step": ("test_accumulated_", "test_default_vectors_are_", "test_backward_", "test_rematerialisation_"),
+    "test_methods": ("test_every_method_equals_the_loops_on_a_mesh", "test_exchanged_", "test_random_numbers_"),
+    "test_bench": ("test_the_step_suite_", "test_the_scaling_suite_"),
+    "test_model": ("test_the_embedding_learns_", "test_unrolling_"),
+    "test_moe_sharded": ("test_",),
+    "test_plan": ("test_the_state_", "test_the_plan_", "test_the_command", "test_search_", "test_the_largest_"),
+    "test_grouped_matmul": ("test_blocks_of_both_sizes_",),
+    "test_checkpoint_failures": ("test_a_kill_",),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks for the marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The slowest files come first: none of them is what all processes wait for at the end."""
+    files = list(SLOW)
+    items.sort(key=lambda item: files.index(item.path.stem) if item.path.stem in SLOW else len(files))
+    for item in items:
+        if item.name.startswith(SLOW.get(item.path.stem, ())):
+            item.add_marker("slow")
+    if "tpu" not in config.getoption("markexpr"):  # that needs another environment, so only who asks for it gets it
+        left_out = [item for item in items if item.get_closest_marker("tpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_unconfigure() -> None:
