@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from helpers.reference_routing import Routes, route
+from helpers.reference_routing import Routes, route, softmax
 from helpers.reference_routing import Settings as Settings  # part of this module's interface
 
 
@@ -51,32 +51,33 @@ def expert(params: Params, i: int, x: np.ndarray) -> np.ndarray:
     return (a * sigmoid(a) * (x @ params.up[i])) @ params.down[i]
 
 
-def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s: Settings, mask) -> np.ndarray:
+def shares_in_mean(routes: Routes, i: int, s: Settings) -> dict[int, float]:
+    """What each kept token that activated expert i counts in the mean of its outputs (eq. 10)."""
+    active = [t for t in range(len(routes.active)) if i in routes.active[t] and routes.mask[t]]
+    counts = {t: routes.weights[t, i] if s.ema_weighted else 1.0 for t in active}
+    return {t: count / sum(counts.values()) for t, count in counts.items() if count > 0}
+
+
+def update_ema(x: np.ndarray, params: Params, routes: Routes, ema: np.ndarray, s: Settings) -> np.ndarray:
     """Eq. 10 for each expert that a kept token activated; the others keep their vector."""
     new = ema.copy()
     for i in range(len(ema)):
-        total, weight = np.zeros(ema.shape[1]), 0.0
-        for t in range(len(x)):
-            if i in routes.active[t] and mask[t]:
-                w = routes.weights[t, i] if s.ema_weighted else 1.0
-                total += w * expert(params, i, x[t])
-                weight += w
-        if weight > 0:
-            new[i] = s.ema_decay * ema[i] + (1 - s.ema_decay) * total / weight
+        if shares := shares_in_mean(routes, i, s):
+            mean = sum(share * expert(params, i, x[t]) for t, share in shares.items())
+            new[i] = s.ema_decay * ema[i] + (1 - s.ema_decay) * mean
     return new
 
 
-def balance(routes: Routes, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+def balance(routes: Routes) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Counts [N], shares f [N], N sum_i f_i P_i, and the mean squared log-partition, over the tokens kept."""
-    num_tokens, num_experts = routes.probs.shape
+    num_experts = routes.probs.shape[1]
     counts, mean_probs, z = np.zeros(num_experts), np.zeros(num_experts), 0.0
-    kept = max(1, sum(1 for m in mask if m))
-    for t in range(num_tokens):
-        if mask[t]:
-            for i in routes.chosen[t]:
-                counts[i] += 1
-            mean_probs += routes.probs[t] / kept
-            z += log_partition(routes.logits[t]) ** 2 / kept
+    kept = np.flatnonzero(routes.mask)
+    for t in kept:
+        for i in routes.chosen[t]:
+            counts[i] += 1
+        mean_probs += routes.probs[t] / len(kept)
+        z += log_partition(routes.logits[t]) ** 2 / len(kept)
     f = counts / max(1, counts.sum())
     return counts, f, num_experts * float(f @ mean_probs), z
 
@@ -85,69 +86,52 @@ def log_partition(logits: np.ndarray) -> float:
     return max(logits) + math.log(sum(math.exp(s - max(logits)) for s in logits))
 
 
-def sequence_balance(routes: Routes, length: int, mask=None) -> tuple[np.ndarray, float]:
+def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
     """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P.
 
     L counts the tokens kept, B the sequences that have any.
     """
     num_tokens, num_experts = routes.probs.shape
-    mask = np.ones(num_tokens) if mask is None else mask
-    starts = [first for first in range(0, num_tokens, length) if any(mask[first : first + length])]
+    starts = [first for first in range(0, num_tokens, length) if any(routes.mask[first : first + length])]
     factors, loss = np.zeros((num_tokens, num_experts)), 0.0
     for first in starts:
-        kept = [t for t in range(first, first + length) if mask[t]]
-        f, mean_probs = np.zeros(num_experts), np.zeros(num_experts)
+        kept = [t for t in range(first, first + length) if routes.mask[t]]
+        f = np.zeros(num_experts)
         for t in kept:
             for i in routes.chosen[t]:
                 f[i] += 1 / (len(kept) * len(routes.chosen[t]))
-            mean_probs += routes.probs[t] / len(kept)
-        loss += num_experts * float(f @ mean_probs) / len(starts)
-        for t in kept:
-            factors[t] = num_experts * f / len(kept) / len(starts)
+        loss += num_experts * float(f @ routes.probs[kept].mean(axis=0)) / len(starts)
+        factors[kept] = num_experts * f / len(kept) / len(starts)
     return factors, loss
 
 
-def sparsity(routes: Routes, top_k: int, mask=None) -> tuple[np.ndarray, float]:
+def sparsity(routes: Routes, top_k: int) -> tuple[np.ndarray, float]:
     """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]) of the tokens kept, and each gate's gradient, [T, N]."""
-    num_tokens, num_experts = routes.weights.shape
-    mask = np.ones(num_tokens) if mask is None else mask
-    kept = [t for t in range(num_tokens) if mask[t]]
-    factor = num_experts / (top_k * len(kept) ** 2)
-    d_gates, loss = np.zeros((num_tokens, num_experts)), 0.0
-    for e in range(num_experts):
-        is_open = [t for t in kept if routes.weights[t, e] > 0]
-        loss += factor * len(is_open) * sum(routes.weights[t, e] for t in is_open)
-        for t in is_open:
-            d_gates[t, e] = factor * len(is_open)
-    return d_gates, loss
+    kept, num_experts = routes.mask.sum(), routes.weights.shape[1]
+    is_open = (routes.weights > 0) & routes.mask[:, None]
+    d_gates = is_open * is_open.sum(axis=0) * num_experts / (top_k * kept**2)
+    return d_gates, float((d_gates * routes.weights).sum())
 
 
 def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=None, draws=None) -> Result:
     """The layer on tokens [T, D]; with `update` as in training: default vectors move, tokens may be dropped."""
-    mask = np.ones(len(x)) if mask is None else mask
     routes = route(x, params.kernel, s, draws, update, mask)
     used = new = ema
     if update and s.router == "default":
-        new = update_ema(x, params, routes, ema, s, mask)
+        new = update_ema(x, params, routes, ema, s)
         used = new if s.ema_update == "before" else ema
     y = np.zeros_like(x)
-    for t in range(len(x)):
-        for i in range(params.kernel.shape[1]):
-            if i in routes.active[t]:
-                y[t] += routes.weights[t, i] * expert(params, i, x[t])
-            elif s.router == "default" and s.substitute == "forward":
-                y[t] += s.substitution * routes.weights[t, i] * used[i]
-    counts, _, load_balance_loss, z_loss = balance(routes, mask)
+    for t, i in np.ndindex(routes.weights.shape):
+        if i in routes.active[t]:
+            y[t] += routes.weights[t, i] * expert(params, i, x[t])
+        elif s.router == "default" and s.substitute == "forward":
+            y[t] += s.substitution * routes.weights[t, i] * used[i]
+    counts, _, load_balance_loss, z_loss = balance(routes)
     return Result(y, new, used, routes, counts, load_balance_loss, z_loss)
 
 
-def loss(result: Result, g: np.ndarray, a: float, b: float) -> float:
-    """<G, y> + a load_balance_loss + b z_loss: a scalar whose gradient shows every path."""
-    return float((g * result.y).sum()) + a * result.load_balance_loss + b * result.z_loss
-
-
-def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, mask=None, more=None) -> Gradients:
-    """Gradient of `loss` by hand, with the default vectors of `result` as constants (eq. 8).
+def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: float, more=(0.0, 0.0)) -> Gradients:
+    """Gradient of <G, y> + a load_balance_loss + b z_loss by hand, with the vectors of `result` as constants (eq. 8).
 
     Chain: the weight of expert i receives <g, E_i(x)> or <g, E^_i>; the distribution that of the load-balance loss,
     N f_i / T, f being a constant; the method says how both reach the logits; d lse^2/ds_j = 2 lse p_j; s = x W.
@@ -156,52 +140,35 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
 
     more: further gradients of the distribution and of the weights, [T, N] each.
     """
-    mask = np.ones(len(x)) if mask is None else mask
-    num_experts = params.kernel.shape[1]
-    more_probs, more_weights = more or (np.zeros((len(x), num_experts)),) * 2
-    _, f, _, _ = balance(result.routes, mask)
-    kept = max(1, sum(1 for m in mask if m))
+    routes, shape_TN = result.routes, result.routes.weights.shape
+    _, f, _, _ = balance(routes)
+    kept = max(1, routes.mask.sum())
     d = Gradients(np.zeros_like(x), *(np.zeros_like(p) for p in params))
-    for t in range(len(x)):
-        token = result.routes.tokens[t]
-        d_probs, d_weights = more_probs[t].copy(), more_weights[t].copy()
-        for i in range(num_experts):
-            if i in result.routes.active[t]:
-                d_weights[i] += g[t] @ expert(params, i, x[t])
-                _add_expert_gradient(d, params, i, x, t, token.weights[i] * g[t])
-            elif s.router == "densemixer":
-                d_weights[i] += g[t] @ expert(params, i, x[t])
-            elif s.router == "default":
-                d_weights[i] += g[t] @ result.used[i]
-            if mask[t]:
-                d_probs[i] += a * num_experts * f[i] / kept
-        lse = log_partition(result.routes.logits[t])
-        for j in range(num_experts):
-            d_logit = 0.0
-            for i in range(num_experts):
-                d_logit += d_weights[i] * token.weights_to_logits[i, j] + d_probs[i] * token.probs_to_logits[i, j]
-            if mask[t]:
-                d_logit += b * 2 * lse * math.exp(result.routes.logits[t, j] - lse) / kept
-            d.kernel[:, j] += d_logit * x[t]
-            d.x[t] += d_logit * params.kernel[:, j]
+    d_probs = more[0] + routes.mask[:, None] * a * shape_TN[1] * f / kept
+    d_weights = more[1] + np.zeros(shape_TN)
+    for t, i in np.ndindex(shape_TN):
+        if i in routes.active[t]:
+            add_expert_gradient(d, params, i, x, t, routes.weights[t, i] * g[t])
+        if i in routes.active[t] or s.router == "densemixer":
+            d_weights[t, i] += g[t] @ expert(params, i, x[t])
+        elif s.router == "default":
+            d_weights[t, i] += g[t] @ result.used[i]
+    for t, token in enumerate(routes.tokens):
+        d_logits = d_weights[t] @ token.weights_to_logits + d_probs[t] @ token.probs_to_logits
+        if routes.mask[t]:
+            d_logits += b * 2 * log_partition(routes.logits[t]) * softmax(routes.logits[t]) / kept
+        d.kernel[:] += np.outer(x[t], d_logits)
+        d.x[t] += params.kernel @ d_logits
     if s.expert_gradient:
-        _add_gradient_of_means(d, x, params, result.routes, s, g, mask)
+        for i in range(shape_TN[1]):
+            filled_in = [t for t in range(len(x)) if i not in routes.active[t]]
+            d_mean = sum((s.substitution * routes.weights[t, i] * g[t] for t in filled_in), np.zeros(x.shape[1]))
+            for t, share in shares_in_mean(routes, i, s).items():
+                add_expert_gradient(d, params, i, x, t, share * d_mean)
     return d
 
 
-def _add_gradient_of_means(d: Gradients, x, params: Params, routes: Routes, s: Settings, g, mask) -> None:
-    for i in range(params.kernel.shape[1]):
-        active = [t for t in range(len(x)) if i in routes.active[t] and mask[t]]
-        counts = {t: routes.weights[t, i] if s.ema_weighted else 1.0 for t in active}
-        d_mean = np.zeros(x.shape[1])
-        for t in range(len(x)):
-            if i not in routes.active[t]:
-                d_mean += s.substitution * routes.weights[t, i] * g[t]
-        for t in active:
-            _add_expert_gradient(d, params, i, x, t, counts[t] / sum(counts.values()) * d_mean)
-
-
-def _add_expert_gradient(d: Gradients, params: Params, i: int, x: np.ndarray, t: int, d_out: np.ndarray) -> None:
+def add_expert_gradient(d: Gradients, params: Params, i: int, x: np.ndarray, t: int, d_out: np.ndarray) -> None:
     """With u = x gate, v = x up, h = silu(u) v, E = h down; silu'(u) = sigma(u) (1 + u (1 - sigma(u)))."""
     u, v = x[t] @ params.gate[i], x[t] @ params.up[i]
     silu = u * sigmoid(u)

@@ -36,8 +36,8 @@ class Settings(NamedTuple):
 class TokenRoute(NamedTuple):
     """probs, weights: [N], the distribution over experts and what their outputs count.  chosen: the experts that run.
 
-    factors: c of sparsemixer's draws.
     weights_to_logits, probs_to_logits: [N, N]; row i is what a gradient of 1 for entry i gives each logit.
+    factors: c of sparsemixer's draws.
     """
 
     probs: np.ndarray
@@ -49,7 +49,10 @@ class TokenRoute(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Of all tokens. logits, probs, weights [T, N]; chosen, and active, which is that without what was dropped."""
+    """Of all tokens. logits, probs, weights [T, N]; chosen, and active, which is that without what was dropped.
+
+    mask [T]: whether a token counts in statistics.
+    """
 
     logits: np.ndarray
     probs: np.ndarray
@@ -57,6 +60,7 @@ class Routes(NamedTuple):
     chosen: list[list[int]]
     active: list[list[int]]
     tokens: list[TokenRoute]
+    mask: np.ndarray
 
 
 def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, drop: bool = False, mask=None) -> Routes:
@@ -64,20 +68,16 @@ def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, dro
 
     draws: for sparsemixer in training, for each of the K choices exponential numbers [T, N] and uniform ones [T].
     """
-    num_tokens, num_experts = len(x), kernel.shape[1]
-    logits = np.zeros((num_tokens, num_experts))
-    for t in range(num_tokens):
-        for i in range(num_experts):
-            logits[t, i] = sum(x[t, d] * kernel[d, i] for d in range(len(kernel)))
+    mask = np.ones(len(x), bool) if mask is None else np.asarray(mask, bool)
+    logits = x @ kernel
     tokens = []
-    for t in range(num_tokens):
-        of_token = None if draws is None else [(exponential[t], uniform[t]) for exponential, uniform in draws]
-        tokens.append(route_token(logits[t], s, of_token))
+    for t, of_token in enumerate(logits):
+        of_draws = draws and [(exponential[t], uniform[t]) for exponential, uniform in draws]
+        tokens.append(route_token(of_token, s, of_draws))
     chosen = [token.chosen for token in tokens]
-    active = within_capacity(chosen, num_experts, s, mask) if drop and s.capacity is not None else chosen
-    return Routes(
-        logits, np.array([t.probs for t in tokens]), np.array([t.weights for t in tokens]), chosen, active, tokens
-    )
+    active = within_capacity(chosen, s, mask) if drop and s.capacity is not None else chosen
+    probs, weights = np.array([t.probs for t in tokens]), np.array([t.weights for t in tokens])
+    return Routes(logits, probs, weights, chosen, active, tokens, mask)
 
 
 def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> TokenRoute:
@@ -90,55 +90,44 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
     bias = s.bias if s.router == "loss_free" else np.zeros(num_experts)
     ranked = sorted(range(num_experts), key=lambda i: (-(scores[i] + bias[i]), i))
     chosen = list(range(num_experts)) if s.router == "dense" else ranked[: s.top_k]
-    weights, to_scores = scores, np.eye(num_experts)
+    weights, weights_to_scores = scores, np.eye(num_experts)
     if s.normalize_weights:
-        total = sum(scores[i] for i in chosen)
+        is_chosen = np.isin(range(num_experts), chosen)
+        total = scores[is_chosen].sum()
         weights = scores / total
-        for i in range(num_experts):
-            for j in range(num_experts):
-                # The sum is a constant to experts that were not chosen.
-                through_sum = weights[i] if i in chosen and j in chosen else 0.0
-                to_scores[i, j] = ((i == j) - through_sum) / total
-    probs = scores / scores.sum()
-    probs_to_scores = np.zeros((num_experts, num_experts))
-    for i in range(num_experts):
-        for j in range(num_experts):
-            probs_to_scores[i, j] = ((i == j) - probs[i]) / scores.sum()
-    return TokenRoute(probs, weights, chosen, to_scores @ scores_to_logits, probs_to_scores @ scores_to_logits)
+        # The sum is a constant to experts that were not chosen.
+        weights_to_scores = (np.eye(num_experts) - np.outer(weights * is_chosen, is_chosen)) / total
+    probs, probs_to_scores = share(scores)
+    return TokenRoute(probs, weights, chosen, weights_to_scores @ scores_to_logits, probs_to_scores @ scores_to_logits)
 
 
 def score(logits: np.ndarray, function: str) -> tuple[np.ndarray, np.ndarray]:
     """Scores, and their derivatives by the logits [N, N]."""
-    num_experts = len(logits)
-    derivatives = np.zeros((num_experts, num_experts))
     if function == "sigmoid":
-        scores = np.array([1 / (1 + math.exp(-value)) for value in logits])
-        for i in range(num_experts):
-            derivatives[i, i] = scores[i] * (1 - scores[i])
-        return scores, derivatives
+        scores = 1 / (1 + np.exp(-logits))
+        return scores, np.diag(scores * (1 - scores))
     scores = softmax(logits)
-    for i in range(num_experts):
-        for j in range(num_experts):
-            derivatives[i, j] = scores[i] * ((i == j) - scores[j])
-    return scores, derivatives
+    return scores, np.diag(scores) - np.outer(scores, scores)
 
 
 def softmax(logits: Sequence[float]) -> np.ndarray:
-    largest = max(logits)
-    parts = [math.exp(value - largest) for value in logits]
-    return np.array([part / sum(parts) for part in parts])
+    parts = np.exp(np.asarray(logits) - max(logits))
+    return parts / parts.sum()
+
+
+def share(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a_i / sum_j a_j, and their derivatives: (delta_ij - share_i) / sum."""
+    shares = a / a.sum()
+    return shares, (np.eye(len(a)) - shares[:, None]) / a.sum()
 
 
 def remoe_token(logits: np.ndarray) -> TokenRoute:
-    num_experts = len(logits)
-    gates = np.array([max(value, 0.0) for value in logits])
-    chosen = [i for i in range(num_experts) if gates[i] > 0]
-    is_open = np.diag([1.0 if i in chosen else 0.0 for i in range(num_experts)])
+    gates = np.maximum(logits, 0)
+    chosen, is_open = list(np.flatnonzero(gates)), np.diag(1.0 * (gates > 0))
     if not chosen:
         return TokenRoute(gates, gates, chosen, is_open, is_open)
-    probs = gates / gates.sum()
-    by_gates = [[((i == j) - probs[i]) / gates.sum() for j in range(num_experts)] for i in range(num_experts)]
-    return TokenRoute(probs, gates, chosen, is_open, np.array(by_gates) @ is_open)
+    probs, probs_to_gates = share(gates)
+    return TokenRoute(probs, gates, chosen, is_open, probs_to_gates @ is_open)
 
 
 def sparsemixer_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> TokenRoute:
@@ -149,9 +138,8 @@ def sparsemixer_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -
         m = max(logits[i] for i in left)
         near = [i for i in left if not (m - logits[i]) / max(abs(logits[i]), m) > 2 * s.threshold]
         p = dict(zip(near, softmax([logits[i] for i in near]), strict=True))
-        likeliest = max(near, key=lambda i: p[i])
+        a = likeliest = max(near, key=lambda i: p[i])
         factor = 1.0
-        a = likeliest
         if draws is not None:
             exponential, uniform = draws[k]
             a = max(near, key=lambda i: logits[i] - math.log(exponential[i]))
@@ -162,17 +150,14 @@ def sparsemixer_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -
             to_logits[a, j] = p[a] * ((a == j) - p[j])
         chosen.append(a)
         factors.append(factor)
-    probs, probs_to_logits = score(logits, "softmax")
-    return TokenRoute(probs, weights, chosen, to_logits, probs_to_logits, tuple(factors))
+    return TokenRoute(softmax(logits), weights, chosen, to_logits, score(logits, "softmax")[1], tuple(factors))
 
 
-def within_capacity(chosen: list[list[int]], num_experts: int, s: Settings, mask=None) -> list[list[int]]:
+def within_capacity(chosen: list[list[int]], s: Settings, mask: np.ndarray) -> list[list[int]]:
     """The first `capacity` tokens of each sequence keep an expert that they chose; those masked out take no room."""
     active = []
     for t, experts in enumerate(chosen):
-        if t % s.length == 0:
-            taken = [0] * num_experts
-        active.append([i for i in experts if taken[i] < s.capacity])
-        for i in experts:
-            taken[i] += 1 if mask is None or mask[t] else 0
+        first = t - t % s.length
+        before = [i for earlier in range(first, t) if mask[earlier] for i in chosen[earlier]]
+        active.append([i for i in experts if before.count(i) < s.capacity])
     return active

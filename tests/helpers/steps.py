@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.layers import with_settings
 
-from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from default_moe.training.program import Program
 
 VOCAB = 23
@@ -16,6 +16,7 @@ CONFIG = Config(
     model=ModelConfig(d_model=16, num_layers=2, num_dense_layers=0, num_heads=2),
     moe=MoEConfig(num_experts=4, top_k=1, expert_dim=24),
     train=TrainConfig(num_steps=20, batch_size=8, sequence_length=6),
+    optim=OptimConfig(peak_lr=1e-2),
     mesh=MeshConfig(data=1),
 )
 
@@ -36,6 +37,28 @@ def make_batch(seed=0, batch_size=8, length=6):
 def program_for(config):
     """One program for each config, compiled once for all tests."""
     return Program(config, VOCAB, devices=jax.devices()[:1])
+
+
+@functools.cache
+def _first_state(config):
+    return program_for(config).new_state()
+
+
+def new_state(config):
+    """The state before the first step, for a step to consume."""
+    return copy(_first_state(config))
+
+
+def step_of(config, state=None, batch=None):
+    """(state after, metrics) of one step, the first if no state is given, which the step consumes."""
+    return program_for(config).train_step(state or new_state(config), batch or make_batch())
+
+
+def poisoned(state, where="head"):
+    """A copy in which one weight is not a number."""
+    bad = copy(state)
+    bad.params[where] = bad.params[where].at[0, 0].set(jnp.nan)
+    return bad
 
 
 def change(config, **sections):

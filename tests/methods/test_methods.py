@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import reference
+from helpers import layers, reference, sharded_layers
 from helpers.emulation import emulate_exchange
-from helpers.layer_steps import BATCH, D_MODEL, EXPERT_DIM, LENGTH, TOKENS, batched, check_step, compiled, make_config
-from helpers.layers import check_aux, moe_config, settings_of, variables_of
+from helpers.layers import batched, check_step, inputs, make_config, moe_config, run, settings_of
 from helpers.reference import assert_close
-from helpers.sharded_layers import arrays, make_step, mesh_of
-from helpers.sharded_layers import check_step as check_step_on
-from helpers.sharded_layers import make_config as make_config_for_mesh
 
 from default_moe.config import Config, ModelConfig
 from default_moe.errors import ConfigError
@@ -22,6 +18,7 @@ from default_moe.methods.sparsemixer import Draws
 from default_moe.model.size import parameter_counts
 from default_moe.moe import MoELayer
 from default_moe.moe.experts.parallel import resolve_expert_parallel
+from default_moe.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
 
@@ -53,13 +50,13 @@ CASES = [
 @pytest.mark.parametrize("fields", CASES, ids=str)
 def test_every_method_equals_the_loops(fields):
     fields = {"top_k": 2, "matmul": "ragged", **fields}
-    x, params, ema, g = reference.make_inputs(31, TOKENS, 8)
-    expected, _, _ = check_step(make_config(8, **fields), x, params, ema, g)
+    expected, _, _ = check_step(make_config(**fields), *inputs(31))
     routes = expected.routes
     if fields["router"] == "remoe":
         assert {len(chosen) for chosen in routes.chosen} > {2, 3, 4}  # as many as there are open gates
     if fields["router"] == "loss_free":
-        plain = reference.route(x, params.kernel, settings_of(make_config(8, **fields), LENGTH)._replace(router="topk"))
+        x, params, _, _ = inputs(31)
+        plain = reference.route(x, params.kernel, settings_of(make_config(**fields))._replace(router="topk"))
         assert sum(a != b for a, b in zip(routes.chosen, plain.chosen, strict=True)) > 5
     if "capacity_factor" in fields:
         dropped = sum(len(a) - len(b) for a, b in zip(routes.chosen, routes.active, strict=True))
@@ -75,9 +72,8 @@ def test_every_method_equals_the_loops(fields):
     ids=str,
 )
 def test_masked_tokens_count_in_no_loss_and_take_no_room(fields):
-    x, params, ema, g = reference.make_inputs(36, TOKENS, 8)
-    mask = np.random.default_rng(0).integers(0, 2, TOKENS, dtype=np.int32)
-    check_step(make_config(8, 2, **fields), x, params, ema, g, mask)
+    mask = np.random.default_rng(0).integers(0, 2, layers.TOKENS, dtype=np.int32)
+    check_step(make_config(**fields), *inputs(36), mask)
 
 
 def test_scores_may_be_as_small_as_they_like():
@@ -113,9 +109,8 @@ def test_capacity_is_rounded_up():
 
 @pytest.mark.parametrize("fields", [{"router": "topk", "sequence_balance_weight": 1.0}, {"router": "remoe"}], ids=str)
 def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
-    config = make_config(8, 2, **fields, router_z_weight=0.0 if fields["router"] == "remoe" else 0.125)
-    x, params, ema, g = reference.make_inputs(32, TOKENS, 8)
-    (_, (_, aux, _)), _ = compiled(config)(variables_of(config, params, ema), batched(x), batched(g), None)
+    config = make_config(**fields, router_z_weight=0.0 if fields["router"] == "remoe" else 0.125)
+    _, (_, aux, _) = run(config, *inputs(32))
     if fields["router"] == "remoe":
         assert_close(aux["auxiliary_loss"], 0.25 * aux["sparsity_loss"])  # lambda
         assert_close(aux["remoe_lambda"], 0.25)
@@ -132,15 +127,18 @@ def test_sparsemixer_equals_the_loops_with_the_same_draws(monkeypatch, top_k, ma
     """A threshold that leaves a few experts to draw from; the whole weight and a third of it both occur."""
     rng = np.random.default_rng(7)
     draws = [
-        (np.float64(np.float32(rng.exponential(size=(TOKENS, 8)))), np.float64(np.float32(rng.uniform(size=TOKENS))))
+        (
+            np.float64(np.float32(rng.exponential(size=(layers.TOKENS, 8)))),
+            np.float64(np.float32(rng.uniform(size=layers.TOKENS))),
+        )
         for _ in range(top_k)
     ]
     given = iter([Draws(batched(exponential), batched(uniform)) for exponential, uniform in draws])
     monkeypatch.setattr(sparsemixer, "draw", lambda key, shape: next(given))
-    x, params, ema, g = reference.make_inputs(33, TOKENS, 8)
+    x, params, ema, g = inputs(33)
     config = make_config(8, top_k, router="sparsemixer", mask_threshold=0.45, matmul=matmul)
     expected, _, _ = check_step(config, x, params, ema, g, draws=draws)
-    plain = reference.route(x, params.kernel, settings_of(config, LENGTH))
+    plain = reference.route(x, params.kernel, settings_of(config))
     assert sum(a != b for a, b in zip(expected.routes.chosen, plain.chosen, strict=True)) > 3
     factors = [factor for token in expected.routes.tokens for factor in token.factors]
     assert {round(3 * factor) for factor in factors} == {1, 3}
@@ -178,11 +176,11 @@ def test_sparsemixers_draws_are_independent_and_never_of_what_is_masked(monkeypa
 
 
 def test_sparsemixer_takes_the_largest_logits_at_evaluation():
-    config = make_config(8, 2, router="sparsemixer", mask_threshold=0.45)
-    x, params, ema, g = reference.make_inputs(34, TOKENS, 8)
-    expected = reference.forward(x, params, ema, settings_of(config, LENGTH), update=False)
-    (_, (y, aux, _)), _ = compiled(config, train=False)(variables_of(config, params, ema), batched(x), batched(g), None)
-    check_aux(config, aux, expected)
+    config = make_config(router="sparsemixer", mask_threshold=0.45)
+    x, params, ema, g = inputs(34)
+    expected = reference.forward(x, params, ema, settings_of(config), update=False)
+    _, (y, aux, _) = run(config, x, params, ema, g, train=False)
+    layers.check_aux(config, aux, expected)
     assert_close(y, batched(expected.y), "y")
 
 
@@ -211,17 +209,11 @@ def test_noise_on_the_logits_has_its_standard_deviation_in_training_alone():
 
 @pytest.mark.parametrize("fields", [{"router": "sparsemixer", "mask_threshold": 0.45}, {"router_noise_std": 1.0}])
 def test_random_numbers_are_the_same_on_any_mesh(fields):
-    config = make_config_for_mesh(matmul="blocks", **fields)
-    results = []
-    for mesh in (None, mesh_of((2, 2, 2))):
-        step = make_step(config)
-        if mesh is None:
-            variables, *inputs = (jax.device_get(a) for a in arrays(config, mesh_of((8, 1, 1)), "replicated"))
-            results.append(jax.jit(step)(variables, *inputs))
-        else:
-            with jax.set_mesh(mesh):
-                results.append(jax.jit(step)(*arrays(config, mesh, "sharded")))
-    (expected_grads, (expected_y, expected_aux, _)), (grads, (y, aux, _)) = results
+    config, mesh = make_config(matmul="blocks", **fields), make_mesh(2, 2, 2)
+    sharded = sharded_layers.arrays(config, mesh)
+    expected_grads, (expected_y, expected_aux, _) = layers.compiled(config)(*jax.device_get(sharded))
+    with jax.set_mesh(mesh):
+        grads, (y, aux, _) = jax.jit(layers.gradient_of_step(config))(*sharded)
     np.testing.assert_array_equal(aux["expert_index"], expected_aux["expert_index"])
     assert_close(y, expected_y, "y")
     assert_close(grads[0]["params"]["router"]["kernel"], expected_grads[0]["params"]["router"]["kernel"], "router")
@@ -229,6 +221,8 @@ def test_random_numbers_are_the_same_on_any_mesh(fields):
 
 
 # Meshes
+
+EXCHANGED = {"expert_parallel": "exchange"}
 
 
 @pytest.mark.parametrize(
@@ -241,32 +235,23 @@ def test_random_numbers_are_the_same_on_any_mesh(fields):
         ((2, 2, 2), {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0}),
         ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "substitute_ramp_steps": 8, "matmul": "ragged"}),
         ((2, 2, 2), {"capacity_factor": 1.0, "expert_gradient": True, "matmul": "blocks"}),
+        ((2, 1, 4), {"router": "remoe", "matmul": "blocks", **EXCHANGED}),
+        ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "matmul": "ragged", **EXCHANGED}),
     ],
     ids=str,
 )
-def test_every_method_equals_the_loops_on_a_mesh(sizes, fields):
-    check_step_on(mesh_of(sizes), make_config_for_mesh(**fields))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "fields"),
-    [
-        ((2, 1, 4), {"router": "remoe", "matmul": "blocks"}),
-        ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "matmul": "ragged"}),
-    ],
-    ids=str,
-)
-def test_exchanged_tokens_equal_the_loops(monkeypatch, sizes, fields):
-    emulate_exchange(monkeypatch)
-    check_step_on(mesh_of(sizes), make_config_for_mesh(expert_parallel="exchange", **fields))
+def test_every_method_equals_the_loops_on_a_mesh(monkeypatch, sizes, fields):
+    if fields.items() >= EXCHANGED.items():
+        emulate_exchange(monkeypatch)
+    sharded_layers.check_step(make_mesh(*sizes), make_config(**fields))
 
 
 def test_an_exact_dense_gradient_is_not_exchanged_for(monkeypatch):
     emulate_exchange(monkeypatch)
-    with jax.set_mesh(mesh_of((1, 2, 4))):
-        assert resolve_expert_parallel(make_config_for_mesh(router="densemixer"), 4096, 12) == "gather"
+    with jax.set_mesh(make_mesh(1, 2, 4)):
+        assert resolve_expert_parallel(make_config(router="densemixer"), 4096, 12) == "gather"
         with pytest.raises(ConfigError, match="'densemixer' every expert needs every token"):
-            resolve_expert_parallel(make_config_for_mesh(router="densemixer", expert_parallel="exchange"), 4096, 12)
+            resolve_expert_parallel(make_config(router="densemixer", **EXCHANGED), 4096, 12)
 
 
 # What methods are to each other
@@ -275,17 +260,16 @@ def test_an_exact_dense_gradient_is_not_exchanged_for(monkeypatch):
 @pytest.mark.parametrize("matmul", ["ragged", "blocks"])
 def test_densemixers_router_gradient_is_the_dense_layers_at_the_same_output_gradient(matmul):
     """And its output and its experts' gradients are those of top-k, bit for bit."""
-    x, params, ema, g = reference.make_inputs(35, TOKENS, 8)
+    x, params, ema, g = inputs(35)
     results = {}
     for router in ("dense", "densemixer", "topk"):
-        layer = MoELayer(make_config(8, 2, router=router, matmul=matmul))
+        layer = MoELayer(make_config(router=router, matmul=matmul))
 
         def objective(variables, layer=layer):
             y, _ = layer.apply(variables, batched(x), train=True)
             return (batched(g) * y).sum(), y
 
-        variables = variables_of(layer.config, params, ema)
-        results[router] = jax.jit(jax.grad(objective, has_aux=True))(variables)
+        results[router] = jax.jit(jax.grad(objective, has_aux=True))(layers.variables_of(layer.config, params, ema))
     kernels = {router: grads["params"]["router"]["kernel"] for router, (grads, _) in results.items()}
     assert_close(kernels["densemixer"], kernels["dense"], "gradient of the router")
     assert np.abs(kernels["topk"] - kernels["dense"]).max() > 0.1 * np.abs(kernels["dense"]).max()
@@ -296,14 +280,15 @@ def test_densemixers_router_gradient_is_the_dense_layers_at_the_same_output_grad
 
 def test_a_dropped_expert_gives_its_default_vector_or_nothing():
     """A sequence of 4 tokens that are all alike: expert 0 with weight 3/4 has room for the first two of them."""
-    x = jnp.ones((1, 4, 1))
-    kernel = jnp.array([[np.log(3.0), 0.0]])
-    one = jnp.ones((2, 1, 1))
-    for router, last in (("topk", 0.0), ("default", 0.75 * 9 + 0.25 * 5)):
-        config = moe_config(num_experts=2, top_k=1, expert_dim=1, router=router, capacity_factor=1.0)
-        variables = {"params": {"router": {"kernel": kernel}, "experts": {"gate": one, "up": one, "down": one}}}
-        if router == "default":
-            config = moe_config(**{**vars(config), "router": "default"}, ema_decay=1.0)
+    x, one = jnp.ones((1, 4, 1)), jnp.ones((2, 1, 1))
+    router, experts = {"kernel": jnp.array([[np.log(3.0), 0.0]])}, {"gate": one, "up": one, "down": one}
+    for fields, filled_in, last in (
+        ({"router": "topk"}, 0.0, 0.0),
+        ({"router": "default", "ema_decay": 1.0}, 0.25 * 5, 0.75 * 9 + 0.25 * 5),
+    ):
+        config = moe_config(num_experts=2, top_k=1, expert_dim=1, capacity_factor=1.0, **fields)
+        variables = {"params": {"router": router, "experts": experts}}
+        if config.default_vectors:
             variables["default_vectors"] = {"ema": jnp.array([[9.0], [5.0]])}
         layer = MoELayer(config)
 
@@ -313,7 +298,7 @@ def test_a_dropped_expert_gives_its_default_vector_or_nothing():
             return trained, layer.apply(variables, x, train=False)
 
         (y, aux), (held_y, held_aux) = both(variables)
-        out = 0.75 / (1 + np.exp(-1.0)) + (0.25 * 5 if router == "default" else 0)  # silu(1) * 1 * 1
+        out = 0.75 / (1 + np.exp(-1.0)) + filled_in  # silu(1) * 1 * 1
         assert_close(y[0, :, 0], [out, out, last, last])
         assert float(aux["dropped_fraction"]) == 0.5
         np.testing.assert_array_equal(aux["tokens_per_expert"], [4, 0])  # what was asked for
@@ -347,20 +332,20 @@ def test_balance_of_sequences_by_hand():
 
 
 def test_shared_experts_add_a_dense_network_of_their_width():
-    config = make_config(8, 2, router="topk", num_shared_experts=3)
+    config, plain = make_config(router="topk", num_shared_experts=3), make_config(router="topk")
     layer = MoELayer(config, down_init_std=0.5)
-    x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, D_MODEL))
+    x = jax.random.normal(jax.random.key(0), (layers.BATCH, layers.LENGTH, layers.D_MODEL))
     variables = jax.jit(functools.partial(layer.init, train=False))(jax.random.key(1), x)
-    shared = {name: np.float64(p["kernel"]) for name, p in variables["params"].pop("shared_experts").items()}
-    assert shared["gate"].shape == (D_MODEL, 3 * EXPERT_DIM)
+    shared = {name: np.float64(p["kernel"]) for name, p in variables["params"]["shared_experts"].items()}
+    assert shared["gate"].shape == (layers.D_MODEL, 3 * layers.EXPERT_DIM)
     assert 0.4 < shared["down"].std() < 0.6
-    without = jax.jit(functools.partial(MoELayer(make_config(8, 2, router="topk")).apply, train=False))
-    without = without(variables, x)[0]
-    variables["params"]["shared_experts"] = {name: {"kernel": jnp.float32(a)} for name, a in shared.items()}
+    with_shared, without = (
+        jax.jit(functools.partial(MoELayer(one).apply, train=False))(variables, x)[0] for one in (config, plain)
+    )
     gate, up = np.float64(x) @ shared["gate"], np.float64(x) @ shared["up"]
-    expected = np.float64(without) + (gate * reference.sigmoid(gate) * up) @ shared["down"]
-    assert_close(jax.jit(functools.partial(layer.apply, train=False))(variables, x)[0], expected)
-    config = Config(moe=config, model=ModelConfig(d_model=D_MODEL, num_heads=2, num_layers=2))
-    plain = Config(moe=make_config(8, 2, router="topk"), model=config.model)
-    more = [a - b for a, b in zip(parameter_counts(config, 9), parameter_counts(plain, 9), strict=True)]
-    assert more == [9 * D_MODEL * EXPERT_DIM, 9 * D_MODEL * EXPERT_DIM, 0]  # total, active, experts
+    assert_close(with_shared, np.float64(without) + (gate * reference.sigmoid(gate) * up) @ shared["down"])
+    model = ModelConfig(d_model=layers.D_MODEL, num_heads=2, num_layers=2)
+    counts, counts_without = (parameter_counts(Config(moe=moe, model=model), 9) for moe in (config, plain))
+    more = [a - b for a, b in zip(counts, counts_without, strict=True)]
+    shared_size = 9 * layers.D_MODEL * layers.EXPERT_DIM
+    assert more == [shared_size, shared_size, 0]  # total, active, experts

@@ -16,22 +16,25 @@ from default_moe.moe import MoELayer
 from default_moe.moe.default_vectors import combine, update_ema
 
 
-def test_moving_average_by_hand():
-    """Expert 0: sum (6, 2) of weight 4, mean (1.5, 0.5); 0.75 (2, 4) + 0.25 (1.5, 0.5) = (1.875, 3.125).
-
-    Expert 1 had no token. Expert 2 had less than one token's worth: the mean is still 0.5 / 0.25 = 2.
-    """
-    ema = jnp.array([[2.0, 4.0], [0.1, -0.3], [0.0, 0.0]])
-    sums = jnp.array([[6.0, 2.0], [0.0, 0.0], [0.5, 0.5]])
-    new = update_ema(ema, sums, jnp.array([4.0, 0.0, 0.25]), 0.75)
-    np.testing.assert_array_equal(new, [[1.875, 3.125], ema[1], [0.5, 0.5]])
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_extreme_decays(decay):
-    """Decay 1 never moves; decay 0 forgets all but this step, and even then an idle expert keeps its vector."""
-    ema, sums, weight = jnp.array([[2.0], [3.0]]), jnp.array([[8.0], [0.0]]), jnp.array([2.0, 0.0])
-    np.testing.assert_array_equal(update_ema(ema, sums, weight, decay), [[4.0 if decay == 0 else 2.0], [3.0]])
+@pytest.mark.parametrize(
+    ("ema", "sums", "weight", "decay", "expected"),
+    [
+        # 0.75 (2, 4) + 0.25 (6, 2) / 4 = (1.875, 3.125); no token: kept; less than one: the mean is still 0.5 / 0.25.
+        (
+            [[2.0, 4.0], [0.1, -0.3], [0.0, 0.0]],
+            [[6.0, 2.0], [0.0, 0.0], [0.5, 0.5]],
+            [4.0, 0.0, 0.25],
+            0.75,
+            [[1.875, 3.125], [0.1, -0.3], [0.5, 0.5]],
+        ),
+        # Decay 1 never moves; decay 0 forgets all but this step, and even then an idle expert keeps its vector.
+        ([[2.0], [3.0]], [[8.0], [0.0]], [2.0, 0.0], 0.0, [[4.0], [3.0]]),
+        ([[2.0], [3.0]], [[8.0], [0.0]], [2.0, 0.0], 1.0, [[2.0], [3.0]]),
+    ],
+)
+def test_moving_average_by_hand(ema, sums, weight, decay, expected):
+    new = update_ema(*map(jnp.array, (ema, sums, weight)), decay)
+    np.testing.assert_array_equal(new, jnp.array(expected))
 
 
 def test_combine_by_hand():
@@ -70,6 +73,7 @@ def jaxpr_equations(jaxpr):
 PRIMES = {"B": 3, "L": 11, "N": 7, "K": 5, "D": 13, "F": 17}
 
 
+@functools.cache
 def traced(direction: str, **fields):
     n = PRIMES
     config = moe_config(num_experts=n["N"], top_k=n["K"], expert_dim=n["F"], **fields)

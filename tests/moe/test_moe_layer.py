@@ -7,16 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import reference
-from helpers.layer_steps import D_MODEL, LENGTH, TOKENS, batched, check_step, compiled, make_config
-from helpers.layers import (
-    BALANCE_WEIGHT,
-    SPARSITY_WEIGHT,
-    Z_WEIGHT,
-    gradients_of,
-    settings_of,
-    variables_of,
-)
+from helpers import layers, reference
+from helpers.layers import batched, check_step, inputs, make_config, run, settings_of
 from helpers.reference import Params, assert_close
 
 from default_moe.moe import MoELayer
@@ -39,53 +31,44 @@ VARIANTS = [
 @pytest.mark.parametrize("num_experts,top_k", SIZES)
 def test_every_size_equals_the_loops(num_experts, top_k, matmul):
     for seed in (0, 1):
-        x, params, ema, g = reference.make_inputs(seed, TOKENS, num_experts)
-        expected, _, _ = check_step(make_config(num_experts, top_k, matmul=matmul), x, params, ema, g)
+        expected, _, _ = check_step(make_config(num_experts, top_k, matmul=matmul), *inputs(seed, num_experts))
         reference.assert_no_near_ties(expected.routes)
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_equals_the_loops(fields):
-    x, params, ema, g = reference.make_inputs(2, TOKENS, 8)
-    check_step(make_config(8, 2, **fields), x, params, ema, g)
+    check_step(make_config(**fields), *inputs(2))
+
+
+# What the kernel's first row is for some experts, and the experts that no token chooses then.
+STARVED = [({0: -9}, [0]), ({7: -9}, [7]), ({2: -9, 3: -9, 4: -9}, [2, 3, 4])]
+FAVOURED = [({0: 8}, [1, 2, 3, 4, 5, 6, 7]), ({5: 8}, [0, 1, 2, 3, 4, 6, 7])]
 
 
 @pytest.mark.parametrize("matmul", ["ragged", "blocks"])
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("idle", [(0,), (7,), (2, 3, 4)], ids=str)
-def test_idle_experts_keep_their_vectors_and_get_no_gradient(idle, top_k, matmul):
-    x, params, ema, g = reference.make_inputs(3, TOKENS, 8)
-    params.kernel[0, list(idle)] = -9
+@pytest.mark.parametrize(
+    "top_k,first_row,idle", [(k, *one) for k in (1, 2) for one in STARVED] + [(1, *one) for one in FAVOURED], ids=str
+)
+def test_idle_experts_keep_their_vectors_and_get_no_gradient(top_k, first_row, idle, matmul):
+    x, params, ema, g = inputs(3)
+    params.kernel[0, list(first_row)] = list(first_row.values())
     expected, state, grads = check_step(make_config(8, top_k, matmul=matmul), x, params, ema, g)
-    assert all(expected.counts[i] == 0 for i in idle)
-    for i in idle:
-        np.testing.assert_array_equal(state["default_vectors"]["ema"][i], ema[i])
-        for name in ("gate", "up", "down"):
-            np.testing.assert_array_equal(grads["experts"][name][i], 0)
-    assert np.abs(grads["router"]["kernel"][:, list(idle)]).max() > 0  # yet their router columns learn
-
-
-@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
-@pytest.mark.parametrize("favourite", [0, 5])
-def test_all_tokens_on_one_expert(favourite, matmul):
-    x, params, ema, g = reference.make_inputs(4, TOKENS, 8)
-    params.kernel[0, favourite] = 8
-    expected, state, grads = check_step(make_config(8, 1, matmul=matmul), x, params, ema, g)
-    assert expected.counts[favourite] == TOKENS
-    others = [i for i in range(8) if i != favourite]
-    np.testing.assert_array_equal(state["default_vectors"]["ema"][others, :], ema[others])
+    idle = np.array(idle)
+    np.testing.assert_array_equal(expected.counts[idle], 0)
+    np.testing.assert_array_equal(state["default_vectors"]["ema"][idle], ema[idle])
     for name in ("gate", "up", "down"):
-        np.testing.assert_array_equal(np.asarray(grads["experts"][name])[others], 0)
+        np.testing.assert_array_equal(grads["experts"][name][idle], 0)
+    assert np.abs(grads["router"]["kernel"][:, idle]).max() > 0  # yet their router columns learn
 
 
 @pytest.mark.parametrize("matmul", ["ragged", "blocks"])
 def test_of_equal_experts_the_lower_index_wins(matmul):
     """Columns 1, 4 and 6 are equal. Small integers make logits exact in float32: the ties are true ones."""
-    x, params, ema, g = reference.make_inputs(5, TOKENS, 8)
+    x, params, ema, g = inputs(5)
     x, kernel = np.round(x), np.round(4 * params.kernel) / 4
     kernel[:, [4, 6]] = kernel[:, [1]]
     kernel[0, [1, 4, 6]] += 1
-    expected, _, _ = check_step(make_config(8, 2, matmul=matmul), x, params._replace(kernel=kernel), ema, g)
+    expected, _, _ = check_step(make_config(matmul=matmul), x, params._replace(kernel=kernel), ema, g)
     assert [1, 4] in expected.routes.active
     assert expected.counts[6] == 0
 
@@ -93,13 +76,13 @@ def test_of_equal_experts_the_lower_index_wins(matmul):
 @pytest.mark.parametrize("fields", [{}, {"ema_weighted": False}], ids=str)
 def test_steps_in_a_row(fields):
     """Float32 default vectors follow the float64 ones over several steps, each starting where the last one ended."""
-    config = make_config(8, 2, matmul="blocks", **fields)
-    _, params, _, _ = reference.make_inputs(6, TOKENS, 8)
-    variables, ema = variables_of(config, params, np.zeros((8, D_MODEL))), np.zeros((8, D_MODEL))
+    config, ema = make_config(matmul="blocks", **fields), np.zeros((8, layers.D_MODEL))
+    _, params, _, _ = inputs(6)
+    variables = layers.variables_of(config, params, ema)
     for step in range(4):
-        x, _, _, g = reference.make_inputs(60 + step, TOKENS, 8)
-        expected = reference.forward(x, params, ema, settings_of(config, LENGTH))
-        (_, (y, _, state)), _ = compiled(config)(variables, batched(x), batched(g), None)
+        x, _, _, g = inputs(60 + step)
+        expected = reference.forward(x, params, ema, settings_of(config))
+        _, (y, _, state) = layers.compiled(config)(variables, batched(x), batched(g), None)
         assert_close(y, batched(expected.y), f"y of step {step}")
         assert_close(state["default_vectors"]["ema"], expected.ema, f"EMA after step {step}")
         variables, ema = variables | state, expected.ema
@@ -107,14 +90,14 @@ def test_steps_in_a_row(fields):
 
 @pytest.mark.parametrize("dtype,fields", [(bool, {}), (np.float32, {"ema_weighted": False, "substitute": "backward"})])
 def test_masked_tokens_count_in_no_statistic_but_are_processed(dtype, fields):
-    config = make_config(8, 2, matmul="blocks", **fields)
-    x, params, ema, g = reference.make_inputs(7, TOKENS, 8)
-    mask = (np.arange(TOKENS) % 3 != 0).astype(dtype)
+    config = make_config(matmul="blocks", **fields)
+    x, params, ema, g = inputs(7)
+    mask = (np.arange(layers.TOKENS) % 3 != 0).astype(dtype)
     expected, _, _ = check_step(config, x, params, ema, g, mask)
     assert expected.counts.sum() == 2 * 16  # K = 2 for each of the 16 of 24 tokens that are kept
     assert (np.abs(expected.y).max(axis=1) > 0).all()
-    check_step(config, x, params, ema, g, np.ones(TOKENS, dtype))
-    expected, state, _ = check_step(config, x, params, ema, g, np.zeros(TOKENS, dtype))
+    check_step(config, x, params, ema, g, np.ones(layers.TOKENS, dtype))
+    expected, state, _ = check_step(config, x, params, ema, g, np.zeros(layers.TOKENS, dtype))
     np.testing.assert_array_equal(state["default_vectors"]["ema"], ema)
 
 
@@ -135,21 +118,18 @@ NORMALIZED = {"score_function": "sigmoid", "normalize_weights": True}
 )
 def test_gradients_equal_finite_differences_with_the_ema_held(fields):
     """Backward substitution has, by definition, the gradient of the forward-substituted function."""
-    config = make_config(8, 2, matmul="blocks", **fields)
-    x, params, ema, g = reference.make_inputs(8, TOKENS, 8)
-    s = settings_of(config, LENGTH)
+    config = make_config(matmul="blocks", **fields)
+    x, params, ema, g = inputs(8)
+    s = settings_of(config)
     result = reference.forward(x, params, ema, s)
-    by_hand = gradients_of(config, x, params, result, s, g, None)
-    _, (d_variables, d_x) = compiled(config)(variables_of(config, params, ema), batched(x), batched(g), None)
-    by_layer = {
-        "x": d_x.reshape(TOKENS, D_MODEL),
-        **d_variables["params"]["router"],
-        **d_variables["params"]["experts"],
-    }
+    by_hand = layers.gradients_of(config, x, params, result, s, g)
+    (d_variables, d_x), _ = run(config, x, params, ema, g)
+    d_params = d_variables["params"]
+    by_layer = {"x": d_x.reshape(layers.TOKENS, layers.D_MODEL), **d_params["router"], **d_params["experts"]}
     arrays = {"x": x, **params._asdict()}
     # Constants of the losses: shares of assignments, and numbers of open gates.
     f = result.counts / result.counts.sum()
-    open_gates = 8 / (s.top_k * TOKENS**2) * result.counts if s.router == "remoe" else 0 * f
+    open_gates = 8 / (s.top_k * layers.TOKENS**2) * result.counts if s.router == "remoe" else 0 * f
 
     def value(**changed) -> float:
         at = arrays | changed
@@ -157,7 +137,7 @@ def test_gradients_equal_finite_differences_with_the_ema_held(fields):
         assert r.routes.active == result.routes.active
         balance = 8 * f @ r.routes.probs.mean(axis=0)
         sparsity = r.routes.weights.sum(axis=0) @ open_gates
-        losses = BALANCE_WEIGHT * balance + Z_WEIGHT * r.z_loss + SPARSITY_WEIGHT * sparsity
+        losses = layers.BALANCE_WEIGHT * balance + layers.Z_WEIGHT * r.z_loss + layers.SPARSITY_WEIGHT * sparsity
         return float((g * r.y).sum()) + losses
 
     forward, rng, h = s._replace(substitute="forward"), np.random.default_rng(0), 1e-6
@@ -181,10 +161,10 @@ def test_with_means_for_vectors_the_experts_gradient_is_the_true_one(weighted):
 
     Moving experts' weights moves no routing; the weights in the means are constants.
     """
-    x, params, ema, g = reference.make_inputs(12, TOKENS, 8)
-    config = make_config(8, 2, matmul="blocks", expert_gradient=True, ema_decay=0.0, ema_weighted=weighted)
+    x, params, ema, g = inputs(12)
+    config = make_config(matmul="blocks", expert_gradient=True, ema_decay=0.0, ema_weighted=weighted)
     _, _, got = check_step(config, x, params, ema, g)
-    s, rng, h = settings_of(config, LENGTH), np.random.default_rng(1), 1e-6
+    s, rng, h = settings_of(config), np.random.default_rng(1), 1e-6
     for name in ("gate", "up", "down"):
         step = rng.normal(size=getattr(params, name).shape)
 
@@ -202,24 +182,20 @@ def test_bfloat16_is_near_float32():
     The forward pass rounds about 8 times in a row (x, three weights, two projections, their product, the output), the
     backward pass about twice that. If all errors added up, 8 * 2^-8 = 3 % of the norm, and 6 %.
     """
-    x, params, ema, g = reference.make_inputs(9, TOKENS, 8)
-    full = make_config(8, 2, matmul="blocks")
+    full = make_config(matmul="blocks")
     half = dataclasses.replace(full, dtype="bfloat16")
-    inputs = (variables_of(full, params, ema), batched(x), batched(g), None)
-    (_, (y, aux, state)), grads = compiled(full)(*inputs)
-    (_, (y_half, aux_half, state_half)), grads_half = compiled(half)(*inputs)
+    grads, (y, aux, state) = run(full, *inputs(9))
+    grads_half, (y_half, aux_half, state_half) = run(half, *inputs(9))
     assert state_half["default_vectors"]["ema"].dtype == jnp.float32
     np.testing.assert_array_equal(aux["router_probs"], aux_half["router_probs"])
-    bounds = jax.tree.map(lambda _: 0.06, (grads[0]["params"], grads[1]))
-    jax.tree.map(_check_norm, grads_half[0]["params"], grads[0]["params"], bounds[0])
-    _check_norm(grads_half[1], grads[1], bounds[1])
-    _check_norm(y_half, y, 0.03)
-    _check_norm(state_half["default_vectors"]["ema"], state["default_vectors"]["ema"], 0.03)
     assert np.abs(y_half - y).max() > 1e-4  # it does compute in bfloat16
 
+    def check_norms(got, expected, bound):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
 
-def _check_norm(got, expected, bound) -> None:
-    assert np.linalg.norm(got - expected) <= bound * np.linalg.norm(expected)
+    check_norms((grads_half[0]["params"], grads_half[1]), (grads[0]["params"], grads[1]), 0.06)
+    check_norms((y_half, state_half), (y, state), 0.03)
 
 
 def test_bfloat16_means_are_true_means():
@@ -227,37 +203,34 @@ def test_bfloat16_means_are_true_means():
 
     Both are sums of the same bfloat16 rows in float32, so they agree to float32 accuracy.
     """
-    x, params, _, _ = reference.make_inputs(10, TOKENS, 8)
+    x, params, _, _ = inputs(10)
     x[:] = x[0]
     ema = {}
     for weighted in (True, False):
-        config = make_config(8, 2, matmul="blocks", dtype="bfloat16", ema_weighted=weighted)
-        variables = variables_of(config, params, np.zeros((8, D_MODEL)))
-        (_, (_, _, state)), _ = compiled(config)(variables, batched(x), batched(x), None)
+        config = make_config(matmul="blocks", dtype="bfloat16", ema_weighted=weighted)
+        variables = layers.variables_of(config, params, np.zeros((8, layers.D_MODEL)))
+        _, (_, _, state) = layers.compiled(config)(variables, batched(x), batched(x), None)
         ema[weighted] = np.asarray(state["default_vectors"]["ema"])
     assert np.abs(ema[False]).max() > 0
     assert_close(ema[True], ema[False], "weighted against unweighted mean")
 
 
 def test_bfloat16_input_gives_bfloat16_output():
-    config = make_config(8, 2)
-    x, params, ema, _ = reference.make_inputs(9, TOKENS, 8)
+    config = make_config()
+    x, params, ema, _ = inputs(9)
     apply = functools.partial(MoELayer(config).apply, train=False)
-    y, aux = jax.eval_shape(apply, variables_of(config, params, ema), batched(x, jnp.bfloat16))
+    y, aux = jax.eval_shape(apply, layers.variables_of(config, params, ema), batched(x, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert aux["router_probs"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("fields", [{}, {"substitute": "backward"}], ids=str)
 def test_evaluation_uses_the_held_vectors_and_changes_nothing(fields):
-    config = make_config(8, 2, matmul="blocks", **fields)
-    x, params, ema, g = reference.make_inputs(11, TOKENS, 8)
-    expected = reference.forward(x, params, ema, settings_of(config, LENGTH), update=False)
-    variables = variables_of(config, params, ema)
-    (_, (y, aux, state)), _ = compiled(config, train=False)(variables, batched(x), batched(g), None)
-    assert state == {}
+    config = make_config(matmul="blocks", **fields)
+    x, params, ema, g = inputs(11)
+    expected = reference.forward(x, params, ema, settings_of(config), update=False)
+    _, (y, aux, state) = run(config, x, params, ema, g, train=False)
     assert_close(y, batched(expected.y), "y")
     assert_close(aux["load_balance_loss"], expected.load_balance_loss)
-    # Even where the caller lets the collection change, it comes back as it was.
-    _, state = MoELayer(config).apply(variables, batched(x), train=False, mutable=["default_vectors"])
-    np.testing.assert_array_equal(state["default_vectors"]["ema"], variables["default_vectors"]["ema"])
+    # Even where the caller lets the collection change, as here, it comes back as it was.
+    np.testing.assert_array_equal(state["default_vectors"]["ema"], np.float32(ema))

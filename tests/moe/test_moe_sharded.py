@@ -10,31 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import reference
+from helpers.layers import EXPERT_DIM, make_config
 from helpers.reference import Settings
+from helpers.refused import refused
 from helpers.sharded_layers import (
     D_MODEL,
-    EXPERT_DIM,
     LENGTH,
     NUM_EXPERTS,
     TOKENS,
     TOP_K,
-    arrays,
     check_step,
     compiled_step,
     expected_step,
-    make_config,
-    mesh_of,
     skewed_inputs,
 )
 from jax.sharding import AxisType
 
-from default_moe.config import MoEConfig
-from default_moe.errors import ConfigError
 from default_moe.moe import MoELayer
 from default_moe.moe.experts.parallel import gather_bytes
 from default_moe.plan.collectives import collectives, summary
 from default_moe.plan.hlo import Hlo
-from default_moe.sharding import AXES
+from default_moe.sharding import AXES, make_mesh
 
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 1, 8), (2, 1, 4), (1, 2, 4)]
 
@@ -46,7 +42,7 @@ def test_the_inputs_would_show_statistics_of_one_device():
     """Means over each eighth of the batch, averaged, are 100 times the tolerance off the global ones, and more."""
     s = Settings(TOP_K)
     x, params, ema, _ = skewed_inputs()
-    whole, _ = expected_step(make_config(), False, True)
+    whole, _ = expected_step(make_config())
     parts = [reference.forward(part, params, ema, s) for part in np.split(x, 8)]
     assert whole.counts[6] == 0
     assert max(sum(part.counts[e] == 0 for part in parts) for e in (4, 5)) > 0  # idle on some devices alone
@@ -56,18 +52,7 @@ def test_the_inputs_would_show_statistics_of_one_device():
     assert np.abs(local - whole.ema).max() > 1e-3 * np.abs(whole.ema).max()
 
 
-@pytest.mark.parametrize(
-    "sizes,matmul",
-    [
-        *((sizes, matmul) for sizes in MESHES for matmul in ("ragged", "blocks")),
-        *((m, "tokamax") for m in MESHES[:3:2]),
-    ],
-    ids=str,
-)
-def test_every_mesh_equals_the_loops(sizes, matmul):
-    check_step(mesh_of(sizes), make_config(matmul=matmul))
-
-
+MATMULS_ON_MESHES = [(sizes, {"matmul": matmul}) for sizes in MESHES for matmul in ("ragged", "blocks")]
 VARIANTS = [
     {"ema_weighted": False},
     {"substitute": "backward"},
@@ -78,22 +63,18 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
-def test_replicated_arrays_give_the_same(sizes):
-    check_step(mesh_of(sizes), make_config(), placement="replicated")
-
-
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
-def test_every_variant_on_a_mesh(fields):
-    check_step(mesh_of((2, 2, 2)), make_config(**fields))
-
-
-def test_masked_tokens_on_a_mesh():
-    check_step(mesh_of((2, 2, 2)), make_config(), masked=True)
-
-
-def test_held_vectors_on_a_mesh():
-    check_step(mesh_of((2, 2, 2)), make_config(), train=False)
+@pytest.mark.parametrize(
+    ("sizes", "fields", "options"),
+    [(sizes, fields, {}) for sizes, fields in MATMULS_ON_MESHES]
+    + [((2, 2, 2), {"matmul": "tokamax"}, {}), ((1, 1, 8), {"matmul": "tokamax"}, {})]
+    + [((2, 2, 2), fields, {}) for fields in VARIANTS]
+    + [(sizes, {"matmul": "blocks"}, {"placement": "replicated"}) for sizes in ((2, 2, 2), (1, 1, 8))]
+    + [((2, 2, 2), {"matmul": "blocks"}, options) for options in ({"masked": True}, {"train": False})],
+    ids=str,
+)
+def test_every_mesh_and_variant_equals_the_loops(sizes, fields, options):
+    """Masked tokens count in no statistic; without training the vectors are held."""
+    check_step(make_mesh(*sizes), make_config(**fields), **options)
 
 
 def test_a_mesh_of_data_alone():
@@ -103,21 +84,21 @@ def test_a_mesh_of_data_alone():
 def test_batch_not_split_over_the_expert_axis():
     rules = (("batch", ("data", "fsdp")), ("expert", "expert"))
     with nn.logical_axis_rules(rules):
-        check_step(mesh_of((2, 1, 4)), make_config())
+        check_step(make_mesh(2, 1, 4), make_config())
 
 
-def test_sizes_that_do_not_divide_are_errors_of_one_line():
-    config = make_config()
-    variables, *_ = arrays(config, mesh_of((8, 1, 1)), "replicated")
-    with jax.set_mesh(mesh_of((8, 1, 1))), pytest.raises(ConfigError, match=r"6 sequences .* 8 devices") as error:
-        MoELayer(config).apply(variables, jnp.ones((6, LENGTH, D_MODEL)), train=False)
-    assert "\n" not in str(error.value)
-    config = MoEConfig(num_experts=6, top_k=1, expert_dim=EXPERT_DIM)
-    with jax.set_mesh(mesh_of((2, 1, 4))), pytest.raises(ConfigError, match=r"6 experts .* 4 devices") as error:
-        jax.eval_shape(lambda x: MoELayer(config).init(jax.random.key(0), x, train=False), jnp.ones((8, 5, D_MODEL)))
-    assert "\n" not in str(error.value)
-    with jax.set_mesh(mesh_of((1, 8, 1))), pytest.raises(ConfigError, match=r"12 values of a token .* 8 devices"):
-        jax.eval_shape(lambda x: MoELayer(config).init(jax.random.key(0), x, train=False), jnp.ones((8, 5, D_MODEL)))
+@pytest.mark.parametrize(
+    ("sizes", "sequences", "num_experts", "words"),
+    [
+        ((8, 1, 1), 6, 8, r"6 sequences .* 8 devices"),
+        ((2, 1, 4), 8, 6, r"6 experts .* 4 devices"),
+        ((1, 8, 1), 8, 8, r"12 values of a token .* 8 devices"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_errors_of_one_line(sizes, sequences, num_experts, words):
+    layer, x = MoELayer(make_config(num_experts)), jnp.ones((sequences, LENGTH, D_MODEL))
+    with jax.set_mesh(make_mesh(*sizes)), refused(words):
+        jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, train=False), x)
 
 
 # What the devices exchange, read from the compiled program
@@ -125,7 +106,7 @@ def test_sizes_that_do_not_divide_are_errors_of_one_line():
 
 @functools.cache
 def compiled_program(sizes: tuple[int, int, int], matmul: str) -> Hlo:
-    return Hlo(compiled_step(mesh_of(sizes), make_config(matmul=matmul), "sharded", False, True).as_text())
+    return Hlo(compiled_step(make_mesh(*sizes), make_config(matmul=matmul)).as_text())
 
 
 def designed_exchanges(sizes: tuple[int, int, int]) -> dict[tuple[str, tuple[str, ...]], float]:

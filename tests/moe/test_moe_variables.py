@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import reference
-from helpers.layer_steps import BATCH, D_MODEL, EXPERT_DIM, LENGTH, TOKENS, batched, make_config
-from helpers.layers import settings_of, variables_of
+from helpers import layers, reference
+from helpers.layers import BATCH, D_MODEL, EXPERT_DIM, LENGTH, batched, inputs, make_config
 from helpers.reference import assert_close
 
 from default_moe.config import MoEConfig
@@ -24,7 +23,7 @@ def initialised(config: MoEConfig, d_model: int = D_MODEL) -> dict:
 
 def test_variables_after_init():
     """As documented, and no update of the default vectors has happened: they are exactly zero."""
-    variables = initialised(make_config(8, 2))
+    variables = initialised(make_config())
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype.name), variables)
     into = ((8, D_MODEL, EXPERT_DIM), "float32")
     assert shapes == {
@@ -35,7 +34,7 @@ def test_variables_after_init():
         "default_vectors": {"ema": ((8, D_MODEL), "float32")},
     }
     np.testing.assert_array_equal(variables["default_vectors"]["ema"], 0)
-    assert set(initialised(make_config(8, 2, router="topk"))) == {"params"}
+    assert set(initialised(make_config(router="topk"))) == {"params"}
 
 
 def test_gaussian_default_vectors():
@@ -45,19 +44,19 @@ def test_gaussian_default_vectors():
     assert abs(float(ema.std()) - 0.5) < 5 * 0.5 / 181
 
 
-def test_a_missing_collection_is_an_error_and_not_a_fresh_start():
-    config = make_config(8, 2)
-    params = {"params": initialised(config)["params"]}
-    with pytest.raises(ValueError, match="'default_vectors' is missing"):
-        MoELayer(config).apply(params, batched(np.ones((TOKENS, D_MODEL))), train=True, mutable=["default_vectors"])
-    with pytest.raises(ValueError, match="'default_vectors' is missing"):
-        MoELayer(config).apply(params, batched(np.ones((TOKENS, D_MODEL))), train=False)
-
-
-def test_training_without_a_mutable_collection_is_an_error():
-    config = make_config(8, 2)
-    with pytest.raises(Exception, match="default_vectors"):
-        MoELayer(config).apply(initialised(config), batched(np.ones((TOKENS, D_MODEL))), train=True)
+@pytest.mark.parametrize(
+    ("train", "mutable", "collections", "words"),
+    [
+        (True, ["default_vectors"], ["params"], "'default_vectors' is missing"),
+        (False, False, ["params"], "'default_vectors' is missing"),
+        (True, False, ["params", "default_vectors"], "default_vectors"),
+    ],
+)
+def test_vectors_that_are_missing_or_may_not_change_are_an_error_and_no_fresh_start(train, mutable, collections, words):
+    variables = initialised(make_config())
+    given = {name: variables[name] for name in collections}
+    with pytest.raises(Exception, match=words):
+        MoELayer(make_config()).apply(given, jnp.ones((BATCH, LENGTH, D_MODEL)), train=train, mutable=mutable)
 
 
 class Wrapped(nn.Module):
@@ -71,18 +70,14 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("kind", ["nn.remat", "jax.checkpoint"])
 def test_rematerialisation_updates_the_vectors_once(kind):
     """Twice would give 0.81 E^ + 0.19 mean in place of 0.9 E^ + 0.1 mean."""
-    config = make_config(8, 2, matmul="blocks")
-    x, params, ema, g = reference.make_inputs(12, TOKENS, 8)
-    s = settings_of(config, LENGTH)
+    config = make_config(matmul="blocks")
+    x, params, ema, g = inputs(12)
+    s = layers.settings_of(config)
     expected = reference.forward(x, params, ema, s)
     grads = reference.gradients(x, params, expected, s, g, 0, 0)
-    variables = {c: {"moe": tree} for c, tree in variables_of(config, params, ema).items()}
+    variables = {c: {"moe": tree} for c, tree in layers.variables_of(config, params, ema).items()}
     model = (nn.remat(Wrapped) if kind == "nn.remat" else Wrapped)(config)
-
-    def run(variables, x):
-        y, state = model.apply(variables, x, mutable=["default_vectors"])
-        return y, state
-
+    run = functools.partial(model.apply, mutable=["default_vectors"])
     run = jax.checkpoint(run) if kind == "jax.checkpoint" else run
 
     def objective(variables, x):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import reference
 from helpers.products import GROUPS, ROWS, UNITS, F, check, loop, random_arrays
 from helpers.reference import assert_close
 
@@ -69,58 +70,40 @@ def compiled_experts(backend: str, rows: int, num_held: int):
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("backend,rows", [("ragged", 1), ("ragged", 8), ("blocks", 1), ("blocks", 4), ("blocks", 64)])
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
-def test_experts_and_gradients_equal_loops(route, backend, rows):
-    """One output and its gradients per token and choice, in float64, with silu's derivative written out."""
-    num_held, used, elsewhere = route
-    num_tokens, dim, width, top_k = 13, 5, 3, min(2, len(used) + elsewhere)
-    rng = np.random.default_rng(rows)
-    available = [*used, *range(num_held, num_held + elsewhere)]
-    chosen = np.array([rng.choice(available, top_k, replace=False) for _ in range(num_tokens)])
-    x, g = (rng.normal(size=(num_tokens, dim)).astype(np.float32) for _ in range(2))
-    weight, counted = (rng.random((num_tokens, top_k)).astype(np.float32) for _ in range(2))
-    sizes = (num_held, dim, width), (num_held, dim, width), (num_held, width, dim)
-    weights = ExpertParams(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+def check_experts(chosen: np.ndarray, num_held: int, backend: str, rows: int) -> None:
+    """Outputs, sums and gradients of tokens that chose experts [T, K], against loops over tokens and choices."""
+    rng, shapes = np.random.default_rng(rows), ((num_held, 5, 3), (num_held, 5, 3), (num_held, 3, 5))
+    x, g = (rng.normal(size=(len(chosen), 5)).astype(np.float32) for _ in range(2))
+    weight, counted = (rng.random(chosen.shape).astype(np.float32) for _ in range(2))
+    weights = ExpertParams(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
 
-    y, d_x, d_weight = np.zeros((num_tokens, dim)), np.zeros((num_tokens, dim)), np.zeros((num_tokens, top_k))
-    sums, d_weights = np.zeros((num_held, dim)), [np.zeros(size) for size in sizes]
-    for t in range(num_tokens):
-        for k in range(top_k):
-            if (e := chosen[t, k]) >= num_held:
-                continue
-            gate, up, down = (np.asarray(w[e], np.float64) for w in weights)
-            a, u = x[t] @ gate, x[t] @ up
-            sigmoid = 1 / (1 + np.exp(-a))
-            out, d_hidden = (a * sigmoid * u) @ down, weight[t, k] * down @ g[t]
-            d_a, d_u = d_hidden * u * sigmoid * (1 + a * (1 - sigmoid)), d_hidden * a * sigmoid
+    params = reference.Params(np.zeros((5, 0)), *(np.float64(w) for w in weights))
+    y, d_weight, sums = np.zeros(x.shape), np.zeros(chosen.shape), np.zeros((num_held, 5))
+    d = reference.Gradients(np.zeros(x.shape), *(np.zeros(p.shape) for p in params))
+    for (t, k), e in np.ndenumerate(chosen):
+        if e < num_held:
+            out = reference.expert(params, e, np.float64(x[t]))
             y[t] += weight[t, k] * out
             sums[e] += counted[t, k] * out
-            d_x[t] += gate @ d_a + up @ d_u
             d_weight[t, k] = g[t] @ out
-            d_weights[0][e] += np.outer(x[t], d_a)
-            d_weights[1][e] += np.outer(x[t], d_u)
-            d_weights[2][e] += np.outer(a * sigmoid * u, weight[t, k] * g[t])
+            reference.add_expert_gradient(d, params, e, np.float64(x), t, np.float64(weight[t, k]) * g[t])
 
     (_, got), gradients = compiled_experts(backend, rows, num_held)(x, weight, weights, chosen, counted, g)
-    expected = (y, sums, d_x, d_weight, *d_weights)
+    expected = (y, sums, d.x, d_weight, d.gate, d.up, d.down)
     names = ("y", "sums", "gradient of x", "of the weights", "of gate", "of up", "of down")
     for name, a, b in zip(names, jax.tree.leaves((got, gradients)), expected, strict=True):
         assert a.dtype == jnp.float32
         assert_close(a, b, name)
 
 
-def test_no_sums_where_none_are_asked_for():
-    weights = ExpertParams(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
-    layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)
-    assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
-    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
-
-
-def test_the_choice_on_a_cpu():
-    assert resolve_backend("auto") == "blocks"
-    assert [resolve_backend(b) for b in ("ragged", "blocks")] == ["ragged", "blocks"]
-    assert group_alignment("blocks") == 1
+@pytest.mark.parametrize("backend,rows", [("ragged", 1), ("ragged", 8), ("blocks", 1), ("blocks", 4), ("blocks", 64)])
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+def test_experts_and_gradients_equal_loops(route, backend, rows):
+    num_held, used, elsewhere = route
+    available = [*used, *range(num_held, num_held + elsewhere)]
+    rng, top_k = np.random.default_rng(rows), min(2, len(available))
+    chosen = np.array([rng.choice(available, top_k, replace=False) for _ in range(13)])
+    check_experts(chosen, num_held, backend, rows)
 
 
 # R = 64 and blocks of 8 for what it leaves: loads at the edges of both sizes, of none, and of several blocks.
@@ -134,34 +117,23 @@ LOADS = {
 
 
 @pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS.keys())
-def test_blocks_of_both_sizes_equal_one_product_per_expert(loads):
-    """Outputs, sums and gradients where every expert's rows are one exact slice, differentiated by JAX."""
-    dim, width = 6, 5
-    rng = np.random.default_rng(sum(loads))
-    chosen = rng.permutation(np.repeat(np.arange(len(loads)), loads))[:, None]
-    x, g = (rng.normal(size=(len(chosen), dim)).astype(np.float32) for _ in range(2))
-    weight, counted = (rng.random(chosen.shape).astype(np.float32) for _ in range(2))
-    sizes = (len(loads), dim, width), (len(loads), dim, width), (len(loads), width, dim)
-    weights = ExpertParams(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+def test_blocks_of_both_sizes_equal_loops(loads):
+    """The rest of 310 tokens chose an expert held elsewhere, so that all are one program."""
+    chosen = np.repeat(np.arange(5), (*loads, 310 - sum(loads)))
+    check_experts(np.random.default_rng(0).permutation(chosen)[:, None], 4, "blocks", 64)
 
-    def one_product_each(x, weight, weights):
-        y, sums = jnp.zeros_like(x), []
-        for e in range(len(loads)):
-            token = np.flatnonzero(chosen[:, 0] == e)
-            out = (jax.nn.silu(x[token] @ weights.gate[e]) * (x[token] @ weights.up[e])) @ weights.down[e]
-            y = y.at[token].add(weight[token] * out)
-            sums.append((counted[token] * out).sum(axis=0))
-        return (y * g).sum(), (y, jnp.stack(sums))
 
-    (_, expected), expected_gradients = jax.value_and_grad(one_product_each, argnums=(0, 1, 2), has_aux=True)(
-        x, weight, weights
-    )
-    experts = compiled_experts("blocks", 64, len(loads))
-    (_, got), gradients = experts(x, weight, weights, chosen, counted, g)
-    names = ("y", "sums", "gradient of x", "of the weights", "of gate", "of up", "of down")
-    leaves = jax.tree.leaves((got, gradients)), jax.tree.leaves((expected, expected_gradients))
-    for name, a, b in zip(names, *leaves, strict=True):
-        assert_close(a, b, name)
+def test_no_sums_where_none_are_asked_for():
+    weights = ExpertParams(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
+    layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)
+    assert block_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 8)[1] is None
+    assert sorted_experts(jnp.ones((2, 3)), jnp.ones((2, 1)), None, weights, layout, 1, "ragged")[1] is None
+
+
+def test_the_choice_on_a_cpu():
+    assert resolve_backend("auto") == "blocks"
+    assert [resolve_backend(b) for b in ("ragged", "blocks")] == ["ragged", "blocks"]
+    assert group_alignment("blocks") == 1
 
 
 @pytest.mark.parametrize("assignments,experts,rows", [(1, 8, 16), (4096, 8, 560), (8192, 8, 544), (800, 8, 128)])
