@@ -2,20 +2,34 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.layers import moe_config
-from helpers.steps import CONFIG, assert_trees_equal, change, copy, make_batch, program_for
+from helpers.refused import refused
+from helpers.steps import (
+    CONFIG,
+    VOCAB,
+    assert_trees_equal,
+    change,
+    copy,
+    make_batch,
+    new_state,
+    poisoned,
+    program_for,
+    step_of,
+)
 
 from default_moe.config import MoEConfig
-from default_moe.errors import ConfigError
 from default_moe.methods import METHODS, Load, TopK
 from default_moe.moe import MoELayer
 from default_moe.moe.layer import next_router_state
 from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.training.program import Program
+from default_moe.training.step import make_train_step
 
 LAYERS, NUM_EXPERTS, TOKENS = 2, 4, 48
 
@@ -56,11 +70,10 @@ def steps_by_hand(before, counts):
 def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     """With two microbatches and everything recomputed, where a state could move twice or four times."""
     config = change(CONFIG, moe=fields, model={"remat": "full"}, train={"grad_accum_steps": 2})
-    program = program_for(config)
-    state = program.new_state()
+    program, state = program_for(config), new_state(config)
     for step in range(2):
         before = copy(state)
-        state, metrics = program.train_step(state, make_batch(step))
+        state, metrics = step_of(config, state, make_batch(step))
         assert np.isfinite(float(metrics["total_loss"]))
         layers = metrics["layers"]
         np.testing.assert_array_equal(layers.num_tokens, [TOKENS] * LAYERS)
@@ -86,19 +99,17 @@ def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     with CheckpointStore(tmp_path) as store:
         restored, _, _ = store.restore_latest(program.abstract_state)
     assert_trees_equal(restored, state)
-    straight, _ = program.train_step(state, make_batch(2))
-    resumed, _ = program.train_step(restored, make_batch(2))
+    straight, _ = step_of(config, state, make_batch(2))
+    resumed, _ = step_of(config, restored, make_batch(2))
     assert_trees_equal(resumed, straight)
 
     # A step that is not finite leaves the state as it was.
-    poisoned = copy(straight)
-    poisoned.params["head"] = poisoned.params["head"].at[0, 0].set(jnp.nan)
-    after, _ = program.train_step(poisoned, make_batch(3))
+    after, _ = step_of(config, poisoned(straight), make_batch(3))
     assert int(after.bad_steps) == 1
     assert_trees_equal(after.variables, straight.variables)
 
 
-def load(*tokens_per_expert: list[int], num_tokens: int) -> Load:
+def load(*tokens_per_expert: list[int], num_tokens: int = 8) -> Load:
     return Load(jnp.array(tokens_per_expert), jnp.full(len(tokens_per_expert), num_tokens))
 
 
@@ -109,29 +120,23 @@ def test_the_lambda_of_remoe_by_hand():
     so lambda goes up and down around the point of balance. Layers are counted together: 9 and 6 are 15, 11 and 6 17.
     """
     config = moe_config(num_experts=4, top_k=1, router="remoe")
-    start = {"lambda": jnp.full(2, 1e-8)}
 
-    def after(*loads: Load) -> float:
-        state = start
+    def after(*loads: Load, start=1e-8) -> float:
+        state = {"lambda": jnp.full(2, start)}
         for one in loads:
             state = next_router_state(state, one, config)
         assert state["lambda"][0] == state["lambda"][1]
         return float(state["lambda"][0])
 
-    many = load([5, 5, 0, 0], [10, 0, 0, 0], num_tokens=8)
-    few = load([3, 3, 0, 0], [6, 0, 0, 0], num_tokens=8)
-    even = load([2, 2, 2, 2], [8, 0, 0, 0], num_tokens=8)
-    assert after(many) == pytest.approx(1.2e-8)
-    assert after(few) == pytest.approx(1e-8 / 1.2)
-    assert after(even) == pytest.approx(1e-8 / 1.2)
-    assert after(load([9, 0, 0, 0], [6, 0, 0, 0], num_tokens=8)) == pytest.approx(1e-8 / 1.2)
-    assert after(load([11, 0, 0, 0], [6, 0, 0, 0], num_tokens=8)) == pytest.approx(1.2e-8)
+    many, few, even = (load([n, n, 0, 0], [2 * n, 0, 0, 0]) for n in (5, 3, 4))
+    below, above = (load([n, 0, 0, 0], [6, 0, 0, 0]) for n in (9, 11))
+    for one, factor in ((many, 1.2), (few, 1 / 1.2), (even, 1 / 1.2), (below, 1 / 1.2), (above, 1.2)):
+        assert after(one) == pytest.approx(1e-8 * factor)
     assert after(*[many, few] * 5) == pytest.approx(1e-8, rel=1e-5)
     assert after(*[many] * 10) == pytest.approx(1e-8 * 1.2**10, rel=1e-5)
     # However long the share stays on one side, lambda comes back.
     for one, limit in ((few, 1e-30), (many, 1e30)):
-        state = {"lambda": jnp.full(2, limit)}
-        np.testing.assert_array_equal(next_router_state(state, one, config)["lambda"], state["lambda"])
+        assert after(one, start=limit) == np.float32(limit)
 
 
 def test_the_bias_of_loss_free_balancing_by_hand():
@@ -183,11 +188,15 @@ del METHODS["probe"]
 
 def test_layers_microbatches_and_steps_draw_different_numbers():
     config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, router=Probe()))
-    program = program_for(change(config, train={"grad_accum_steps": 2}))
+    config = change(config, train={"grad_accum_steps": 2})
+    program = Program(config, VOCAB, jax.devices()[:1])
+    step = make_train_step(program.model, program.optimizer, config)
+    losses_of_step = program.jit(
+        lambda state, batch: step(state, batch)[1]["layers"].more
+    )  # and no update: soon compiled
     state, drawn = program.new_state(), []
-    for _ in range(2):
-        state, metrics = program.train_step(state, make_batch())
-        more = metrics["layers"].more
+    for number in range(2):
+        more = losses_of_step(dataclasses.replace(state, step=jnp.int32(number)), make_batch())
         drawn += [float(value) for value in more["drawn_loss"]]
         # Means over two microbatches: that of the squares is the square of the mean if both drew the same.
         assert (more["square_loss"] - more["drawn_loss"] ** 2 > 1e-6).all()
@@ -239,27 +248,23 @@ def test_a_loss_may_not_take_the_place_of_another():
     ids=str,
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(fields, words):
-    with pytest.raises(ConfigError) as caught:
+    with refused(words):
         moe_config(**fields)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
     assert moe_config(router="remoe", load_balance_weight=0.0).balance_weight == 0
     built = MoEConfig.from_mapping({"router": "remoe", "loss_free": {"bias_update_rate": 0.5}})
     assert built == moe_config(router="remoe")
-    with pytest.raises(ConfigError, match=r"moe\.loss_free\.bias_update_rate is -1"):
-        MoEConfig.from_mapping({"router": "remoe", "loss_free": {"bias_update_rate": -1.0}})
     for mapping, words in (
+        ({"router": "remoe", "loss_free": {"bias_update_rate": -1.0}}, "moe.loss_free.bias_update_rate is -1"),
         ({"remoe": {"lamda_factor": 1.1}}, "no setting 'moe.remoe.lamda_factor'; did you mean 'lambda_factor'"),
         ({"defualt": {"ema_decay": 0.5}}, "no setting 'moe.defualt'; did you mean 'default'"),
         ({"default": 3}, "moe.default is 3, but must be a group of settings"),
         ({"router": []}, "moe.router is [], but must be one of 'default', 'dense'"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with refused(re.escape(words)):
             MoEConfig.from_mapping(mapping)
-        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("router", METHODS)
