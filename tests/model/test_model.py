@@ -61,21 +61,16 @@ def paths(tree):
 
 
 def test_no_logit_depends_on_a_later_token():
-    _, variables = build()
-    tokens = some_tokens()
-    embedded = variables["params"]["embed"][tokens]
+    model, variables = build()
+    tokens = jnp.arange(2 * 12, dtype=jnp.int32).reshape(2, 12)  # all different, so that gradients tell them apart
 
-    def logits_at(extra, position):
-        # Each token gets an embedding of its own, so that gradients tell tokens apart.
-        params = {**variables["params"], "embed": (embedded + extra).reshape(-1, 16)}
-        ids = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
-        wide = LanguageModel(MODEL, MOE, tokens.size)
-        params["head"] = jnp.ones((16, tokens.size)) * jnp.arange(tokens.size)
-        return wide.apply({**variables, "params": params}, ids, train=False)[0][:, position].sum()
+    def logits_at(embed, position):
+        params = {**variables["params"], "embed": embed, "head": jnp.ones((16, VOCAB)) * jnp.arange(VOCAB)}
+        return model.apply({**variables, "params": params}, tokens, train=False)[0][:, position].sum()
 
     gradient_at = jax.jit(jax.grad(logits_at))
     for position in (0, 5, 11):
-        gradient = gradient_at(jnp.zeros_like(embedded), position)
+        gradient = gradient_at(variables["params"]["embed"], position)[tokens]
         reach = np.abs(gradient).sum(axis=(0, 2))
         assert np.all(reach[: position + 1] > 0)
         np.testing.assert_array_equal(reach[position + 1 :], 0)
@@ -117,7 +112,7 @@ def test_unrolling_and_rematerialisation_change_neither_results_nor_names(change
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * (1 + float(np.abs(a).max())))
 
 
-@pytest.mark.parametrize("segments", [[12], [5, 7], [1] * 12, [4, 1, 7]])
+@pytest.mark.parametrize("segments", [[12], [6, 6], [1] * 12, [6, 1, 1, 1, 1, 1, 1], [1, 6, 1, 1, 1, 1, 1]])
 def test_decoding_with_a_cache_equals_the_forward_pass(segments):
     model, variables = build()
     tokens = some_tokens(batch=2, length=12)
@@ -150,18 +145,14 @@ def test_initial_standard_deviations_are_the_papers():
     params = init(model)["params"]
     small = (2 / (5 * 64)) ** 0.5  # sqrt(2 / (5 D))
     merging = 2 / (4 * 64**0.5)  # 2 / (L sqrt(D))
-    layers = params["moe_layers"]
+    layers, dense_ffn = params["moe_layers"], params["dense_layers"]["ffn"]
     for array, expected in (
-        (params["embed"], small),
-        (params["head"], small),
-        (layers["attention"]["query"]["kernel"], small),
-        (layers["moe"]["router"]["kernel"], small),
-        (layers["moe"]["experts"]["gate"], small),
-        (layers["moe"]["experts"]["up"], small),
-        (params["dense_layers"]["ffn"]["up"]["kernel"], small),
+        *((a, small) for a in (params["embed"], params["head"], layers["attention"]["query"]["kernel"])),
+        *((a, small) for a in (layers["moe"]["router"]["kernel"], dense_ffn["up"]["kernel"])),
+        *((layers["moe"]["experts"][name], small) for name in ("gate", "up")),
         (layers["attention"]["out"]["kernel"], merging),
         (layers["moe"]["experts"]["down"], merging),
-        (params["dense_layers"]["ffn"]["down"]["kernel"], merging),
+        (dense_ffn["down"]["kernel"], merging),
     ):
         # The relative error of a standard deviation from n samples is 1 / sqrt(2 n); four of them.
         assert float(array.std()) == pytest.approx(expected, rel=4 / (2 * array.size) ** 0.5)
@@ -176,21 +167,28 @@ def test_the_routers_initial_scale_can_be_set_alone():
         np.testing.assert_allclose(other[name], scale * array, rtol=1e-6)
 
 
+def shapes_of(model_config):
+    """Of the variables, and of logits and statistics for `some_tokens`. Nothing is compiled."""
+    model = LanguageModel(model_config, MOE, VOCAB)
+
+    def init_and_apply():
+        variables = model.init(jax.random.key(0), some_tokens(), train=False)
+        return variables, model.apply(variables, some_tokens(), train=False)
+
+    return jax.eval_shape(init_and_apply)
+
+
 def test_tied_embeddings_have_no_head():
-    model, variables = build(dataclasses.replace(MODEL, tie_embeddings=True))
+    variables, (logits, _) = shapes_of(dataclasses.replace(MODEL, tie_embeddings=True))
     assert "head" not in variables["params"]
-    logits, _ = forward(model, variables, some_tokens())
     assert logits.shape == (2, 12, VOCAB)
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3])
 def test_leading_layers_are_dense(dense_layers):
-    config = dataclasses.replace(MODEL, num_dense_layers=dense_layers)
-    model = LanguageModel(config, MOE, VOCAB)
-    variables = init(model)
+    variables, (_, stats) = shapes_of(dataclasses.replace(MODEL, num_dense_layers=dense_layers))
     assert ("dense_layers" in variables["params"]) == (dense_layers > 0)
     assert ("moe_layers" in variables["params"]) == (dense_layers < 3)
-    _, stats = forward(model, variables, some_tokens())
     assert (stats is None) if dense_layers == 3 else stats.tokens_per_expert.shape == (3 - dense_layers, 4)
 
 
@@ -228,14 +226,14 @@ def test_the_embedding_learns_as_much_in_bfloat16_as_in_float32():
     tokens = jnp.zeros((4, 512), jnp.int32)
 
     def gradient(dtype):
-        model, variables = build(dataclasses.replace(MODEL, dtype=dtype), dataclasses.replace(MOE, dtype=dtype))
+        model = LanguageModel(ModelConfig(d_model=16, num_layers=1, num_heads=2, dtype=dtype), MOE, VOCAB)
+        params = init(model)["params"]
 
         def objective(embed):
-            params = {**variables["params"], "embed": embed}
-            logits, _ = model.apply({**variables, "params": params}, tokens, train=False)
+            logits, _ = model.apply({"params": {**params, "embed": embed}}, tokens, train=False)
             return logits.mean(axis=(0, 1)).std() * 1000
 
-        return np.asarray(jax.jit(jax.grad(objective))(variables["params"]["embed"]))[0]
+        return np.asarray(jax.jit(jax.grad(objective))(params["embed"]))[0]
 
     low, high = gradient("bfloat16"), gradient("float32")
     assert np.linalg.norm(low - high) < 0.1 * np.linalg.norm(high)
@@ -288,16 +286,13 @@ def test_rematerialising_all_but_products_runs_no_expert_again():
     loops = {}
     for remat in ("none", "dots", "full"):
         model = LanguageModel(dataclasses.replace(MODEL, remat=remat), MOE, VOCAB)
-        tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
-        variables = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), tokens)
+        variables = jax.eval_shape(partial(model.init, train=True), jax.random.key(0), some_tokens())
 
-        def loss(params, variables, tokens, model=model):
-            (logits, _), state = model.apply(
-                {"params": params, **variables}, tokens, train=True, mutable=["default_vectors"]
-            )
+        def loss(params, vectors, model=model):
+            apply = partial(model.apply, train=True, mutable=["default_vectors"])
+            (logits, _), state = apply({"params": params, "default_vectors": vectors}, some_tokens())
             return logits.sum(), state
 
-        vectors = {"default_vectors": variables["default_vectors"]}
-        jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"], vectors, tokens)
+        jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"], variables["default_vectors"])
         loops[remat] = str(jaxpr).count("while[")
     assert loops == {"none": 6, "dots": 6, "full": 9}
