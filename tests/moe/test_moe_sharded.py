@@ -12,7 +12,7 @@ import pytest
 from helpers import reference
 from helpers.layers import EXPERT_DIM, make_config
 from helpers.reference import Settings
-from helpers.refused import refused
+from helpers.refusals import refused
 from helpers.sharded_layers import (
     D_MODEL,
     LENGTH,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers.refused import refused
+from helpers.refusals import refused
 
 from default_moe import hardware
 from default_moe.bench.candidate import random_batch

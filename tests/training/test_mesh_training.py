@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.emulation import emulate_exchange
-from helpers.refused import refused
+from helpers.refusals import refused
 from helpers.steps import VOCAB, WITH_DENSE_LAYER, change, ema_of, make_batch
 
 from default_moe.config import MeshConfig

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.layers import moe_config
-from helpers.refused import refused
+from helpers.refusals import refused
 from helpers.steps import (
     CONFIG,
     VOCAB,

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.refused import refused
+from helpers.refusals import refused
 from helpers.steps import CONFIG, change
 
 from default_moe.config import MeshConfig, OptimConfig

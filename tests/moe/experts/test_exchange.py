@@ -8,7 +8,7 @@ import pytest
 from helpers import sharded_layers
 from helpers.emulation import emulate_exchange
 from helpers.layers import check_results, make_config
-from helpers.refused import refused
+from helpers.refusals import refused
 
 from default_moe.config import MoEConfig
 from default_moe.moe.experts.exchange import received_slots, slices

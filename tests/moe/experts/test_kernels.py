@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.products import UNITS, check, random_arrays
 from helpers.reference import assert_close
-from helpers.refused import refused
+from helpers.refusals import refused
 
 from default_moe import hardware
 from default_moe.config import Config, ModelConfig, MoEConfig
