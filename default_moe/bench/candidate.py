@@ -1,6 +1,8 @@
 """A config's training step, made to be timed: whole, and in its parts."""
 
+import dataclasses
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from default_moe.config import Config
 from default_moe.errors import ConfigError
 from default_moe.training.memory import StepMemory, out_of_memory_in_one_line, step_memory
 from default_moe.training.program import Program
+from default_moe.training.state import TrainState
 from default_moe.training.step import Batch, make_gradient
 
 
@@ -18,18 +21,37 @@ class StepCandidate:
     """The compiled step of a config with its state, which each call replaces.
 
     compile_seconds: of the step.  memory: of the step, per device.
-    Raises ConfigError, among other things if the step does not fit a device.
     """
 
-    def __init__(self, config: Config, batch: Batch, vocab_size: int, devices: list[Any] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        vocab_size: int,
+        devices: list[Any] | None = None,
+        other: "StepCandidate | None" = None,
+    ):
+        """other: one of another method, to train the same parameters, so that a device holds them only once.
+
+        Raises ConfigError, for example if the step does not fit a device.
+        """
         self.program = program = Program(config, vocab_size, devices)
+        shardings = program.state_shardings
         began = time.perf_counter()
-        self.compiled = program.compile_train_step(jax.tree.map(lambda a: a[:1], batch))
+        self._step = program.compile_train_step(jax.tree.map(lambda a: a[:1], batch))
         self.compile_seconds = time.perf_counter() - began
-        self.memory: StepMemory = step_memory(self.compiled)
+        self.memory: StepMemory = step_memory(self._step)
         with out_of_memory_in_one_line(ConfigError, "making the state", config, program.num_batch_shards):
-            self.state = jax.block_until_ready(program.new_state())
-        self.batch = program.put_batch(
+            if other:
+                self._shared: SimpleNamespace = other._shared
+                make_variables = program.jit(
+                    lambda seed: program.initial_state(seed).variables, out_shardings=shardings.variables
+                )
+                self._variables = jax.block_until_ready(make_variables(np.uint32(config.train.seed)))
+            else:
+                self._shared = SimpleNamespace(state=jax.block_until_ready(program.new_state()))
+                self._variables = self._shared.state.variables
+        self._batch = program.put_batch(
             lambda first, count: jax.tree.map(lambda a: a[first : first + count], batch), config.train.batch_size
         )
         gradient = make_gradient(program.model, config)
@@ -39,24 +61,34 @@ class StepCandidate:
             return optax.apply_updates(params, updates), opt_state
 
         self._gradient = program.jit(lambda state, batch: gradient(state, batch, state.rng))
-        self._optimize = program.jit(optimize)
+        self._optimize = program.jit(
+            optimize, donate_argnums=(0, 1), out_shardings=(shardings.params, shardings.opt_state)
+        )
+
+    @property
+    def state(self) -> TrainState:
+        """The state, with this candidate's own variables."""
+        return dataclasses.replace(self._shared.state, variables=self._variables)
 
     def step(self) -> Any:
-        """One training step. The state goes on from it."""
-        self.state, metrics = self.compiled(self.state, self.batch)
+        """Do one training step and return its metrics."""
+        state, metrics = self._step(self.state, self._batch)
+        self._shared.state, self._variables = state, state.variables
         return metrics
 
     def gradient(self) -> Any:
-        """Its forward and backward pass alone."""
-        return self._gradient(self.state, self.batch)
+        """Do only the forward and backward pass of a step."""
+        return self._gradient(self.state, self._batch)
 
     def optimizer(self) -> Any:
-        """An update with the parameters as their own gradient, alone."""
-        return self._optimize(self.state.params, self.state.opt_state)
+        """Do only an update of a step, with the parameters as their own gradient."""
+        params, opt_state = self._optimize(self.state.params, self.state.opt_state)
+        self._shared.state = dataclasses.replace(self._shared.state, params=params, opt_state=opt_state)
+        return params, opt_state
 
 
 def random_batch(config: Config, vocab_size: int, seed: int = 0) -> Batch:
-    """A batch of the config's shape, its tokens drawn uniformly: arrays [B, L]."""
+    """Return a batch of the config's shape, its tokens drawn uniformly: arrays [B, L]."""
     shape = (config.train.batch_size, config.train.sequence_length)
     tokens = np.random.default_rng(seed).integers(vocab_size, size=(shape[0], shape[1] + 1), dtype=np.int32)
     return {

@@ -1,14 +1,20 @@
 """The MoE layer against a dense feed-forward network of equal active FLOPs, timed alternately in one run."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import jax
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
 from default_moe.bench.timing import Timing, time_alternately
-from default_moe.bench.workload import ROUTINGS, LayerShape, Work, dense_candidate, make_work, moe_candidate
+from default_moe.bench.workload import (
+    ROUTINGS,
+    LayerShape,
+    dense_candidate,
+    make_work,
+    moe_candidate,
+    standard_dtype,
+)
 from default_moe.config import MATMUL_BACKENDS
 from default_moe.errors import check_choice
 from default_moe.hardware import heading
@@ -20,12 +26,7 @@ _COLUMNS = ("candidate", "routing", "ms", "/ dense", "quartiles", "/ top-k", "/ 
 
 
 def run(
-    shapes: Sequence[LayerShape],
-    backends: list[str] | None,
-    dtype: str | None,
-    rounds: int,
-    vs_torch: bool,
-    routings: Sequence[str] = ROUTINGS,
+    shapes: Sequence[LayerShape], backends: list[str] | None, dtype: str | None, rounds: int, vs_torch: bool
 ) -> list[Row]:
     """Time every shape and pass, print a table of each, and return all rows.
 
@@ -37,52 +38,44 @@ def run(
         check_choice("--matmul", backend, ("auto", *MATMUL_BACKENDS))
         resolve_backend(backend)
     names = backends or available_backends()
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or standard_dtype()
     if vs_torch:
         from default_moe.bench import torch_block  # torch is needed for nothing else
 
-        torch_block.check_installed()
+        torch_block.check_installed("torch", "transformers")
     print(heading())
     rows: list[Row] = []
     for shape in shapes:
         candidates: dict[_Key, tuple[Callable, Callable]] = {}
-        for routing in routings:
+        for routing in ROUTINGS:
             work = make_work(shape, routing, dtype)
-            found = _candidates(shape, work, names)
+            found = {"dense": dense_candidate(work)}
+            for backend, router in itertools.product(names, ("topk", "default")):
+                found[f"{router} {backend}"] = moe_candidate(shape, work, router, backend)
             if vs_torch:
                 found |= torch_block.candidates(shape, work)
             # Routing is nothing to a dense network: it is timed once.
             candidates |= {
-                (name, routing): f for name, f in found.items() if routing == routings[0] or "dense" not in name
+                (name, routing): f for name, f in found.items() if routing == ROUTINGS[0] or "dense" not in name
             }
         for index, name in enumerate(_PASSES):
             timings = time_alternately({key: pair[index] for key, pair in candidates.items()}, rounds)
-            group = _rows(shape, timings, index)
+            group = _rows(timings, shape.active_flops() * (3 if index else 1))
             print(f"\n{shape} {dtype}, {name}\n{report.table(group, _COLUMNS)}", flush=True)
             rows += [{"shape": str(shape), "dtype": dtype, "pass": name, **row} for row in group]
     return rows
 
 
-def _candidates(shape: LayerShape, work: Work, backends: list[str]) -> dict[str, tuple[Callable, Callable]]:
-    candidates = {"dense": dense_candidate(work)}
-    for backend in backends:
-        for router in ("topk", "default"):
-            candidates[f"{router} {backend}"] = moe_candidate(shape, work, router, backend)
-    return candidates
-
-
-def _rows(shape: LayerShape, timings: dict[_Key, Timing], index: int) -> list[Row]:
+def _rows(timings: dict[_Key, Timing], flops: int) -> list[Row]:
     rows: list[Row] = []
     balanced = ROUTINGS[0]
     for (name, routing), timing in timings.items():
-        middle, low, high = timing.ratio_to(timings["torch dense" if name.startswith("torch") else "dense", balanced])
         row = {
             "candidate": name,
             "routing": routing,
             "ms": timing.seconds * 1e3,
-            "/ dense": middle,
-            "quartiles": f"{low:.3f}-{high:.3f}",
-            "GFLOP/s": shape.active_flops() * (3 if index else 1) / timing.seconds / 1e9,
+            **timing.versus(timings["torch dense" if name.startswith("torch") else "dense", balanced], "/ dense"),
+            "GFLOP/s": flops / timing.seconds / 1e9,
             "rounds": len(timing.samples),
         }
         if routing != balanced:
@@ -97,7 +90,7 @@ def _rows(shape: LayerShape, timings: dict[_Key, Timing], index: int) -> list[Ro
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars of "/ dense", forward and backward, one group for each shape and routing. Raises ConfigError."""
+    """Draw bars of "/ dense", forward and backward, one group for each shape and routing. Raises ConfigError."""
     rows = [row for row in rows if row["pass"] == _PASSES[1] and "dense" not in row["candidate"]]
     groups = list(dict.fromkeys((row["shape"], row["routing"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))

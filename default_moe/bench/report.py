@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from default_moe.hardware import machine
 Row = dict[str, Any]
 
 
-def table(rows: list[Row], columns: tuple[str, ...]) -> str:
-    """The rows' values under the columns' names, aligned."""
-    lines = [list(columns), *([_shown(row.get(column)) for column in columns] for row in rows)]
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Return the rows' values under the columns' names, aligned. Columns without any value are left out."""
+    columns = [column for column in columns if any(row.get(column) is not None for row in rows)]
+    lines = [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     # The first column's texts to the left, numbers to the right.
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
@@ -29,7 +30,7 @@ def _shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def figure(path: Path, width: float) -> Iterator[Any]:
-    """A matplotlib figure to draw on, written to `path` (.png) at the end. Raises ConfigError if it cannot be."""
+    """Give a matplotlib figure to draw on, written to `path` (.png) at the end. Raises ConfigError if it cannot be."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +47,7 @@ def figure(path: Path, width: float) -> Iterator[Any]:
 
 
 def write_json(path: Path, suite: str, rows: list[Row]) -> None:
-    """Raises ConfigError if it cannot be written."""
+    """Write the rows, with the machine. Raises ConfigError if that cannot be done."""
     try:
         path.write_text(json.dumps({"suite": suite, "machine": machine(), "results": rows}, indent=1) + "\n")
     except OSError as error:

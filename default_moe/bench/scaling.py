@@ -18,21 +18,10 @@ NUM_EXPERTS = (8, 16, 32, 64, 128)
 NUM_LAYERS = (6, 12, 24)
 BATCHES = (0.25, 0.5, 1, 2, 4)
 _VOCAB_SIZE = 257
-_COLUMNS = (
-    "sweep",
-    "value",
-    "step ms",
-    "/ first",
-    "quartiles",
-    "forward+backward ms",
-    "tokens/s",
-    "compile s",
-    "/ first's",
-)
 
 
 def sweeps(config: Config) -> dict[str, dict[int, Config]]:
-    """The configs of each sweep by the value that is swept, all else as in `config`."""
+    """Return the configs of each sweep by the value that is swept, all else as in `config`."""
 
     def changed(section: str, **values: int) -> Config:
         part = dataclasses.replace(getattr(config, section), **values)
@@ -64,30 +53,25 @@ def run(config: Config, rounds: int) -> list[Row]:
     rows: list[Row] = []
     for sweep, configs in sweeps(config).items():
         group = _run_sweep(sweep, configs, rounds)
-        print(f"\n{report.table(group, _COLUMNS)}", flush=True)
+        print(f"\n{report.table(group, tuple(group[0]))}", flush=True)
         rows += group
     return rows
 
 
 def _run_sweep(sweep: str, configs: Mapping[int, Config], rounds: int) -> list[Row]:
-    candidates = {
-        value: StepCandidate(config, random_batch(config, _VOCAB_SIZE), _VOCAB_SIZE)
-        for value, config in configs.items()
-    }
+    candidates = {v: StepCandidate(c, random_batch(c, _VOCAB_SIZE), _VOCAB_SIZE) for v, c in configs.items()}
     steps = time_alternately({value: c.step for value, c in candidates.items()}, rounds)
     gradients = time_alternately({value: c.gradient for value, c in candidates.items()}, rounds)
     first = next(iter(candidates))
     rows: list[Row] = []
     for value, candidate in candidates.items():
-        middle, low, high = steps[value].ratio_to(steps[first])
         train = configs[value].train
         rows.append(
             {
                 "sweep": sweep,
                 "value": value,
                 "step ms": steps[value].seconds * 1e3,
-                "/ first": middle,
-                "quartiles": f"{low:.3f}-{high:.3f}",
+                **steps[value].versus(steps[first], "/ first"),
                 "forward+backward ms": gradients[value].seconds * 1e3,
                 "tokens/s": train.batch_size * train.sequence_length / steps[value].seconds,
                 "compile s": candidate.compile_seconds,
@@ -98,7 +82,7 @@ def _run_sweep(sweep: str, configs: Mapping[int, Config], rounds: int) -> list[R
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Time per token against the first value of each sweep, and for depth the compile time too. Raises ConfigError."""
+    """Draw the time against the first value of each sweep, and for depth the compile time too. Raises ConfigError."""
     with report.figure(path, width=11) as figure:
         for axes, (sweep, label) in zip(
             figure.subplots(1, 3),

@@ -26,24 +26,29 @@ class Timing:
 
     @property
     def seconds(self) -> float:
+        """The median."""
         return statistics.median(self.samples)
 
     def ratio_to(self, other: "Timing") -> tuple[float, float, float]:
-        """Median, lower and upper quartile of this time over the other's, round by round."""
+        """Return median, lower and upper quartile of this time over the other's, round by round."""
         ratios = [a / b for a, b in zip(self.samples, other.samples, strict=False)]
         if len(ratios) == 1:
             return ratios[0], ratios[0], ratios[0]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return middle, low, high
 
+    def versus(self, other: "Timing", name: str) -> dict[str, Any]:
+        """Return that ratio as columns of a table."""
+        middle, low, high = self.ratio_to(other)
+        return {name: middle, "quartiles": f"{low:.3f}-{high:.3f}"}
+
 
 def time_alternately(functions: Mapping[_Key, Callable[[], Any]], rounds: int) -> dict[_Key, Timing]:
     """Time each function once a round, so that what slows the machine slows all of them alike.
 
-    Every other round goes through the functions backwards: none always follows the same one. Each is called first: that
-    compiles it and wakes the device. What takes over a second is timed in 3 rounds only.
-
-    Each function gives what `jax.block_until_ready` waits for, so that calls can be waited for together.
+    Every other round goes backwards, so that no function always follows the same one. Each is called first, which
+    compiles it and wakes the device. What takes over a second is timed in 3 rounds only. Each function returns what
+    `jax.block_until_ready` waits for.
     """
     calls, limit = {}, {}
     sample_seconds = _CPU_SAMPLE_SECONDS if jax.default_backend() == "cpu" else _ACCELERATOR_SAMPLE_SECONDS
@@ -64,7 +69,7 @@ def time_alternately(functions: Mapping[_Key, Callable[[], Any]], rounds: int) -
 
 
 def _seconds(function: Callable[[], Any], calls: int) -> float:
-    """Of one call, the mean over `calls` that are waited for together."""
+    """Return the seconds of one call, the mean over `calls` that are waited for together."""
     began = time.perf_counter()
     result = None
     for _ in range(calls):

@@ -1,4 +1,4 @@
-"""The MoE layer and its rivals on the same work: what the `layer` and `accelerator` suites time."""
+"""The MoE layer and its rivals on the same work: what the `layer` and `products` suites time."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class LayerShape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "LayerShape":
-        """From "T,D,N,K,F". Raises ConfigError."""
+        """Return the shape that "T,D,N,K,F" says. Raises ConfigError."""
         try:
             shape = cls(*(int(part) for part in text.split(",")))
         except (ValueError, TypeError):
@@ -41,7 +41,7 @@ class LayerShape(NamedTuple):
         return shape
 
     def active_flops(self) -> int:
-        """Multiplications and additions of the forward pass's matrix products."""
+        """Return the multiplications and additions of the forward pass's matrix products."""
         return 2 * 3 * self.tokens * self.top_k * self.d_model * self.expert_dim
 
 
@@ -52,8 +52,18 @@ ACCELERATOR_SHAPES = tuple(
 
 
 def standard_shapes() -> tuple[LayerShape, ...]:
-    """What the `layer` suite times here unless told otherwise."""
-    return CPU_SHAPES if jax.default_backend() == "cpu" else ACCELERATOR_SHAPES
+    """Return what the `layer` suite times here unless told otherwise."""
+    return CPU_SHAPES if on_cpu() else ACCELERATOR_SHAPES
+
+
+def standard_dtype() -> str:
+    """Return the compute type here unless told otherwise."""
+    return "float32" if on_cpu() else "bfloat16"
+
+
+def on_cpu() -> bool:
+    """Whether work must be small."""
+    return jax.default_backend() == "cpu"
 
 
 class Work(NamedTuple):
@@ -69,7 +79,7 @@ class Work(NamedTuple):
 
 
 def make_work(shape: LayerShape, routing: str, dtype: str, seed: int = 0) -> Work:
-    """Random tokens and weights, with a router that sends the tokens where `routing` says.
+    """Return random tokens and weights, with a router that sends the tokens where `routing` says.
 
     "balanced": each token's K experts are drawn uniformly.  "skewed": half of the tokens have expert 0 among theirs,
     the others do not; the rest are drawn uniformly.
@@ -89,24 +99,17 @@ def make_work(shape: LayerShape, routing: str, dtype: str, seed: int = 0) -> Wor
 
     experts = {name: weights(num_experts, d_model, width) for name in ("gate", "up")}
     experts["down"] = weights(num_experts, width, d_model)
-    dense = ExpertParams(
-        weights(d_model, width * top_k), weights(d_model, width * top_k), weights(width * top_k, d_model)
-    )
+    wide = width * top_k
+    dense = ExpertParams(weights(d_model, wide), weights(d_model, wide), weights(wide, d_model))
     params = {"router": {"kernel": jnp.asarray(kernel, jnp.float32)}, "experts": experts}
     g = rng.normal(size=(1, tokens, d_model))
     return Work(jnp.asarray(x[None], dtype), jnp.asarray(g, dtype), params, dense)
 
 
 def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tuple[Callable, Callable]:
-    """The forward and the forward and backward pass of the layer, to be called without arguments."""
-    config = MoEConfig(
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        expert_dim=shape.expert_dim,
-        router=router,
-        dtype=work.x.dtype.name,
-        matmul=matmul,
-    )
+    """Return the forward and the forward and backward pass of the layer, to be called without arguments."""
+    _, _, num_experts, top_k, width = shape
+    config = MoEConfig(num_experts, top_k, width, router=router, dtype=work.x.dtype.name, matmul=matmul)
     layer = MoELayer(config)
     state = {}
     if config.default_vectors:
@@ -125,7 +128,7 @@ def moe_candidate(shape: LayerShape, work: Work, router: str, matmul: str) -> tu
 
 
 def dense_candidate(work: Work) -> tuple[Callable, Callable]:
-    """The same of a dense feed-forward network of equal active FLOPs."""
+    """Return the same of a dense feed-forward network of equal active FLOPs."""
 
     def forward(params: ExpertParams, x: Array) -> Array:
         gate, up, down = (w.astype(x.dtype) for w in params)

@@ -1,5 +1,6 @@
 """The benchmarks end to end on tiny work, and that what they time is what they say."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,14 +10,29 @@ import pytest
 from absl import flags
 from helpers.reference import assert_close
 
-from default_moe.bench import layer, scaling, step
-from default_moe.bench.candidate import StepCandidate
+from default_moe.bench import __main__ as program
+from default_moe.bench import layer, products, report, scaling, step
+from default_moe.bench.candidate import StepCandidate, random_batch
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import LayerShape, dense_candidate, make_work, moe_candidate
 from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from default_moe.errors import ConfigError
 
 SHAPE = LayerShape(tokens=64, d_model=16, num_experts=4, top_k=2, expert_dim=8)
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(monkeypatch):
+    for suite in (step, scaling):
+        monkeypatch.setattr(suite, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
+
+
+def config_of(**train) -> Config:
+    return Config(
+        model=ModelConfig(d_model=32, num_layers=1, num_dense_layers=0, num_heads=2),
+        moe=MoEConfig(num_experts=4, expert_dim=8),
+        train=TrainConfig(batch_size=8, **train),
+    )
 
 
 def test_ratios_are_taken_round_by_round():
@@ -73,21 +89,14 @@ def test_the_layer_suite_reports_every_candidate(tmp_path, capsys):
         layer.plot(rows, tmp_path / "none" / "bars.png")
 
 
-def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
-    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
-    config = Config(
-        model=ModelConfig(d_model=32, num_layers=1, num_dense_layers=0, num_heads=2),
-        moe=MoEConfig(num_experts=4, expert_dim=16),
-        data=DataConfig(
-            name="text_files", files=f"{tmp_path}/*.txt", dir=str(tmp_path / "data"), validation_fraction=0.5
-        ),
-        train=TrainConfig(num_steps=4, batch_size=8, sequence_length=64),
-    )
-    (tmp_path / "more.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path):
+    for name, text in (("text", "All work and no play makes Jack a dull boy"), ("more", "The quick brown fox jumps")):
+        (tmp_path / f"{name}.txt").write_text(f"{text}.\n" * 300)
+    data = DataConfig(name="text_files", files=f"{tmp_path}/*.txt", dir=f"{tmp_path}/data", validation_fraction=0.5)
+    config = dataclasses.replace(config_of(sequence_length=64), data=data)
     topk, default = step.run(config, ["default"], rounds=2)
     assert topk["/ top-k"] == 1
-    assert default["step ms"] > 0
+    assert default["step ms"] > 0 and default["data ms"] > 0
     assert default["tokens/s"] == pytest.approx(8 * 64 / default["step ms"] * 1e3)
     # 1 MoE layer: 4 default vectors of 32 and 4 probabilities of 512 tokens, 4 bytes each.
     assert default["allowed bytes"] == 4 * (4 * 32 + 4 * 512)
@@ -95,17 +104,39 @@ def test_the_step_suite_keeps_default_moe_within_its_memory(tmp_path, monkeypatc
     assert default["state MB"] - topk["state MB"] == pytest.approx(4 * 4 * 32 / 1e6)
 
 
+def test_methods_train_the_same_parameters_and_keep_what_is_theirs():
+    config = config_of(sequence_length=16)
+    batch = random_batch(config, 257)
+    default = StepCandidate(config, batch, 257, jax.devices()[:1])
+    loss_free = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router="loss_free"))
+    other = StepCandidate(loss_free, batch, 257, jax.devices()[:1], other=default)
+    for candidate in (default, other, default):
+        candidate.step()
+    default.optimizer()
+    assert int(default.state.step) == int(other.state.step) == 3
+    assert default.state.params is other.state.params
+    assert list(default.state.variables) == ["default_vectors"] and list(other.state.variables) == ["router_state"]
+
+
+def test_the_products_suite_says_which_kernel_failed(monkeypatch, capsys):
+    def refuse(*args):
+        raise ValueError("no\nkernel")
+
+    monkeypatch.setattr(products, "_plain", refuse)
+    best, copy, *rows = products.run([SHAPE], None, rounds=2, vs_torch=False)
+    assert best["GFLOP/s"] > 0 and copy["GB/s"] > 0
+    assert [row["by"] for row in rows] == ["ragged_dot", "plain product of equal FLOPs"] * 3
+    for found, failed in zip(rows[::2], rows[1::2], strict=True):
+        flops = 2 * 64 * 2 * 16 * 8
+        assert found["/ matrix product"] == pytest.approx(flops / found["ms"] / 1e6 / best["GFLOP/s"])
+        assert failed["error"] == "ValueError: no kernel"
+    assert "T64 D16 N4 K2 F8 float32, rows' gradient" in capsys.readouterr().out
+
+
 def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scaling, "NUM_EXPERTS", (8, 16))
-    monkeypatch.setattr(scaling, "NUM_LAYERS", (2,))
-    monkeypatch.setattr(scaling, "BATCHES", (0.5, 1))
-    config = Config(
-        model=ModelConfig(d_model=16, num_layers=1, num_dense_layers=0, num_heads=2),
-        moe=MoEConfig(num_experts=4, expert_dim=8),
-        train=TrainConfig(batch_size=8, sequence_length=16),
-    )
-    monkeypatch.setattr(scaling, "StepCandidate", functools.partial(StepCandidate, devices=jax.devices()[:1]))
-    rows = scaling.run(config, rounds=2)
+    for name, values in (("NUM_EXPERTS", (8, 16)), ("NUM_LAYERS", (2,)), ("BATCHES", (0.5, 1))):
+        monkeypatch.setattr(scaling, name, values)
+    rows = scaling.run(config_of(sequence_length=16), rounds=2)
     values = {"num_experts": [8, 16], "num_layers": [2], "tokens": [128]}  # on 8 devices no fewer sequences
     assert [(row["sweep"], row["value"]) for row in rows] == [(k, v) for k, vs in values.items() for v in vs]
     assert [row["/ first"] for row in rows if row["value"] in (8, 2, 128)] == [1, 1, 1]
@@ -127,17 +158,22 @@ BAD = {
     "an unknown backend": (["--matmul=cutlass"], "--matmul is 'cutlass'"),
     "an unknown suite": (["--suite=all"], "layer"),
     "a config for the layer suite": (["--config=configs/quickstart.py"], "--suite=step"),
-    "a shape for the step suite": (["--suite=step", "--shape=8,16,4,2,4"], "--suite=layer"),
-    "the same in two words": (["--suite", "step", "--shape=8,16,4,2,4"], "--suite=layer"),
+    "a shape for the step suite": (["--suite=step", "--shape=8,16,4,2,4"], "goes with --suite=layer and"),
+    "the same in two words": (["--suite", "step", "--shape=8,16,4,2,4"], "goes with --suite=layer and"),
+    "a profile of the layer": (["--profile=x"], "--profile goes with --suite=step"),
+    "random tokens for the layer": (["--random_tokens"], "--random_tokens goes with --suite=step"),
+    "a picture of products": (["--suite=products", "--plot=x.png"], "--plot goes with --suite=layer and"),
+    "no folder": (["--suite=accelerator"], "--suite=accelerator needs --out=DIR"),
+    "a folder for the layer": (["--out=o"], "--out goes with --suite=accelerator"),
+    "rounds of all": (["--suite=accelerator", "--out=o", "--rounds=3"], "--rounds goes with --suite=layer and"),
+    "a file nowhere": (["--json=/nowhere/a.json"], "there is no directory /nowhere"),
 }
 
 
 @pytest.mark.parametrize("args,words", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line(args, words):
-    from default_moe.bench import __main__ as program
-
     flags.FLAGS.unparse_flags()
-    for name in ("shape", "matmul", "config", "suite"):
+    for name in ("config", "suite", *program._FLAGS_OF):
         flags.FLAGS[name].unparse()
     with pytest.raises((ConfigError, flags.Error)) as caught:
         program.main(["bench", *args])
@@ -145,8 +181,6 @@ def test_bad_input_is_one_line(args, words):
 
 
 def test_json_says_where_it_is_from(tmp_path):
-    from default_moe.bench import report
-
     report.write_json(tmp_path / "a.json", "layer", [{"ms": 1.5}])
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["results"] == [{"ms": 1.5}]

@@ -1,0 +1,122 @@
+"""All that is worth knowing about one GPU or TPU: the other suites, each in a process of its own with a time limit."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from default_moe.bench.workload import ACCELERATOR_SHAPES
+from default_moe.errors import ConfigError
+
+SECONDS = 530.0
+_ROOT = Path(__file__).parents[2]
+_STEP = "--suite=step --config=configs/paper.py:8c1{} --random_tokens --config.train.grad_accum_steps=1"
+# Batch and remat for 80 GB, and less; the last is a smaller model for 16 GB.
+_STEPS = (
+    f"{_STEP.format('')} --config.train.batch_size=32 --config.model.remat=dots",
+    f"{_STEP.format('')} --config.train.batch_size=16 --config.model.remat=dots",
+    f"{_STEP.format('')} --config.train.batch_size=8 --config.model.remat=full",
+    f"{_STEP.format(',d_model=512')} --config.train.batch_size=8 --config.model.remat=full",
+)
+_TINY_STEP = (
+    f"{_STEP.format('')} --config.train.batch_size=8 --config.train.sequence_length=16 --config.model.num_layers=2 "
+    "--config.model.d_model=32 --config.model.num_heads=2 --config.model.vocab_size=64 --config.model.dtype=float32 "
+    "--config.moe.expert_dim=16 --config.model.remat=none"
+)
+
+
+class Part(NamedTuple):
+    """A suite to run.
+
+    name: of the files that it leaves.  seconds: its limit.  attempts: flags; the next ones are tried where some fail.
+    memory: share of a GPU's memory that JAX takes; torch needs the rest.
+    """
+
+    name: str
+    seconds: float
+    attempts: tuple[str, ...]
+    memory: float = 0.93
+
+
+def parts(on_cpu: bool) -> list[Part]:
+    """Return what to run, in the order of what would be missed most; for a CPU tiny versions."""
+    first = "--shape=128,32,4,2,16" if on_cpu else f"--shape={','.join(map(str, ACCELERATOR_SHAPES[0]))}"
+    shapes = first if on_cpu else ""  # the standard ones
+    rounds = f"--rounds={2 if on_cpu else 10}"
+    found = [
+        Part("step", 250, tuple(f"{flags} {rounds}" for flags in ((_TINY_STEP,) if on_cpu else _STEPS))),
+        Part("products", 90, (f"--suite=products {shapes} {rounds}",)),
+        Part("layer", 120, (f"--suite=layer --matmul=auto {shapes} {rounds}",)),
+    ]
+    if importlib.util.find_spec("torch"):
+        found.append(Part("products_torch", 60, (f"--suite=products --vs_torch {first} {rounds}",), 0.4))
+        if importlib.util.find_spec("transformers"):
+            found.append(Part("layer_torch", 60, (f"--suite=layer --matmul=auto --vs_torch {first} {rounds}",), 0.4))
+    return found
+
+
+def run(folder: Path) -> bool:
+    """Run all parts, print what each finds, and return whether all succeeded.
+
+    Each part leaves a text and a JSON file in `folder`, the step a profile too.
+    Raises ConfigError if the folder cannot be written or is not empty, or if JAX does not start.
+    """
+    folder = folder.absolute()
+    end = time.monotonic() + SECONDS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: choose another --out")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
+    # Asked in a process that ends: this one must not hold the device.
+    problem = _run(["-c", "import jax; print(jax.default_backend())"], folder / "platform.txt", 120)
+    platform = (folder / "platform.txt").read_text()
+    if problem:
+        raise ConfigError(f"JAX does not start here: {problem}: {_last_line(platform)}")
+    problems = [_run_part(part, folder, end) for part in parts(_last_line(platform) == "cpu")]
+    return not any(problems)
+
+
+def _run_part(part: Part, folder: Path, end: float) -> str | None:
+    """Return what went wrong with it in one line, or None."""
+    end = min(end, time.monotonic() + part.seconds)
+    text = folder / f"{part.name}.txt"
+    for flags in part.attempts:
+        command = ["-m", "default_moe.bench", *flags.split(), f"--json={folder / part.name}.json"]
+        if part.name == "step":
+            command.append(f"--profile={folder / 'profile'}")
+        problem = _run(command, text, end - time.monotonic(), part.memory)
+        found = text.read_text(errors="replace") if text.exists() else ""
+        print(f"\n{part.name}: {problem or 'done'}\n{found}", flush=True)
+        if problem is None:
+            break
+    return problem
+
+
+def _run(arguments: list[str], output: Path, seconds: float, memory: float = 0.93) -> str | None:
+    """Run Python, write what it prints to a file, and return what went wrong in one line, or None."""
+    if seconds <= 0:
+        return "no time was left for it"
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "XLA_CLIENT_MEM_FRACTION": str(memory)}
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX takes one of them
+    with output.open("w") as file:
+        try:
+            code = subprocess.run(
+                [sys.executable, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                cwd=_ROOT,
+                env=environment,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+    return f"ended with code {code}" if code else None
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1][:300]
