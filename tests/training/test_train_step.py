@@ -7,26 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.steps import (
-    CONFIG,
-    WITH_DENSE_LAYER,
-    assert_trees_equal,
-    change,
-    copy,
-    ema_of,
-    make_batch,
-    new_state,
-    poisoned,
-    program_for,
-    step_of,
-)
+from helpers import steps
+from helpers.steps import CONFIG, assert_trees_equal, change, copy, make_batch, new_state, program_for, step_of
 
 from default_moe.config import OptimConfig
 from default_moe.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 BACKWARD = change(CONFIG, moe={"substitute": "backward"})
 # Without a balance loss microbatches do not interact.
-TOPK = change(WITH_DENSE_LAYER, moe={"router": "topk", "load_balance_weight": 0.0})
+TOPK = change(steps.WITH_DENSE_LAYER, moe={"router": "topk", "load_balance_weight": 0.0})
 
 
 def accumulated(config):
@@ -34,16 +23,16 @@ def accumulated(config):
 
 
 def test_a_step_is_one_adamw_update_of_the_clipped_gradient():
-    before, batch = new_state(WITH_DENSE_LAYER), make_batch()
+    before, batch = new_state(steps.WITH_DENSE_LAYER), make_batch()
 
     def loss(params):
-        (logits, stats), _ = program_for(WITH_DENSE_LAYER).model.apply(
+        (logits, stats), _ = program_for(steps.WITH_DENSE_LAYER).model.apply(
             {"params": params, **before.variables}, batch["inputs"], train=True, mutable=["default_vectors"]
         )
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
         return nll + 0.01 * stats.load_balance_loss.sum()
 
-    rate = learning_rate_schedule(WITH_DENSE_LAYER.optim, 20)(0)
+    rate = learning_rate_schedule(steps.WITH_DENSE_LAYER.optim, 20)(0)
     decayed = decay_mask(before.params)
 
     @jax.jit  # by itself each operation on each parameter would be compiled
@@ -58,7 +47,7 @@ def test_a_step_is_one_adamw_update_of_the_clipped_gradient():
         return value, norm, clipped, expected
 
     value, norm, clipped, expected = expect(before.params)
-    after, metrics = step_of(WITH_DENSE_LAYER, batch=batch)
+    after, metrics = step_of(steps.WITH_DENSE_LAYER, batch=batch)
     assert float(metrics["total_loss"]) == pytest.approx(float(value), rel=1e-6)
     assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
     assert float(metrics["learning_rate"]) == pytest.approx(float(rate))
@@ -80,7 +69,7 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again():
 @pytest.mark.parametrize("where", ["head", "embed"])
 def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(config, where):
     good, _ = step_of(config, batch=make_batch(1))
-    bad = poisoned(good, where)
+    bad = steps.poisoned(good, where)
     after, metrics = step_of(config, copy(bad), make_batch(2))
     assert not np.isfinite(float(metrics["loss"]))
     for name in ("params", "variables", "opt_state", "rng"):
@@ -140,14 +129,14 @@ def test_default_vectors_are_updated_once_per_step_whatever_the_accumulation(con
     state = dataclasses.replace(state, variables=jax.tree.map(lambda x: x + 0.5, state.variables))
     after, expected = (step_of(one, copy(state), make_batch(6))[0] for one in (accumulated(config), config))
     assert set(after.variables) == {"default_vectors"}
-    assert np.abs(ema_of(expected)[0] - 0.5).max() > 1e-3
-    np.testing.assert_allclose(ema_of(after)[0], ema_of(expected)[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(steps.ema_of(expected)[0] - 0.5).max() > 1e-3
+    np.testing.assert_allclose(steps.ema_of(after)[0], steps.ema_of(expected)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_backward_substitution_accumulates_to_the_whole_batchs_vectors_in_every_layer():
     """There the output does not depend on the vectors, so all layers agree."""
     after, expected = (step_of(one, batch=make_batch(6))[0] for one in (accumulated(BACKWARD), BACKWARD))
-    np.testing.assert_allclose(ema_of(after), ema_of(expected), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(steps.ema_of(after), steps.ema_of(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_moves_no_state_and_uses_the_vectors():
@@ -162,7 +151,7 @@ def test_evaluation_moves_no_state_and_uses_the_vectors():
 
 
 def test_weight_decay_spares_norms_biases_embeddings_and_router():
-    params = program_for(WITH_DENSE_LAYER).abstract_state.params
+    params = program_for(steps.WITH_DENSE_LAYER).abstract_state.params
     decayed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params))
