@@ -35,7 +35,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def platform() -> str:
-    """Of the mesh in use, or of the default device: "cpu", "tpu", or one of a GPU."""
+    """Name that of the mesh in use, or of the default device: "cpu", "tpu", or one of a GPU."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return (device and device.platform) or jax.default_backend()

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     say = Progress(0).message
     failures, code = runs.do_runs(entries, workdir)
     if code is not None:
-        say("the comparison is not finished; the same command goes on")
+        say("the comparison is not finished; the same command continues it")
         return code
     results = {}
     for entry in entries:

@@ -50,7 +50,7 @@ class Row:
         return float(np.median(list(self.tokens_to_target.values()))) if self.tokens_to_target else None
 
     def mean_of(self, name: str) -> float:
-        """Of a field of the results, over seeds."""
+        """Return the mean of a field of the results, over seeds."""
         return float(np.mean([getattr(result, name) for result in self.results.values()]))
 
 

@@ -90,7 +90,7 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
-    """Of ["topk", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
+    """Read ["topk", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
     labels = [text.strip() for text in texts]
     check(len(set(labels)) == len(labels), f"--methods is {','.join(labels)!r}, but a method is given twice")
     check(len(labels) > 1, f"--methods is {','.join(labels)!r}, but a comparison takes two, the baseline first")

@@ -134,7 +134,7 @@ def checkpoints(workdir: Path) -> set[Path]:
 
 
 def vocab_size(entry: Entry, workdir: Path) -> int:
-    """Of a run that has begun."""
+    """Return that of a run that has begun."""
     return int(json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())["vocab_size"])
 
 

@@ -30,7 +30,7 @@ class Paired:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
+    """Return that of the mean; None for one value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 

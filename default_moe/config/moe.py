@@ -38,10 +38,10 @@ class MoEConfig:
       balance over the batch (None: what the method asks for), balance within each sequence, and the z-loss.
     dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
       router and the default vectors are float32 always.
-    matmul: how experts are computed, "blocks", "ragged", "mosaic" or "tokamax", see `grouped_matmul.py`; "auto" picks
-      by platform.
+    matmul: how experts are computed, "blocks", "ragged", "mosaic" or "tokamax", see `moe/experts/backends.py`; "auto"
+      picks by platform.
     expert_parallel: how devices that hold different experts share tokens, "gather" or "exchange", see
-      `expert_parallel.py`; "auto" picks by platform and by what is moved.
+      `moe/experts/parallel.py`; "auto" picks by platform and by what is moved.
     """
 
     num_experts: int = 8

@@ -16,8 +16,8 @@ class DefaultVectorSettings:
     ema_decay: beta of the moving average.  ema_weighted: average expert outputs weighted by their weight in the layer's
       output.  ema_init: "zeros" or "gaussian" (with ema_init_std).
     ema_update: "before" uses the vectors updated with this very batch, as the paper does, "after" those before it.
-    substitute: "forward" adds the default vectors of the inactive experts to the output, "backward" uses them for the
-      router's gradient alone.
+    substitute: "forward" adds the default vectors of the inactive experts to the output, "backward" uses them
+      only for the router's gradient.
     substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
       The gradient is dense from the start. 0: all of it at once.
     expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as

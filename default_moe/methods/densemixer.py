@@ -11,7 +11,7 @@ from default_moe.methods.topk import TopK
 class DenseMixer(TopK):
     """y is top-k's; the gate of every expert receives <dL/dy, E_i(x)>. Default MoE approximates this gradient.
 
-    An expert is trained by the tokens that chose it alone. With normalized weights see `method.gates`.
+    An expert is trained only by the tokens that chose it. With normalized weights see `method.gates`.
     """
 
     name = "densemixer"

@@ -2,8 +2,8 @@
 
 A method turns router logits into the experts that run for each token and the gates of their outputs. In between lies
 its estimator, for what reaches the logits in the backward pass is what its gates pass on. Running the experts,
-adding up their outputs, splitting them over devices, and saving state are the same for all. See `routing.py` for the
-dimension key; Y MoE layers.
+adding up their outputs, splitting them over devices, and saving state are the same for all. The README
+of the package has the dimension key.
 """
 
 import abc
@@ -120,7 +120,7 @@ class Method(abc.ABC):
     ) -> dict[str, tuple[Array | float, Array]]:
         """Weight and value of each loss term that the method adds to those that all methods have, by name.
 
-        With the number 0 as its weight a term is reported alone.
+        A term whose weight is the number 0 is only reported.
         """
         return {}
 
@@ -133,11 +133,11 @@ class Method(abc.ABC):
         return state
 
     def experts_per_token(self, config: LayerSettings) -> int:
-        """How many experts' outputs a token uses, on the mean."""
+        """Return how many experts' outputs a token uses, on average."""
         return config.top_k
 
     def most_experts_per_token(self, config: LayerSettings) -> int:
-        """C, how many there is room for."""
+        """Return C, how many there is room for."""
         return self.experts_per_token(config)
 
 

@@ -18,7 +18,7 @@ _OWN_LOSS = "its own loss balances the experts, and says how many run"
 
 @dataclass(frozen=True)
 class ReMoE(Method):
-    """y = sum over experts of relu(s_i) E_i(x). The number of experts that run differs by token, K on the mean.
+    """y = sum over experts of relu(s_i) E_i(x). The number of experts that run differs by token, K on average.
 
     About half of the gates are open at the start: there is room for all N experts of every token.
 
@@ -76,7 +76,7 @@ class ReMoE(Method):
         return {"lambda": jnp.float32(self.initial_lambda)}
 
     def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
-        # The share of closed gates is below 1 - K / N if more than K are open on the mean.
+        # The share of closed gates is below 1 - K / N if more than K are open on average.
         open_gates = (load.tokens_per_expert.sum(axis=-1) / jnp.maximum(load.num_tokens, 1)).mean()
         factor = jnp.where(open_gates > config.top_k, self.lambda_factor, 1 / self.lambda_factor)
         return {"lambda": jnp.clip(state["lambda"] * factor, 1e-30, 1e30)}

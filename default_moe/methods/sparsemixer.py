@@ -41,14 +41,14 @@ class SparseMixer(Method):
     def __post_init__(self) -> None:
         check(
             0 < self.mask_threshold < 1,
-            f"moe.sparsemixer.mask_threshold is {self.mask_threshold}, but must lie between 0 and 1 (at 0 one expert "
-            "alone could be drawn, and the router would get no gradient)",
+            f"moe.sparsemixer.mask_threshold is {self.mask_threshold}, but must lie between 0 and 1 (at 0 only one "
+            "expert could be drawn, and the router would get no gradient)",
         )
 
     def check(self, config: LayerSettings) -> None:
         check(
             config.top_k <= 2,
-            f"moe.top_k is {config.top_k}, but moe.router='sparsemixer' is defined for 1 and 2 alone",
+            f"moe.top_k is {config.top_k}, but moe.router='sparsemixer' is defined only for 1 and 2",
         )
         check(
             config.top_k < config.num_experts,

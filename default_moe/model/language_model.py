@@ -48,7 +48,7 @@ class Unembedding(NamedTuple):
 
 
 def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, its result in the compute dtype. In a loop over layers, backward keeps the input alone."""
+    """LayerNorm in float32, its result in the compute dtype. In a loop over layers, backward keeps only the input."""
     dtype = jnp.dtype(config.dtype)
     norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
     return norm(

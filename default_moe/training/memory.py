@@ -31,7 +31,7 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(compiled: Any) -> StepMemory:
-    """Of a compiled function, results that do not take the place of arguments counted as temporaries."""
+    """Return that of a compiled function; results that do not take the place of arguments count as temporaries."""
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     return StepMemory(m.argument_size_in_bytes, m.temp_size_in_bytes + results)

@@ -30,7 +30,7 @@ from default_moe.training.step import Batch, make_eval_step, make_train_step
 def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = True) -> Mesh:
     """The mesh of a config, over all devices. Raises ConfigError if they do not fit each other.
 
-    training: whether training batches must fit too, not those of the evaluation alone.
+    training: whether training batches must fit too, not only those of the evaluation.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert, devices)
     with in_force(mesh, config):
@@ -121,7 +121,7 @@ class Program:
         self.expert_parallel = resolve_expert_parallel(moe, tokens, model.d_model)
 
     def with_seed(self, seed: int) -> Self:
-        """The program of a run that differs from this one in train.seed alone, with the same compiled steps."""
+        """The program of a run that differs from this one only in train.seed, with the same compiled steps."""
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, seed=seed))
         return other

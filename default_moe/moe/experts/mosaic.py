@@ -47,7 +47,7 @@ def matrices_gradient(lhs_SD: Array, d_out_SF: Array, group_sizes_M: Array) -> A
 
 
 def _tiles(block_m: int, columns: int) -> dict[str, Any]:
-    """Of shapes that leave no tile partly filled. More steps, and square groups, were each faster on an H200."""
+    """Choose shapes that leave no tile partly filled. More steps, and square groups, were each faster on an H200."""
     block_n = _width(columns)
     across = columns // block_n
     return {

@@ -30,7 +30,7 @@ def swiglu_hidden(gate: Array, up: Array) -> Array:
 
 
 def swiglu_gradients(gate: Array, up: Array, d_hidden: Array) -> tuple[Array, Array]:
-    """Of gate and up, from that of the hidden values, in float32."""
+    """Return the gradients of gate and up from that of the hidden values, in float32."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
