@@ -123,6 +123,9 @@ def read_command(own_flags, monkeypatch, capfd):
         def __exit__(self, *args):
             pass
 
+        def newest_whole(self):
+            return 1
+
         def read_meta(self, step):
             return Checkpoint(config=Config().to_dict())
 
