@@ -17,7 +17,7 @@ from default_moe.config import Config, DataConfig
 from default_moe.data.tokenizer import open_tokenizer_file, tokenizer_from_dict
 from default_moe.errors import ConfigError
 from default_moe.plan import report
-from default_moe.plan.search import largest_by_proportion, largest_microbatch, search, sequences_a_device
+from default_moe.plan.search import largest_by_proportion, largest_microbatch, search
 from default_moe.plan.step_plan import StepPlan, make_plan
 from default_moe.plan.topologies import known, open_topology
 
@@ -46,22 +46,25 @@ def main(argv: list[str]) -> int:
         return make_plan(config, vocab_size, topology)
 
     if _SEARCH.value:
-        plans = search(config, vocab_size, topology, _COMPILE.value, lambda plan: _say(_one_line(plan)))
-        _say(_ranking(plans))
-        _write([report.as_json(plan) for plan in plans])
-        return 0 if plans else 1
-    plan = make(config)
-    _say(report.text(plan))
-    if topology.hardware and _LARGEST.value:
-        _say(_largest_line(largest_microbatch(plan, make)))
-    elif topology.hardware and (size := largest_by_proportion(plan)) is not None:
-        _say(f"by proportion about {size} sequences a device fit at a time; --largest finds out by compiling")
-    _write(report.as_json(plan))
-    return 0 if plan.fits else 1
+        plans = search(config, vocab_size, topology, _COMPILE.value, lambda plan: print(_one_line(plan), flush=True))
+        print(_ranking(plans))
+        content: Any = [report.as_json(plan) for plan in plans]
+        success = bool(plans)
+    else:
+        plan = make(config)
+        print(report.text(plan), flush=True)
+        if _LARGEST.value:
+            print(_largest_line(largest_microbatch(plan, make)))
+        elif (size := largest_by_proportion(plan)) is not None:
+            print(f"by proportion about {size} sequences a device fit at a time; --largest finds out by compiling")
+        content, success = report.as_json(plan), plan.fits
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if success else 1
 
 
 def _without_data(config_dict: Any) -> None:
-    """Which text a run reads matters to no plan, and may not be there yet."""
+    """No plan depends on the text of a run, which may not be there yet."""
     if config_dict.data.name == "text_files" and not config_dict.data.files:
         config_dict.data.files = "*.txt"
 
@@ -75,18 +78,12 @@ def _vocab_size(config: DataConfig) -> int:
 
 
 def _one_line(plan: StepPlan) -> str:
+    settings = [f"mesh.{axis}={size}" for axis, size in plan.program.mesh.shape.items()]
+    settings.append(f"model.remat={plan.config.model.remat}")
+    settings.append(f"train.grad_accum_steps={plan.config.train.grad_accum_steps}")
     memory = f"{plan.memory.total / 2**30:.1f} GiB" if plan.memory else "too much memory"
-    return f"{_settings(plan)}: {memory}, {report.speed(plan) if plan.fits else 'does not fit'}"
-
-
-def _settings(plan: StepPlan) -> str:
-    mesh = plan.program.mesh.shape
-    flags_ = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    flags_ += [
-        f"--config.model.remat={plan.config.model.remat}",
-        f"--config.train.grad_accum_steps={plan.config.train.grad_accum_steps}",
-    ]
-    return " ".join(flags_)
+    speed = report.speed(plan) if plan.fits else "does not fit"
+    return f"{' '.join(f'--config.{setting}' for setting in settings)}: {memory}, {speed}"
 
 
 def _ranking(plans: list[StepPlan]) -> str:
@@ -99,20 +96,11 @@ def _ranking(plans: list[StepPlan]) -> str:
 def _largest_line(plan: StepPlan | None) -> str:
     if plan is None:
         return "largest microbatch: not even one sequence a device fits"
-    a_device = sequences_a_device(plan)
+    a_device = plan.sequences_a_device
     return (
         f"largest microbatch that fits: {a_device} sequence{'s' if a_device > 1 else ''} a device, "
         f"{a_device * plan.program.num_batch_shards:,} at a time (train.batch_size / train.grad_accum_steps)"
     )
-
-
-def _write(content: Any) -> None:
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

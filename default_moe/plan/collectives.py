@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: Hlo, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Of a program compiled for a mesh of this shape; none of groups of one device.
+    """Return those of a program compiled for a mesh of this shape, but for groups of one device.
 
     TPU programs show a collective in each of the fusions that it overlaps with, some of them in other loops: it counts
     where it begins.
@@ -50,14 +51,13 @@ def collectives(hlo: Hlo, mesh_shape: Mapping[str, int]) -> list[Collective]:
     for name, runs in hlo.runs.items():
         computation = hlo.computations[name]
         begins = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
+        found = started if begins or name not in hlo.fused else others
         for instruction in computation.values():
-            if instruction.opcode.removesuffix("-start") not in KINDS:
-                continue
-            one = _collective(computation, instruction, runs, mesh_shape)
-            (started if begins or name not in hlo.fused else others).append(one)
+            if instruction.opcode.removesuffix("-start") in KINDS:
+                found.append(_collective(computation, instruction, runs, mesh_shape))
     channels = {_channel(one) for one in started}
-    found = started + [one for one in others if _channel(one) not in channels]
-    return [one for one in found if len(one.group) > 1]
+    started += [one for one in others if _channel(one) not in channels]
+    return [one for one in started if len(one.group) > 1]
 
 
 def _collective(
@@ -72,14 +72,8 @@ def _collective(
         result = min([result, *rows])
     whole = result * size if kind == "reduce-scatter" else result
     sent = {"all-reduce": 2 * whole * (size - 1) / size, "collective-permute": whole, "collective-broadcast": whole}
-    return Collective(
-        kind=kind,
-        axes=_axes(groups, mesh_shape),
-        group=min(groups, key=min),
-        runs=runs,
-        bytes=round(sent.get(kind, whole * (size - 1) / size)),
-        instruction=instruction,
-    )
+    sent_bytes = round(sent.get(kind, whole * (size - 1) / size))
+    return Collective(kind, _axes(groups, mesh_shape), min(groups, key=min), runs, sent_bytes, instruction)
 
 
 def _channel(one: Collective) -> str | None:
@@ -87,26 +81,25 @@ def _channel(one: Collective) -> str | None:
     return found[1] if found else None
 
 
-def summary(found: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
-    """(kind, axes, how often, bytes that a device sends) of all with a kind and axes in common, most bytes first."""
-    totals: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+def summary(found: Iterable[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
+    """Return (kind, axes, how often, bytes that a device sends) of each kind and axes, most bytes first."""
+    count: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    sent: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for one in found:
-        total = totals.setdefault((one.kind, one.axes), [0, 0])
-        total[0] += one.runs
-        total[1] += one.runs * one.bytes
-    rows = [(kind, axes, count, size) for (kind, axes), (count, size) in totals.items()]
-    return sorted(rows, key=lambda row: -row[3])
+        count[one.kind, one.axes] += one.runs
+        sent[one.kind, one.axes] += one.runs * one.bytes
+    return [(*key, count[key], size) for key, size in sent.most_common()]
 
 
 def device_groups(attributes: str, num_devices: int) -> set[frozenset[int]]:
-    """The devices that exchange with each other, by their number in the mesh.
+    """Return the devices that exchange with each other, by their number in the mesh.
 
     Read from replica_groups={{0,1},{2,3}}, or [4,2]<=[8], or mesh['a'=4,'b'=2] {'b'}, which extend along axis b, or
     from source_target_pairs={{0,1},{1,0}}.
     """
     ids = np.arange(num_devices)
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        return {frozenset(group) for group in _connected(_listed(pairs[1]))}
+        return _connected(_listed(pairs[1]))
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return {frozenset(group) for group in _listed(listed[1])}
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
@@ -126,7 +119,7 @@ def device_groups(attributes: str, num_devices: int) -> set[frozenset[int]]:
 
 
 def _permuted(ids: np.ndarray, order: str) -> np.ndarray:
-    """The ids in the order that "[4,2]T(1,0)" stands for: reshaped, and transposed if it says so."""
+    """Return the ids in the order that "[4,2]T(1,0)" stands for: reshaped, and transposed if it says so."""
     shape, axes = ([int(n) for n in part.split(",") if n] for part in re.findall(_ORDER, order)[0])
     return ids.reshape(shape).transpose(axes) if axes else ids.reshape(shape)
 
@@ -135,16 +128,16 @@ def _listed(text: str) -> list[list[int]]:
     return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
 
 
-def _connected(pairs: list[list[int]]) -> Iterator[set[int]]:
-    groups: dict[int, set[int]] = {}
-    for source, target in pairs:
-        merged = groups.get(source, {source}) | groups.get(target, {target})
+def _connected(pairs: list[list[int]]) -> set[frozenset[int]]:
+    groups: dict[int, frozenset[int]] = {}
+    for pair in pairs:
+        merged = frozenset(pair).union(*(groups.get(device, ()) for device in pair))
         groups |= dict.fromkeys(merged, merged)
-    yield from {id(group): group for group in groups.values()}.values()
+    return set(groups.values())
 
 
 def _axes(groups: set[frozenset[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the groups extend, if they are all devices along these and no others."""
+    """Return the mesh axes along which the groups extend, if they are all devices along these and no others."""
     sizes = list(mesh_shape.values())
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     places = np.array([np.unravel_index(device, ids.shape) for device in sorted(min(groups, key=min))])
@@ -156,7 +149,7 @@ def _axes(groups: set[frozenset[int]], mesh_shape: Mapping[str, int]) -> tuple[s
 
 
 def _result_bytes(instruction: Instruction, group_size: int) -> int:
-    """Of what the collective gives on one device. An asynchronous start gives its operands too, and handles."""
+    """Return the bytes that the collective gives on one device. An asynchronous start gives its operands too."""
     arrays = [a for a in instruction.results if a.shape or instruction.opcode == "all-reduce"]
     total = sum(a.bytes for a in arrays)
     if instruction.opcode == "all-gather-start":

@@ -9,29 +9,17 @@ import numpy as np
 from default_moe.plan.hlo import Array, Hlo, Instruction, called_computations
 
 # These move nothing by themselves.
-_FREE = {
-    "after-all",
-    "bitcast",
-    "call",
-    "conditional",
-    "constant",
-    "get-tuple-element",
-    "iota",
-    "opt-barrier",
-    "optimization-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
-    "while",
-}
+_FREE = re.compile(
+    "after-all|bitcast|call|conditional|constant|get-tuple-element|iota|opt-barrier|optimization-barrier|parameter|"
+    "partition-id|replica-id|tuple|while|.*-(done|update)"
+)
 
 _TPU_GROUPED_KERNEL = r"t?gmm_"  # tokamax's, by their names
 _HOPPER_GROUPED_KERNEL = 'custom_call_target="mosaic_gpu'
 
 
 class Costs(NamedTuple):
-    """Of one call, on one device.
+    """What one call costs one device.
 
     flops: of matrix products and kernels that say theirs.  bytes: to and from memory, what stays on the chip left out.
     busy_seconds: the sum over instructions of the longer of computing and moving, at the speeds given; of these
@@ -48,7 +36,7 @@ class Costs(NamedTuple):
 
 
 def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fill: float = 1.0) -> Costs:
-    """Counts instruction by instruction, each as often as it runs, one after another.
+    """Count instruction by instruction, each as often as it runs, one after another.
 
     grouped_fill: the share of rows that are not empty in kernels for grouped products, where they skip empty ones.
     """
@@ -59,12 +47,12 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
             continue
         computation = hlo.computations[name]
         for instruction in computation.values():
-            share = grouped_fill if _skips_empty_rows(hlo, instruction) else 1.0
-            flops = share * _flops(hlo, computation, instruction)
-            moved = share * _bytes(hlo, computation, instruction)
-            total_flops += runs * flops
-            total_bytes += runs * moved
-            seconds = runs * max(flops / flops_per_second, moved / bytes_per_second)
+            times = runs * (grouped_fill if _skips_empty_rows(hlo, instruction) else 1.0)
+            flops = times * _flops(hlo, computation, instruction)
+            moved = times * _bytes(hlo, computation, instruction)
+            total_flops += flops
+            total_bytes += moved
+            seconds = max(flops / flops_per_second, moved / bytes_per_second)
             if flops / flops_per_second > moved / bytes_per_second:
                 computing += seconds
             if seconds:
@@ -85,7 +73,7 @@ def _skips_empty_rows(hlo: Hlo, instruction: Instruction) -> bool:
 
 
 def _part(op_name: str) -> str:
-    """Of the training step, by the JAX operation that an instruction comes from."""
+    """Return the part of the training step by the JAX operation that an instruction comes from."""
     layer = re.search(r"/(?:dense|moe)_layers/(attention|ffn|moe/router|moe|\w+)", op_name)
     if layer:
         return {"moe": "experts", "moe/router": "router", "ffn": "dense feed-forward"}.get(layer[1], layer[1])
@@ -95,7 +83,7 @@ def _part(op_name: str) -> str:
 
 
 def _flops(hlo: Hlo, computation: dict[str, Instruction], instruction: Instruction) -> float:
-    """Two per multiply-add of products; what a kernel says of itself; of a fusion those of what it fuses."""
+    """Return two per multiply-add of products; what a kernel says of itself; of a fusion those of what it fuses."""
     if instruction.opcode == "fusion":
         fused = hlo.computations[called_computations(instruction)[0]]
         return sum(_flops(hlo, fused, one) for one in fused.values())
@@ -115,7 +103,7 @@ def _flops(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
 
 
 def _convolution_flops(computation: dict[str, Instruction], instruction: Instruction) -> float:
-    """Of the convolutions by which TPUs compute products, batch axes and all: positions that padding fills are free."""
+    """Return those of a product that a TPU computes as a convolution: positions that padding fills are free."""
     lhs, rhs = (_operand(computation, instruction, index) for index in range(2))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
@@ -134,24 +122,19 @@ def _convolution_flops(computation: dict[str, Instruction], instruction: Instruc
     return flops
 
 
-def _window(instruction: Instruction, count: int) -> list[tuple[int, int, int, int, int]]:
-    """(size, stride, padding before, base dilation, window dilation) of each spatial axis."""
-    if not count:
-        return []
+def _window(instruction: Instruction, count: int) -> list[tuple[int, ...]]:
+    """Return (size, stride, padding before, base dilation, window dilation) of each spatial axis."""
     text = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     parts = dict(part.split("=") for part in text[1].split()) if text else {}
-
-    def numbers(name: str, default: str) -> list[int]:
-        return [int(value.split("_")[0]) for value in parts.get(name, "x".join([default] * count)).split("x")]
-
-    columns = [numbers(*c) for c in (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"))]
-    return list(zip(*columns, numbers("rhs_dilate", "1"), strict=True))
+    defaults = {"size": "1", "stride": "1", "pad": "0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    columns = [parts[name].split("x") if name in parts else [value] * count for name, value in defaults.items()]
+    return [tuple(int(value.split("_")[0]) for value in axis) for axis in zip(*columns, strict=True)]
 
 
 def _bytes(hlo: Hlo, computation: dict[str, Instruction], instruction: Instruction) -> float:
-    """Read and written by an instruction: of a slice what it takes, of an update in place what it changes."""
+    """Return what an instruction reads and writes: of a slice what it takes, of an update in place what it changes."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if _FREE.fullmatch(opcode):
         return 0.0
     said = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes)
     if opcode == "custom-call" and said:

@@ -86,7 +86,7 @@ class Hlo:
         self._walk(entry, 1)
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
-        """Those of all computations that are run, fused ones too, and how often."""
+        """Give those of all computations that are run, fused ones too, and how often."""
         for name, runs in self.runs.items():
             for instruction in self.computations[name].values():
                 yield instruction, runs
@@ -107,7 +107,7 @@ class Hlo:
                 self._walk(called, times)
 
     def _turns(self, loop: Instruction) -> int | None:
-        """How often a loop's body runs: as XLA says, else by its condition, `i < number` with i from 0 on."""
+        """Return how often a loop's body runs: as XLA says, else by its condition, `i < number` with i from 0 on."""
         if known := re.search(r'"?known_trip_count"?[^}]*?"?n"?[:=]\s*"?(\d+)', loop.attributes):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
@@ -127,7 +127,7 @@ class Hlo:
 
 
 def called_computations(instruction: Instruction) -> list[str]:
-    """Names of the computations that an instruction runs, but for a loop's condition."""
+    """Return the names of the computations that an instruction runs, but for a loop's condition."""
     names = _CALLED.findall(instruction.attributes)
     for branches in _BRANCHES.findall(instruction.attributes):
         names += re.findall(r"%?([\w.-]+)", branches)
@@ -143,7 +143,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _instruction(found: re.Match[str]) -> Instruction:
-    """Of a matched line. A constant's value and the parameter's number stand in `attributes`."""
+    """Return a matched line's instruction. A constant's value and the parameter's number stand in `attributes`."""
     root, name, results, opcode, rest = found.groups()
     depth = 1
     end = len(rest)

@@ -17,18 +17,15 @@ _ATTEMPTS = 5
 
 
 def largest_microbatch(plan: StepPlan, make: Callable[[Config], StepPlan]) -> StepPlan | None:
-    """The plan with the most sequences at a time that fits, other settings as in `plan`; None if one a device does not.
+    """Return the plan with the most sequences at a time that fits; None if not even one a device does.
 
     Temporaries grow about linearly with the sequences: each attempt is where the line through the last two says that
     memory ends. Stops when the gap is an eighth, or after `_ATTEMPTS`. make: of a config, its plan.
     """
-    if plan.topology.hardware is None:
-        raise ValueError("of this topology's memory nothing is known")
-    room = plan.topology.hardware.memory - sum(plan.state)
     fits, too_many, best = 0, math.inf, None
     known: list[tuple[int, float]] = []
     for _ in range(_ATTEMPTS):
-        size = sequences_a_device(plan)
+        size, train = plan.sequences_a_device, plan.config.train
         if plan.fits:
             fits, best = size, plan
         else:
@@ -36,34 +33,30 @@ def largest_microbatch(plan: StepPlan, make: Callable[[Config], StepPlan]) -> St
         known += [(size, plan.temporaries)] if plan.temporaries else []
         if too_many - fits <= max(1, fits // 8):
             break
-        plan = make(_of_size(plan, int(min(max(_where_it_ends(known, room), fits + 1), too_many - 1))))
+        next_size = int(min(max(_where_it_ends(known, _room(plan)), fits + 1), too_many - 1))
+        batch_size = next_size * plan.program.num_batch_shards * train.grad_accum_steps
+        config = dataclasses.replace(plan.config, train=dataclasses.replace(train, batch_size=batch_size))
+        plan = make(dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size)))
     return best
 
 
 def largest_by_proportion(plan: StepPlan) -> int | None:
-    """How many sequences a device would hold if temporaries were proportional to them. None if those are not known.
+    """Return how many sequences a device would hold if temporaries were proportional to them; None if not known.
 
     That is a little too few where `plan` fits, and too many where it does not.
     """
     if plan.topology.hardware is None or plan.temporaries is None:
         return None
-    room = plan.topology.hardware.memory - sum(plan.state)
-    return max(0, int(_where_it_ends([(sequences_a_device(plan), plan.temporaries)], room)))
+    return max(0, int(_where_it_ends([(plan.sequences_a_device, plan.temporaries)], _room(plan))))
 
 
-def _of_size(plan: StepPlan, a_device: int) -> Config:
-    """The plan's config with that many sequences a device at a time."""
-    train = plan.config.train
-    batch_size = a_device * plan.program.num_batch_shards * train.grad_accum_steps
-    return dataclasses.replace(
-        plan.config,
-        train=dataclasses.replace(train, batch_size=batch_size),
-        eval=dataclasses.replace(plan.config.eval, batch_size=batch_size),
-    )
+def _room(plan: StepPlan) -> float:
+    """Return the bytes that the state leaves."""
+    return plan.topology.hardware.memory - sum(plan.state) if plan.topology.hardware else math.inf
 
 
 def _where_it_ends(known: list[tuple[int, float]], room: float) -> float:
-    """The size at which temporaries take all the room, by the last two sizes whose temporaries are known."""
+    """Return the size at which temporaries take all the room, by the last two sizes whose temporaries are known."""
     if not known:
         return 1
     (size, bytes_), *others = reversed(known)
@@ -74,16 +67,10 @@ def _where_it_ends(known: list[tuple[int, float]], room: float) -> float:
     return (room - start) / slope if slope > 0 else size + 1
 
 
-def sequences_a_device(plan: StepPlan) -> int:
-    """That a device holds at a time."""
-    train = plan.config.train
-    return train.batch_size // train.grad_accum_steps // plan.program.num_batch_shards
-
-
 def search(
     config: Config, vocab_size: int, topology: Topology, most: int, report: Callable[[StepPlan], None]
 ) -> list[StepPlan]:
-    """Plans of the same global batch that fit, the fastest by their estimate first; `most` are compiled.
+    """Return plans of the same global batch that fit, the fastest by estimate first; `most` are compiled.
 
     Varies the mesh, what is recomputed and the number of microbatches. What a rough formula takes for the fastest is
     compiled first; what does not fit is tried again in more microbatches. report: is told each plan as it is made.
@@ -96,9 +83,8 @@ def search(
             f"of its {len(topology.devices)} devices, and the state must fit them"
         )
     found: list[StepPlan] = []
-    for _ in range(most):
-        if not queue:
-            break
+    while queue and most:
+        most -= 1
         queue.sort(key=lambda c: _rough_seconds(c, vocab_size, topology), reverse=True)
         candidate = queue.pop()
         plan = make_plan(candidate, vocab_size, topology)
@@ -111,7 +97,7 @@ def search(
 
 
 def _candidates(config: Config, vocab_size: int, topology: Topology) -> Iterator[Config]:
-    """One for each mesh whose state fits and each remat, in as few microbatches as a rough formula says would fit."""
+    """Give one for each mesh and remat, in as few microbatches as a rough formula says would fit."""
     count = len(topology.devices)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=1))
     for fsdp, expert in itertools.product(_divisors(count), repeat=2):
@@ -134,17 +120,14 @@ def _candidates(config: Config, vocab_size: int, topology: Topology) -> Iterator
 
 
 def _in_more_microbatches(config: Config, num_devices: int) -> Config | None:
-    """With the next number of microbatches that divides the batch; None if a device holds one sequence already."""
+    """Return it with the next number of microbatches that divides the batch; None if a device holds one sequence."""
     train = config.train
-    larger = (n for n in _divisors(train.batch_size // num_devices) if n > train.grad_accum_steps)
-    number = next(larger, None)
-    if number is None:
-        return None
-    return dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=number))
+    larger = [n for n in _divisors(train.batch_size // num_devices) if n > train.grad_accum_steps]
+    return dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=larger[0])) if larger else None
 
 
 def _rough_temporaries(config: Config, program: Program, num_devices: int) -> float:
-    """Bytes of a device: gradients, what the backward pass keeps of each layer, and what one layer needs meanwhile."""
+    """Return bytes of a device: gradients, what the backward pass keeps, and what one layer needs meanwhile."""
     model, moe, train = config.model, config.moe, config.train
     sequences = train.batch_size // train.grad_accum_steps / num_devices
     tokens = sequences * train.sequence_length
@@ -157,7 +140,7 @@ def _rough_temporaries(config: Config, program: Program, num_devices: int) -> fl
 
 
 def _rough_seconds(config: Config, vocab_size: int, topology: Topology) -> float:
-    """Of a step, to decide what to compile first: arithmetic, and exchanges of weights, gradients and tokens."""
+    """Return the time of a step, to decide what to compile first: arithmetic and exchanges."""
     mesh, train, count = config.mesh, config.train, len(topology.devices)
     hardware, peak = topology.hardware, peak_flops(topology.devices[0])
     if hardware is None or peak is None:

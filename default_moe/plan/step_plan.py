@@ -49,9 +49,15 @@ class StepPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether state and temporaries fit the memory of a device. Of a CPU that is not known, and taken for true."""
+        """Whether state and temporaries fit a device. True for a CPU, of which that is not known."""
         hardware = self.topology.hardware
         return self.memory is not None and (hardware is None or self.memory.total <= hardware.memory)
+
+    @property
+    def sequences_a_device(self) -> int:
+        """Sequences that a device holds at a time."""
+        train = self.config.train
+        return train.batch_size // train.grad_accum_steps // self.program.num_batch_shards
 
     @property
     def temporaries(self) -> float | None:
@@ -62,9 +68,24 @@ class StepPlan:
         return float(said[1]) * {"M": 2**20, "G": 2**30}[said[2]] if said else None
 
     @property
+    def busy_seconds(self) -> float:
+        """Seconds of computing and moving to and from memory, by a roofline for each instruction.
+
+        Some kernels do not say how many operations they take: it is at least what the model takes.
+        """
+        return max(self.costs.busy_seconds if self.costs else math.nan, self.model_flops / _peak(self.topology))
+
+    @property
     def exchange_seconds(self) -> float:
-        """Of all collectives one after another, at the speed of the links that each crosses."""
-        return sum(one.runs * one.bytes / self._link(one) for one in self.exchanges)
+        """Seconds of all collectives one after another, at the speed of the links that each crosses."""
+        hardware, devices = self.topology.hardware, self.program.mesh.devices.flat
+        if hardware is None:
+            return 0.0
+        total = 0.0
+        for one in self.exchanges:
+            hosts = {devices[index].process_index for index in one.group}
+            total += one.runs * one.bytes / (hardware.link if len(hosts) == 1 else hardware.network)
+        return total
 
     @property
     def seconds(self) -> tuple[float, float] | None:
@@ -73,37 +94,15 @@ class StepPlan:
             return None
         return max(self.busy_seconds, self.exchange_seconds), self.busy_seconds + self.exchange_seconds
 
-    @property
-    def busy_seconds(self) -> float:
-        """Of computing and moving to and from memory, by a roofline for each instruction.
-
-        Some kernels do not say how many operations they take: it is at least what the model takes.
-        """
-        peak = peak_flops(self.topology.devices[0]) or math.inf
-        return max(self.costs.busy_seconds if self.costs else math.nan, self.model_flops / peak)
-
-    @property
-    def tokens(self) -> int:
-        """In a step, over all devices."""
-        return self.config.train.batch_size * self.config.train.sequence_length
-
-    def _link(self, one: Collective) -> float:
-        hardware = self.topology.hardware
-        if hardware is None:
-            return math.inf
-        devices = self.program.mesh.devices.flat
-        hosts = {devices[index].process_index for index in one.group}
-        return hardware.link if len(hosts) == 1 else hardware.network
-
 
 def program_for(config: Config, vocab_size: int, topology: Topology) -> Program:
-    """Raises ConfigError if config and topology do not fit."""
+    """Return a config's program for the topology. Raises ConfigError if they do not fit each other."""
     with traced_for(topology.devices[0]):
         return Program(config, vocab_size, topology.devices)
 
 
 def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
-    """Compiles the training step that `config` stands for. Raises ConfigError as `program_for` does."""
+    """Compile the training step that `config` stands for. Raises ConfigError as `program_for` does."""
     program = program_for(config, vocab_size, topology)
     with traced_for(topology.devices[0]):
         state = program.abstract_state
@@ -116,17 +115,14 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
                 raise
             too_large = str(error).split("RESOURCE_EXHAUSTED", 1)[1].lstrip(": ").splitlines()[0]
     tokens = config.train.batch_size * config.train.sequence_length
-    parameters, optimizer, everything = (
-        _device_bytes(tree) for tree in (state.params, state.opt_state, (state, batch))
-    )
+    parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
     hlo = Hlo(compiled.as_text()) if compiled else None
-    hardware = topology.hardware
-    speeds = (peak_flops(topology.devices[0]) or math.inf, hardware.bandwidth if hardware else math.inf)
+    speeds = (_peak(topology), topology.hardware.bandwidth if topology.hardware else math.inf)
     return StepPlan(
         config=config,
         topology=topology,
         program=program,
-        state=State(parameters, optimizer, everything - parameters - optimizer),
+        state=State(parameters, optimizer, _device_bytes((state, batch)) - parameters - optimizer),
         memory=step_memory(compiled) if compiled else None,
         too_large=too_large,
         costs=costs(hlo, *speeds, grouped_fill=_filled(config, program)) if hlo else None,
@@ -136,12 +132,16 @@ def make_plan(config: Config, vocab_size: int, topology: Topology) -> StepPlan:
 
 
 def state_bytes(program: Program) -> int:
-    """Of the state on each device, without compiling."""
+    """Return the bytes of the state on each device, without compiling."""
     return _device_bytes(program.abstract_state)
 
 
+def _peak(topology: Topology) -> float:
+    return peak_flops(topology.devices[0]) or math.inf
+
+
 def _filled(config: Config, program: Program) -> float:
-    """Of the rows for which a device that holds some of the experts has room, the share that balanced routing fills."""
+    """Return the share that balanced routing fills of the rows for which a device has room."""
     devices = program.mesh.shape["expert"] if program.expert_parallel else 1
     here = config.moe.num_experts // devices
     most = config.moe.most_experts_per_token
@@ -151,7 +151,7 @@ def _filled(config: Config, program: Program) -> float:
 
 
 def _device_bytes(tree: Any) -> int:
-    """Bytes on one device of shapes with shardings."""
+    """Return the bytes on one device of shapes with shardings."""
 
     def size(leaf: Any) -> int:
         dtype = np.dtype(np.uint32) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype

@@ -66,14 +66,15 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def known() -> str:
-    """Every name that `open_topology` takes, in one line."""
+    """Return every name that `open_topology` takes, in one line."""
     tpus = [f"{kind}:{'|'.join(shapes)}" for kind, shapes in _SHAPES.items()]
     return ", ".join([*tpus, *(f"{kind}:1 to 8" for kind in _GPUS), "h100:HOSTSx8", "h200:HOSTSx8", "cpu:1 to 512"])
 
 
 def open_topology(name: str) -> Topology:
-    """Of a name such as v5e:4x4, h100:8, h100:4x8 (four hosts of eight) or cpu:8. Must come before any use of devices.
+    """Return that of a name such as v5e:4x4, h100:8, h100:4x8 (four hosts of eight) or cpu:8.
 
+    Must come before any use of devices.
     Raises ConfigError if there is none of that name, or if what compiles for it is not installed.
     """
     kind, _, shape = name.partition(":")

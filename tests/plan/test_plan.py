@@ -20,7 +20,7 @@ from default_moe.plan import report, search, topologies
 from default_moe.plan.collectives import collectives, device_groups, summary
 from default_moe.plan.costs import costs
 from default_moe.plan.hlo import Hlo
-from default_moe.plan.search import largest_by_proportion, largest_microbatch, sequences_a_device
+from default_moe.plan.search import largest_by_proportion, largest_microbatch
 from default_moe.plan.step_plan import make_plan, state_bytes
 from default_moe.plan.topologies import Hardware, Topology, open_topology, traced_for
 from default_moe.sharding import make_mesh
@@ -45,8 +45,16 @@ def plan():
     return make_plan(CONFIG, 257, cpus())
 
 
-def compiled(function, *shapes, **options) -> Hlo:
-    return Hlo(jax.jit(function, **options).lower(*shapes).compile().as_text())
+def compiled(function, *shapes) -> Hlo:
+    return Hlo(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def floats(*shape: int, **options) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, **options)
+
+
+def train(**fields) -> Config:
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **fields))
 
 
 def test_loops_count_with_their_turns():
@@ -58,21 +66,18 @@ def test_loops_count_with_their_turns():
 
         return jax.lax.scan(lambda x, _: (jax.lax.scan(inner, x, w)[0], None), x, None, length=7)[0]
 
-    hlo = compiled(f, jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32))
-    found = costs(hlo, 1e12, 1e12)
-    assert found.flops == 7 * 5 * 2 * 8 * 16 * 16
-    assert found.open_loops == 0
+    found = costs(compiled(f, floats(8, 16), floats(5, 16, 16)), 1e12, 1e12)
+    assert (found.flops, found.open_loops) == (7 * 5 * 2 * 8 * 16 * 16, 0)
     # Each turn reads its slice of w alone, which XLA writes and reads once more; x moves in, out, and is copied.
     assert 7 * 5 * 4 * 16 * 16 <= found.bytes <= 7 * 5 * 4 * (3 * 16 * 16 + 5 * 8 * 16)
     assert found.busy_seconds == pytest.approx(sum(found.seconds_of.values()))
 
 
 def test_a_loop_whose_turns_depend_on_data_is_said_to():
-    hlo = compiled(
-        lambda n, x: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((4, 4), jnp.float32),
-    )
+    def loop(n, x):
+        return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
+
+    hlo = compiled(loop, jax.ShapeDtypeStruct((), jnp.int32), floats(4, 4))
     assert (costs(hlo, 1, 1).flops, hlo.open_loops) == (2 * 4**3, 1)
 
 
@@ -156,17 +161,25 @@ def test_a_device_that_is_not_there_is_seen_while_traced_for_it_alone():
     assert jax.devices() == here
 
 
-def test_device_groups_by_hand():
-    pairs = {frozenset(pair) for pair in ((0, 1), (2, 3), (4, 5), (6, 7))}
-    assert device_groups("replica_groups={{0,1},{2,3},{4,5},{6,7}}, x", 8) == pairs
-    assert device_groups("replica_groups=[4,2]<=[8], x", 8) == pairs
-    assert device_groups("replica_groups=mesh['a'=4,'b'=2] {'b'}, x", 8) == pairs
-    assert device_groups("source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}", 8) == pairs
-    apart = {frozenset(range(i, 8, 2)) for i in (0, 1)}  # 0, 2, 4, 6 and 1, 3, 5, 7
-    assert device_groups("replica_groups=[2,4]<=[4,2]T(1,0), x", 8) == apart
-    assert device_groups("replica_groups=mesh['a'=4,'b'=2] {'a'}, x", 8) == apart
-    assert device_groups("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, x", 8) == apart
-    assert device_groups("replica_groups={}, x", 8) == {frozenset(range(8))}
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "01 23 45 67"),
+        ("replica_groups=[4,2]<=[8]", "01 23 45 67"),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", "01 23 45 67"),
+        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}", "01 23 45 67"),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{4,5},{6,7},{5,7}}", "0123 4567"),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "0246 1357"),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", "0246 1357"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", "0246 1357"),
+        ("replica_groups={}", "01234567"),
+    ],
+)
+def test_device_groups_by_hand(written, groups):
+    assert device_groups(f"{written}, x", 8) == {frozenset(map(int, group)) for group in groups.split()}
+
+
+def test_device_groups_of_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="unknown form"):
         device_groups("replica_groups=?", 8)
 
@@ -184,8 +197,7 @@ def test_collectives_in_a_loop_know_their_axis_and_bytes():
     with jax.set_mesh(mesh):
         spec = P(("data", "expert"))
         mapped = jax.shard_map(f, in_specs=spec, out_specs=spec)
-        x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
-        hlo = compiled(mapped, x)
+        hlo = compiled(mapped, floats(8, 16, sharding=NamedSharding(mesh, spec)))
     assert summary(collectives(hlo, mesh.shape)) == [("all-reduce", ("data",), 3, 3 * 2 * 4 * 16 * 3 // 4)]
 
 
@@ -199,7 +211,7 @@ def test_the_state_is_counted_as_it_is_split(plan):
 
 
 def test_the_plan_is_of_the_step_that_trains(plan):
-    axes = {axis for _, axes, _, _ in summary(list(plan.exchanges)) for axis in axes}
+    axes = {axis for _, axes, _, _ in summary(plan.exchanges) for axis in axes}
     assert axes == {"data", "fsdp", "expert"}
     # In each of three MoE layers the tokens of two devices, [128, 16] float32: forward, again to recompute, and the
     # gradient of their outputs.
@@ -214,7 +226,7 @@ def test_the_plan_is_of_the_step_that_trains(plan):
 def with_temporaries(plan, config, memory: int):
     """As if the compiler gave the step of `config` 1,000 bytes and 300 more for each sequence a device."""
     plan = dataclasses.replace(plan, config=config, topology=cpus(memory))
-    needed = 1000 + 300 * sequences_a_device(plan)
+    needed = 1000 + 300 * plan.sequences_a_device
     if needed > 2 * memory:  # then it gives up
         return dataclasses.replace(plan, memory=None, too_large=f"temporaries ({needed / 2**20:.9f}M) exceed")
     return dataclasses.replace(plan, memory=StepMemory(sum(plan.state), needed))
@@ -229,10 +241,9 @@ def test_the_largest_microbatch_is_found(plan, most, start):
         tried.append(with_temporaries(plan, config, sum(plan.state) + 1000 + 300 * most + 150))
         return tried[-1]
 
-    train = dataclasses.replace(CONFIG.train, batch_size=8 * start)
-    first = with_temporaries(plan, dataclasses.replace(CONFIG, train=train), sum(plan.state) + 1150 + 300 * most)
+    first = with_temporaries(plan, train(batch_size=8 * start), sum(plan.state) + 1150 + 300 * most)
     largest = largest_microbatch(first, make)
-    assert (sequences_a_device(largest) if largest else 0) in range(most - most // 8, most + 1)
+    assert (largest.sequences_a_device if largest else 0) in range(most - most // 8, most + 1)
     assert len(tried) <= 5
     if first.fits and start > 1:
         assert start <= largest_by_proportion(first) <= most
@@ -248,8 +259,7 @@ def test_search_compiles_what_promises_most_and_ranks_what_fits(plan, monkeypatc
 
     monkeypatch.setattr(search, "make_plan", fake_plan)
     # In so many microbatches there would be too few sequences for the devices: the search begins with one.
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, grad_accum_steps=32))
-    plans = search.search(config, 257, cpus(2**20), 12, tried.append)
+    plans = search.search(train(grad_accum_steps=32), 257, cpus(2**20), 12, tried.append)
     assert len(tried) == 12
     assert {id(p) for p in plans} == {id(p) for p in tried if p.fits}
     assert plans and [sum(p.seconds) for p in plans] == sorted(sum(p.seconds) for p in plans)
@@ -259,9 +269,8 @@ def test_search_compiles_what_promises_most_and_ranks_what_fits(plan, monkeypatc
 
 
 def test_a_search_without_a_mesh_to_try_says_why():
-    train = dataclasses.replace(CONFIG.train, batch_size=12)
     with pytest.raises(ConfigError, match=r"train\.batch_size, 12, must be a multiple of its 8 devices"):
-        search.search(dataclasses.replace(CONFIG, train=train), 257, cpus(), 3, print)
+        search.search(train(batch_size=12), 257, cpus(), 3, print)
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "h100:9", "h100:0x8", "cpu:0", "cpu:x", "", "tpu"])
@@ -279,8 +288,7 @@ def test_a_missing_compiler_is_named(name, install, monkeypatch):
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": ""}
-    del environment["JAX_NUM_CPU_DEVICES"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     command = [sys.executable, "-m", "default_moe.plan", *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
