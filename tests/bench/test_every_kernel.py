@@ -7,7 +7,6 @@ import pytest
 from helpers import reference
 from helpers.reference import assert_close, make_inputs
 
-from default_moe.config import MATMUL_BACKENDS
 from default_moe.moe.experts.backends import available_backends, lay_out, run_experts
 from default_moe.moe.experts.swiglu import ExpertParams
 
@@ -19,6 +18,8 @@ pytestmark = [
 # Relative to the largest value of an array: inputs have 8 or 24 bits, hidden values and gradients are rounded to as
 # many, and accelerators take float32 products with 10.
 ALLOWED = {"bfloat16": 0.03, "float32": 0.005}
+# Hopper's kernels do not take float32.
+CASES = [(b, d) for b in available_backends() for d in ALLOWED if (b, d) != ("mosaic", "float32")]
 K = 2
 
 
@@ -37,11 +38,8 @@ def expected(x, gates, index, params, g):
 
 @pytest.mark.parametrize("route", ["drawn uniformly", "half of the experts idle", "all tokens on the same experts"])
 @pytest.mark.parametrize("odd_width", [False, True])
-@pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize("backend", MATMUL_BACKENDS)
+@pytest.mark.parametrize("backend,dtype", CASES)
 def test_experts_and_gradients_equal_float64(backend, dtype, odd_width, route):
-    if backend not in available_backends() or (backend == "mosaic" and dtype == "float32"):
-        pytest.skip(f"{backend} does not run here in {dtype}")
     on_cpu = jax.default_backend() == "cpu"
     tokens, num_experts, d_model, width = (24, 4, 16, 8) if on_cpu else (512, 8, 256, 384)
     width -= odd_width * (3 if on_cpu else 64)  # 320 is no multiple of 128
