@@ -212,7 +212,7 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "dense", "capacity_factor": 1.0}, "none is over its capacity"),
         ({"router": "dense", "router_noise_std": 0.1}, "nothing to explore"),
         ({"router": "densemixer", "capacity_factor": 1.0}, "dropping tokens saves nothing"),
-        ({"router": "sparsemixer", "top_k": 3}, "is defined for 1 and 2 alone"),
+        ({"router": "sparsemixer", "top_k": 3}, "is defined only for 1 and 2"),
         ({"router": "sparsemixer", "num_experts": 1}, "needs experts to choose from"),
         ({"router": "sparsemixer", "mask_threshold": 0.0}, "the router would get no gradient"),
         ({"router": "sparsemixer", "score_function": "sigmoid"}, "made for softmax"),
