@@ -32,7 +32,7 @@ def expected(x, gates, index, params, g):
         y[t] += gates[t, k] * out
         sums[index[t, k]] += gates[t, k] * out
         d_gates[t, k] = g[t] @ out
-        reference._add_expert_gradient(d, params, index[t, k], x, t, gates[t, k] * g[t])
+        reference.add_expert_gradient(d, params, index[t, k], x, t, gates[t, k] * g[t])
     return {"y": y, "sums": sums, "d_x": d.x, "d_gates": d_gates, "d_gate": d.gate, "d_up": d.up, "d_down": d.down}
 
 
