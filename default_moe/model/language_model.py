@@ -203,8 +203,12 @@ def traced_init(model: LanguageModel) -> TracedInit:
 
 @functools.cache
 def _traced_init(model: LanguageModel, mesh: Mesh) -> TracedInit:
-    tokens_BL = jnp.zeros((num_shards("batch"), 2), jnp.int32)  # a row for each device that has a part of a batch
-    return TracedInit(*trace_annotated(lambda key: model.init(key, tokens_BL, train=False), jax.random.key(0)))
+    def init(key: Array) -> Any:
+        tokens_BL = jnp.zeros((num_shards("batch"), 2), jnp.int32)  # a row for each device that has a part of a batch
+        return model.init(key, tokens_BL, train=False)
+
+    # Of the key only its shape: devices of a plan are not there to hold one.
+    return TracedInit(*trace_annotated(init, jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
