@@ -9,16 +9,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from ml_collections import ConfigDict
 
 from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, section_from_mapping
 from default_moe.config.mesh import MeshConfig
-from default_moe.errors import check, check_at_least, check_choice, check_fraction
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 from default_moe.config.model import ModelConfig
 from default_moe.config.moe import MoEConfig
+from default_moe.errors import check, check_at_least, check_choice, check_fraction
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class Config:
         return section_from_mapping(cls, "", mapping)
 
     @classmethod
-    def from_config_dict(cls, config: "ConfigDict") -> Self:
+    def from_config_dict(cls, config: ConfigDict) -> Self:
         """`from_mapping` of what a config file's `get_config` returned."""
         return cls.from_mapping(config.to_dict())
 
