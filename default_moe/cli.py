@@ -174,8 +174,9 @@ def _check_config_file(name: str) -> None:
     check(Path(path).is_file(), f"there is no config file {path!r} (looked from {Path.cwd()})")
     try:
         get_config = runpy.run_path(path).get("get_config")
-        check(get_config is not None, f"the config file {path} has no get_config(), which returns the config")
-        get_config(*argument)  # type: ignore[misc]
+        if get_config is None:
+            raise ConfigError(f"the config file {path} has no get_config(), which returns the config")
+        get_config(*argument)
     except SyntaxError as error:
         raise ConfigError(
             f"the config file {error.filename or path} is not Python: {error.msg}, line {error.lineno}"
