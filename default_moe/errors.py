@@ -28,6 +28,19 @@ class AnotherProcessFailed(RuntimeError):
         self.code = code
 
 
+def shown(value: object, longest: int = 200) -> str:
+    """Return a value as it may stand in a message: on one line, at most `longest` characters."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python itself refuses to write some of these
+        return f"a number of {value.bit_length()} bits"
+    text = printable(str(value)).replace("\n", "\\n")
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return text from outside as it may go to a terminal: control characters but line ends and tabs are escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

@@ -14,8 +14,8 @@ from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity
 from default_moe.config import Config
 from default_moe.errors import ConfigError
+from default_moe.files import write_report
 from default_moe.hardware import machine
-from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
 from default_moe.runs.saved_run import open_saved_run
 

@@ -15,8 +15,8 @@ from default_moe import cli
 from default_moe.compare import matrix, plot, report, runs
 from default_moe.compare.comparison import compare
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
+from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
-from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
 from default_moe.runs.workdir import RUN_FILE
 

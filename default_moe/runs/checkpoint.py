@@ -30,8 +30,7 @@ from orbax.checkpoint._src.metadata.array_metadata_store import Store as ArrayMe
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
 from default_moe.errors import TrainingFailed
-from default_moe.processes import distributed
-from default_moe.runs.files import (
+from default_moe.files import (
     find_damage,
     finite_or_null,
     io_failure,
@@ -40,6 +39,7 @@ from default_moe.runs.files import (
     write_atomically,
     write_manifest,
 )
+from default_moe.processes import distributed
 
 BEST_METRIC = "eval/loss"
 _DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from default_moe.config import Config
+from default_moe.files import write_report
 from default_moe.processes import distributed
 from default_moe.runs.evaluation import Evaluation, evaluate
-from default_moe.runs.files import write_report
 from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import sample_text
 from default_moe.runs.saved_run import open_saved_run

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from default_moe.runs.files import to_stderr, write_atomically
+from default_moe.files import to_stderr, write_atomically
 from default_moe.runs.pictures import load_heat_map
 
 _PICTURES_KEPT = 5

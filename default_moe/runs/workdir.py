@@ -20,8 +20,8 @@ import jax
 
 from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.errors import ConfigError
+from default_moe.files import write_atomically
 from default_moe.processes import distributed
-from default_moe.runs.files import write_atomically
 
 RUN_FILE = "run.json"
 _FORMAT = 1

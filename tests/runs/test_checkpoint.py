@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError
+from default_moe.files import MANIFEST, write_manifest
 from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.files import MANIFEST, write_manifest
 
 
 def test_round_trip_is_exact(tmp_path):

@@ -1,19 +1,50 @@
-"""Files that survive a crash: whole or absent when written, and with digests that tell when they have changed."""
+"""Files that survive a crash: whole or absent when written, with digests that tell when they have changed.
 
+What is read may come from anyone: a pipe or a device is no file here, and JSON holds what it should or is refused.
+"""
+
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, shown
 
 MANIFEST = "digests.json"
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises OSError; at once for pipes and devices, which may never end.
+    """
+    # Without O_NONBLOCK a pipe would be waited for before it is known to be one.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises OSError as `read_file` does, ValueError if it holds anything else."""
+    try:
+        value = json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {shown(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is not a JSON object: {shown(value, 40)}")
+    return value
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
