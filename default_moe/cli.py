@@ -1,6 +1,7 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
 import copy
+import io
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from default_moe.config import Config, default_config, to_config_dict
-from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed, check, closest
+from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed, check, closest, tell
 from default_moe.methods import METHODS
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import restart_with_huge_pages
@@ -31,6 +32,7 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
     many_processes: join those that were started with this one, by flags or on a cluster.
     Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130; all processes do if one does.
     """
+    _open_streams()
     if main.__module__ == "__main__":
         restart_with_huge_pages()
     sys.argv = _file_first(sys.argv)  # where config_flags looks too
@@ -47,13 +49,42 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
         distributed.end_after_another()
     except KeyboardInterrupt:
         _report(KeyboardInterrupt("interrupted; the same command starts again or continues"), 128 + signal.SIGINT)
-        sys.stdout.flush()
+        _flush_streams()
         os._exit(128 + signal.SIGINT)  # an orderly exit crashes if a compilation was interrupted
     except Exception as error:
-        if not distributed.several():
+        if distributed.several():
+            distributed.fail_after(error)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed any more
+            code = 128 + signal.SIGPIPE
+        elif isinstance(error, OSError):
+            code = _report(error, 1)
+        else:
             raise
-        distributed.fail_after(error)
+    _flush_streams()
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Give a program that was started without standard streams (`>&-`) some: a file would get their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that the terminal does not know
+
+
+def _flush_streams() -> None:
+    """What cannot be printed is lost. Python itself would exit with another code for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse_config(
@@ -68,7 +99,7 @@ def parse_config(
     config_dict = parse_config_dict(argv, flag, default, adjust)
     config = Config.from_config_dict(config_dict)
     for line in _unused(config_dict, config):
-        print(line, file=sys.stderr)
+        tell(line)
     return config
 
 
@@ -194,5 +225,5 @@ def _report(error: BaseException, code: int) -> int:
     message = str(error).rstrip()
     if distributed.several():
         distributed.fail(message, code)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tell(f"error: {message}")
     return code

@@ -1,7 +1,10 @@
 """What a program reports in one line, not with a traceback: what is wrong, and what would be right."""
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 class ConfigError(ValueError):
@@ -39,6 +42,13 @@ def shown(value: object, longest: int = 200) -> str:
 def printable(text: str) -> str:
     """Return text from outside as it may go to a terminal: control characters but line ends and tabs are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print lines of text, to standard error if not told otherwise. A text that cannot be printed is lost: no more."""
+    # RuntimeError: a signal's handler interrupts another print. ValueError: the stream is closed.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        print(printable(text), file=stream or sys.stderr, flush=True)
 
 
 def check(condition: bool, message: str) -> None:

@@ -5,13 +5,13 @@ What is read may come from anyone: a pipe or a device is no file here, and JSON 
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import stat
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,24 @@ from default_moe.errors import ConfigError, shown
 MANIFEST = "digests.json"
 
 
-def read_file(path: Path) -> bytes:
-    """Return the content of a regular file.
-
-    Raises OSError; at once for pipes and devices, which may never end.
-    """
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a regular file to read. Raises OSError; at once for pipes and devices, which may never end."""
     # Without O_NONBLOCK a pipe would be waited for before it is known to be one.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file. Raises as `open_file` does."""
+    with open_file(path) as file:
         return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises OSError as `read_file` does, ValueError if it holds anything else."""
+    """Return the JSON object in a file. Raises OSError as `open_file` does, ValueError if it holds anything else."""
     try:
         value = json.loads(read_file(path))
     except RecursionError:
@@ -76,10 +79,6 @@ def write_report(folder: Path, contents: Mapping[str, Any]) -> None:
         raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
 
 
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def finite_or_null(value: Any) -> Any:
     """`value` as JSON can hold it: None for NaN and infinity, names for keys."""
     if isinstance(value, Mapping):
@@ -113,17 +112,24 @@ def write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with the files that the manifest of `folder` lists, or None. Nothing reads any others."""
+def find_damage(folder: Path, required: Iterable[str] = ()) -> str | None:
+    """Return what is wrong with the files below `folder`, all of which its manifest lists; None if nothing is.
+
+    required: files without which nothing is whole, whatever the manifest says.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        listed = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+        files = read_json(folder / MANIFEST)["files"]
+        listed = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in files.items()}
+        there = {str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if not path.is_dir()}
     except FileNotFoundError:
         return f"{MANIFEST}, written last, is missing"
     except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{error.filename or MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"{MANIFEST} is not readable as a list of digests"
+    unlisted = sorted({*there, *required} - {*listed, MANIFEST})
+    if unlisted:
+        return f"{MANIFEST} does not list {unlisted[0]}"
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda item: _file_damage(folder, *item), listed.items())
         return next((problem for problem in problems if problem), None)
@@ -157,7 +163,7 @@ def _file_damage(folder: Path, name: str, wanted: tuple[str, int]) -> str | None
 
 
 def _digest(path: Path, sync: bool = False) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,8 @@ from default_moe.compare.comparison import compare
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
+from default_moe.runs.identity import RUN_FILE
 from default_moe.runs.progress import Progress
-from default_moe.runs.workdir import RUN_FILE
 
 _DEFAULT_CONFIG = "configs/compare_small.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAULT_CONFIG} if not given.")

@@ -15,11 +15,12 @@ from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
 from default_moe.config import Config
 from default_moe.errors import ConfigError, Diverged
+from default_moe.files import read_file, read_json
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs import trainer
 from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.identity import RUN_FILE
 from default_moe.runs.progress import Progress
-from default_moe.runs.workdir import RUN_FILE
 from default_moe.training.program import Program
 
 RUNS = "runs"
@@ -87,7 +88,7 @@ def _check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
     """Raises ConfigError if runs that are to be compared read different text: it may have changed between them."""
     first: dict[Settings, tuple[Entry, Any]] = {}
     for entry in entries:
-        run = json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())
+        run = read_json(workdir / RUNS / entry.folder / RUN_FILE)
         text = [run["corpus_hash"], run["vocab_size"], run["tokenizer_hash"]]
         other, before = first.setdefault(entry.task, (entry, text))
         if text != before:
@@ -102,10 +103,10 @@ def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
     for entry in entries:
         path = workdir / RUNS / entry.folder / RUN_FILE
         try:
-            saved = Config.from_mapping(json.loads(path.read_bytes())["config"])
+            saved = Config.from_mapping(read_json(path)["config"])
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): choose another --workdir") from None
         differences = same_run(entry.config, saved)
         if differences:
@@ -119,9 +120,9 @@ def read_result(entry: Entry, workdir: Path) -> Result:
     """Raises ConfigError if the run's metrics are not there or not whole, Diverged if a held-out loss is not finite."""
     path = workdir / RUNS / entry.folder / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in read_file(path).splitlines()]
         return _result(lines, entry.config)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} does not hold the metrics of a whole run ({type(error).__name__}: {error}): remove {path.parent} "
             "to have it run again"
@@ -135,7 +136,7 @@ def checkpoints(workdir: Path) -> set[Path]:
 
 def vocab_size(entry: Entry, workdir: Path) -> int:
     """Return that of a run that has begun."""
-    return int(json.loads((workdir / RUNS / entry.folder / RUN_FILE).read_bytes())["vocab_size"])
+    return int(read_json(workdir / RUNS / entry.folder / RUN_FILE)["vocab_size"])
 
 
 def _finished(entry: Entry, workdir: Path) -> bool:

@@ -22,7 +22,7 @@ import jax
 from jax._src import clusters  # which cluster this is
 from jax._src.distributed import global_state  # the key-value store; there is no public way to either
 
-from default_moe.errors import AnotherProcessFailed, ConfigError
+from default_moe.errors import AnotherProcessFailed, ConfigError, TrainingFailed, shown, tell
 from default_moe.processes.supervisor import go_on_in_child
 
 _GONE = "another process is gone, or cannot be reached any more"
@@ -205,7 +205,12 @@ class _Processes:
         if self._round:  # all are here, so all have read the round before
             self._client.key_value_delete(f"{_KEYS}/round_{self._round - 1}/{self.index}")
         self._round += 1
-        return [json.loads(said[index]) for index in range(self._count)]
+        try:
+            return [json.loads(said[index]) for index in range(self._count)]
+        except (ValueError, RecursionError):
+            raise TrainingFailed(
+                f"another process, or a stranger on the coordinator's port, said: {shown(said)}"
+            ) from None
 
     def tell(self, topic: str, text: str) -> None:
         self._client.key_value_set(f"{_KEYS}/{topic}/{self.index}", text)
@@ -214,15 +219,22 @@ class _Processes:
         """Raises AnotherProcessFailed if one has."""
         others = {index: text for index, text in self._said("failed").items() if index != self.index}
         if others:
-            line, code = self.failure = tuple(json.loads(others[min(others)]))
-            raise AnotherProcessFailed(line, code)
+            index = min(others)
+            try:
+                line, code = json.loads(others[index])
+            except (ValueError, TypeError, RecursionError):
+                line, code = others[index], 1
+            # Whoever reaches the port can write there: no text is trusted, and nothing makes a failure a success.
+            code = code if type(code) is int and 0 < code < 256 else 1
+            self.failure = shown(line, 2000), code
+            raise AnotherProcessFailed(*self.failure)
 
     def end(self, line: str, code: int, until_heard: bool = True) -> NoReturn:
         """Exit, whatever other threads or the device wait for."""
         self._ending.acquire()  # whoever comes first
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        tell(f"error: {line}")
         with contextlib.suppress(Exception):  # the coordinator may be gone
+            sys.stdout.flush()
             self.tell("ended", "")
             last = time.monotonic() + (_TO_HEAR if until_heard and self.index == 0 else 0)
             while time.monotonic() < last and len(self._said("ended")) < self._count:
@@ -234,8 +246,8 @@ class _Processes:
         self._watcher.join()
 
     def _said(self, topic: str) -> dict[int, str]:
-        found = self._client.key_value_dir_get(f"{_KEYS}/{topic}/")
-        return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+        found = {key.rsplit("/", 1)[1]: text for key, text in self._client.key_value_dir_get(f"{_KEYS}/{topic}/")}
+        return {index: found[str(index)] for index in range(self._count) if str(index) in found}
 
     def _watch(self) -> None:
         """Ends this process some time after another has failed: it may wait for that one in a computation."""
@@ -304,11 +316,9 @@ def _is_free(port: int) -> bool:
 
 
 def _give_up(seconds: int) -> NoReturn:
-    print(
+    tell(
         f"error: the {global_state.num_processes} processes did not all meet at {global_state.coordinator_address} "
         f"within {seconds} s: check that process 0 runs there, that no firewall closes that port to the others, and "
-        "that all were started",
-        file=sys.stderr,
-        flush=True,
+        "that all were started"
     )
     os._exit(2)

@@ -3,15 +3,14 @@
 With several processes JAX's runtime takes SIGTERM, tells all of them, and finds a step after which all can stop.
 """
 
-import contextlib
 import os
 import signal
-import sys
 from types import FrameType
 from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
+from default_moe.errors import tell
 from default_moe.processes import distributed
 
 
@@ -20,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal = 0
+        self._asked = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -43,11 +43,13 @@ class StopRequest:
         """Whether this process was asked to stop."""
         return self._signal != 0
 
-    def received(self, step: int) -> bool:
-        """Whether to stop after `step`, since a process was asked to; the same answer in all. To be asked each step."""
-        if distributed.several():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
+    def received(self) -> bool:
+        """Whether to stop, since a process was asked to; the same answer in all. To be asked after each step."""
+        if not distributed.several():
+            return self.requested
+        # The runtime counts from 0, whatever step a run continues from: it knows no other before the first call.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -57,5 +59,4 @@ class StopRequest:
         if distributed.several():
             os.kill(os.getpid(), signal.SIGTERM)
         name = signal.Signals(number).name
-        with contextlib.suppress(RuntimeError):  # where it interrupts another print to the same stream
-            print(f"{name} received: the step under way is finished and saved", file=sys.stderr, flush=True)
+        tell(f"{name} received: the step under way is finished and saved")

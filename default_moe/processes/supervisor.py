@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
 
+from default_moe.errors import printable
+
 _PR_SET_PDEATHSIG = 1
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _RUNTIME = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")
@@ -128,5 +130,7 @@ def _show(lines: Iterable[bytes]) -> tuple[bool, list[bytes]]:
 
 
 def _print(lines: list[bytes]) -> None:
-    sys.stderr.buffer.writelines(lines)
-    sys.stderr.buffer.flush()
+    """Print what a child or its runtime said, which may hold anything: others can reach its port."""
+    with contextlib.suppress(OSError):  # the child goes on, whether it is heard or not
+        sys.stderr.write("".join(printable(line.decode(errors="backslashreplace")) for line in lines))
+        sys.stderr.flush()

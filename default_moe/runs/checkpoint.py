@@ -6,16 +6,17 @@
                                  digests.json   SHA-256 and size of each of the files above, written last
     <workdir>/checkpoints_damaged/<step>/       steps that failed verification, kept out of the way
 
-A step is put together in `<step>.saving` and renamed once its digests are on the disk, and renamed to
-`<step>.deleting` before it is deleted: a directory whose name is only a number is whole, unless it was damaged.
-Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes old steps, before digests
-could be written.)
+A step is used if its files are as they were written, it is of this run, and its name is its number: see
+`step_folders.py`. It is put together in `<step>.saving` and renamed once its digests
+are on the disk, and renamed to `<step>.deleting` before it is deleted: a directory whose name is only a number is
+whole, unless it was damaged. Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes
+old steps, before digests could be written.)
 """
 
+import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -29,20 +30,11 @@ from orbax.checkpoint._src.metadata.array_metadata_store import Store as ArrayMe
 
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
-from default_moe.errors import TrainingFailed
-from default_moe.files import (
-    find_damage,
-    finite_or_null,
-    io_failure,
-    sync_folder,
-    to_stderr,
-    write_atomically,
-    write_manifest,
-)
+from default_moe.errors import TrainingFailed, tell
+from default_moe.files import finite_or_null, io_failure, sync_folder, write_atomically, write_manifest
 from default_moe.processes import distributed
-
-BEST_METRIC = "eval/loss"
-_DEBRIS = re.compile(r"\d+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
+from default_moe.runs.identity import mark_saved
+from default_moe.runs.step_folders import StepFolders
 
 # Devices that hold copies of an array write a part of it each, if the parts are of at least this many bytes. (Orbax by
 # itself cuts up small arrays too, which is most of what a save of a small model takes.)
@@ -63,23 +55,20 @@ class CheckpointStore:
         workdir: str | os.PathLike[str],
         config: CheckpointConfig | None = None,
         read_only: bool = False,
-        report: Callable[[str], None] = to_stderr,
+        report: Callable[[str], None] = tell,
     ):
         logging.getLogger("absl").addFilter(_not_from_orbax)
-        self._root = Path(workdir).absolute() / "checkpoints"
+        self._folders = StepFolders(Path(workdir).absolute(), report)
         self._config = config or CheckpointConfig()
         self._read_only = read_only
         self._report = report
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers()))
+        self._checkpointer = _new_checkpointer()
         self._thread: threading.Thread | None = None
         self._saving = -1
         self._error: BaseException | None = None
         self._failed = False
-        self._trusted: set[int] = set()
-        if not read_only and jax.process_index() == 0 and self._root.is_dir():
-            for path in self._root.iterdir():
-                if _DEBRIS.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+        if not read_only and jax.process_index() == 0:
+            self._folders.remove_debris()
 
     def __enter__(self) -> Self:
         return self
@@ -94,13 +83,11 @@ class CheckpointStore:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            _close(self._checkpointer)
 
     def steps(self) -> list[int]:
-        """The steps on the disk, oldest first, verified or not."""
-        if not self._root.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+        """The steps on the disk, oldest first, verified or not. Raises CheckpointError if they cannot be listed."""
+        return self._folders.steps()
 
     # Saving
 
@@ -122,7 +109,7 @@ class CheckpointStore:
         self._saving = step
         try:
             if jax.process_index() == 0:
-                shutil.rmtree(self._staging, ignore_errors=True)
+                self._folders.remove_debris()
                 self._staging.mkdir(parents=True)
             self._checkpointer.save(self._staging / "state", args=ocp.args.PyTreeSave(state))
         except Exception as error:
@@ -153,7 +140,7 @@ class CheckpointStore:
 
     @property
     def _staging(self) -> Path:
-        return self._root / f"{self._saving}.saving"
+        return self._folders.root / f"{self._saving}.saving"
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """The background thread: everything after the copy of the arrays."""
@@ -163,9 +150,11 @@ class CheckpointStore:
                 for name, content in files.items():
                     write_atomically(self._staging / name, content)
                 write_manifest(self._staging)
-                self._staging.rename(self._folder(self._saving))
-                sync_folder(self._root)
-                self._delete_old()
+                self._staging.rename(self._folders[self._saving])
+                sync_folder(self._folders.root)
+                self._folders.trust(self._saving)
+                mark_saved(self._folders.workdir)
+                self._folders.delete_old(self._config.keep_last)
         except BaseException as error:
             self._error = error
 
@@ -174,8 +163,10 @@ class CheckpointStore:
         error, self._error = self._error, None
         self._failed = error is not None
         if error is None:
-            self._trusted.add(self._saving)
             return
+        # It remembers its failure, and would fail the next save with it.
+        _close(self._checkpointer)
+        self._checkpointer = _new_checkpointer()
         if jax.process_index() == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
         reason = io_failure(error)
@@ -188,32 +179,14 @@ class CheckpointStore:
             )
         self._report(f"checkpoint of step {self._saving} not saved ({reason}): training continues, the save is retried")
 
-    def _delete_old(self) -> None:
-        steps = self.steps()
-        losses = {step: loss for step in steps if (loss := self._held_out_loss(step)) is not None}
-        best = [min(losses, key=lambda step: (losses[step], -step))] if losses else []
-        for step in set(steps) - set(steps[-self._config.keep_last :]) - set(best):
-            doomed = self._root / f"{step}.deleting"
-            try:
-                self._folder(step).rename(doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                self._report(f"old checkpoint of step {step} not deleted ({io_failure(error)})")
-
-    def _held_out_loss(self, step: int) -> float | None:
-        try:
-            return float(self._read_json(step, "metrics.json")[BEST_METRIC])
-        except (OSError, ValueError, KeyError, TypeError):  # not evaluated, not finite, or damaged
-            return None
-
     def _has_whole(self, step: int) -> bool:
         """Whether `step` is there and whole. If it is there and damaged, it is moved out of the way."""
-        if not self._folder(step).exists():
+        if not os.path.lexists(self._folders[step]):
             return False
-        problem = self._damage(step)
+        problem = self._folders.why_not(step)
         if problem:
-            self._report(f"checkpoint of step {step} is damaged ({problem}): saving it again")
-            self._move_aside(step)
+            self._report(f"checkpoint of step {step} {problem}: saving it again")
+            self._folders.set_aside(step)
         return problem is None
 
     # Restoring
@@ -228,7 +201,7 @@ class CheckpointStore:
         step = self._newest_whole()
         if step is None:
             return None
-        return self._restore(step, abstract_state, partial=False), self._read_json(step, "meta.json"), step
+        return self._restore(step, abstract_state, partial=False), self._folders.read_json(step, "meta.json"), step
 
     def restore_for_eval(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """Some of the state's fields, such as {"params": ..., "variables": ...}; the rest is verified, but not loaded.
@@ -237,11 +210,11 @@ class CheckpointStore:
         Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
         """
         step = self._whole(step)
-        return self._restore(step, abstract, partial=True), self._read_json(step, "meta.json"), step
+        return self._restore(step, abstract, partial=True), self._folders.read_json(step, "meta.json"), step
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a step. Raises as `restore_for_eval` does."""
-        return self._read_json(self._whole(step), "meta.json")
+        return self._folders.read_json(self._whole(step), "meta.json")
 
     def newest_whole(self) -> int:
         """The newest step that is whole, which is not verified again. Raises CheckpointError if there is none."""
@@ -253,7 +226,7 @@ class CheckpointStore:
     def saved_shapes(self, step: int) -> dict[str, str]:
         """`shapes` of the state of a step that is there."""
         with ocp.PyTreeCheckpointer() as checkpointer:
-            return shapes(checkpointer.metadata(self._folder(step) / "state").item_metadata.tree)
+            return shapes(checkpointer.metadata(self._folders[step] / "state").item_metadata.tree)
 
     def _newest_whole(self) -> int | None:
         """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
@@ -262,20 +235,20 @@ class CheckpointStore:
             steps = self.steps()
             damaged = []
             for step in reversed(steps):
-                problem = self._damage(step)
+                problem = self._folders.why_not(step)
                 if problem is None:
                     found = step
                     break
                 damaged.append(step)
-                self._report(f"checkpoint of step {step} is damaged ({problem}): trying the one before")
+                self._report(f"checkpoint of step {step} {problem}: trying the one before")
             if found is not None and not self._read_only:
                 for step in damaged:
-                    self._move_aside(step)
+                    self._folders.set_aside(step)
         found, some = distributed.share([found, bool(steps)])[0]
         if found is None and some:
             raise self._none_whole()
         if found is not None:
-            self._trusted.add(found)
+            self._folders.trust(found)
         return found
 
     def _whole(self, step: int | None) -> int:
@@ -287,31 +260,28 @@ class CheckpointStore:
             raise self._nothing_here()
         if step not in steps:
             raise CheckpointError(
-                f"there is no checkpoint of step {step} in {self._root}; there is {', '.join(map(str, steps))}"
+                f"there is no checkpoint of step {step} in {self._folders.root}; there is {', '.join(map(str, steps))}"
             )
-        problem = self._damage(step)
+        problem = self._folders.why_not(step)
         if problem:
             others = ", ".join(str(other) for other in steps if other != step) or "no other step"
-            raise CheckpointError(f"the checkpoint of step {step} is damaged ({problem}); there is {others}")
-        self._trusted.add(step)
+            raise CheckpointError(f"the checkpoint of step {step} {problem}; there is {others}")
+        self._folders.trust(step)
         return step
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with the files of a step, which are verified once."""
-        return None if step in self._trusted else find_damage(self._folder(step))
-
     def _nothing_here(self) -> CheckpointError:
-        if not self._root.parent.is_dir():
-            return CheckpointError(f"there is no work directory {self._root.parent}; give one that train.py wrote")
-        return CheckpointError(f"there is no checkpoint in {self._root}; train there first")
+        if not self._folders.workdir.is_dir():
+            return CheckpointError(f"there is no work directory {self._folders.workdir}; give one that train.py wrote")
+        return CheckpointError(f"there is no checkpoint in {self._folders.root}; train there first")
 
     def _none_whole(self) -> CheckpointError:
         return CheckpointError(
-            f"no checkpoint in {self._root} is whole; restore them from a copy, or start anew in another work directory"
+            f"no checkpoint in {self._folders.root} is whole; restore them from a copy, or start anew in another work "
+            "directory"
         )
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
-        path = self._folder(step) / "state"
+        path = self._folders[step] / "state"
         abstract = jax.tree.map(_with_sharding, abstract)
         problem = difference(self.saved_shapes(step), shapes(abstract), partial)
         if problem:
@@ -322,22 +292,21 @@ class CheckpointStore:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=partial,
             )
-            return checkpointer.restore(path, args=arguments)
+            state = checkpointer.restore(path, args=arguments)
+        held = int(getattr(state, "step", step))
+        if held != step:  # of a checkpoint that is too old to say so itself
+            raise CheckpointError(f"the checkpoint in {path.parent} is of step {held}: rename it, or move it away")
+        return state
 
-    def _move_aside(self, step: int) -> None:
-        folder = self._root.with_name("checkpoints_damaged")
-        folder.mkdir(exist_ok=True)
-        target, copy = folder / str(step), 1
-        while target.exists():
-            target, copy = folder / f"{step}.{copy}", copy + 1
-        self._folder(step).rename(target)
-        self._report(f"checkpoint of step {step} moved to {target}")
 
-    def _folder(self, step: int) -> Path:
-        return self._root / str(step)
+def _new_checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers()))
 
-    def _read_json(self, step: int, name: str) -> dict[str, Any]:
-        return json.loads((self._folder(step) / name).read_bytes())
+
+def _close(checkpointer: ocp.AsyncCheckpointer) -> None:
+    """Free its threads. What it has to say of a save that failed has been said."""
+    with contextlib.suppress(Exception):
+        checkpointer.close()
 
 
 def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from default_moe.files import to_stderr, write_atomically
+from default_moe.errors import tell
+from default_moe.files import write_atomically
 from default_moe.runs.pictures import load_heat_map
 
 _PICTURES_KEPT = 5
@@ -28,7 +29,7 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], resume_step: int | None = None, report: Callable[[str], None] = to_stderr
+        self, workdir: str | os.PathLike[str], resume_step: int | None = None, report: Callable[[str], None] = tell
     ):
         self._active = jax.process_index() == 0
         self._figures = Path(workdir) / "figures"

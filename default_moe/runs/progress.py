@@ -1,11 +1,13 @@
 """What a person watching a run sees: a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from default_moe.errors import tell
 from default_moe.processes import distributed
 
 _SHOWN = (
@@ -25,7 +27,7 @@ class Progress:
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total = total_steps
-        self._stream = stream or sys.stdout
+        self._stream = stream or sys.stdout  # a program has one, see cli.py
         self._active = distributed.process_index() == 0
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
@@ -35,20 +37,20 @@ class Progress:
         if self._active and self._stream.isatty() and shutil.get_terminal_size(fallback=(0, 0)).columns:
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=self._total,
-                initial=step,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",
-            )
+            with contextlib.suppress(OSError, ValueError):
+                self._bar = tqdm(
+                    total=self._total,
+                    initial=step,
+                    file=self._stream,
+                    dynamic_ncols=True,
+                    bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",
+                )
 
     def step(self, step: int) -> None:
         """To be called after each step."""
         if self._first is None:
             self._first = (step, time.monotonic())
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        self._draw(lambda bar: bar.update(step - bar.n))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows loss, bits per byte, learning rate and tokens/s of a logged step, those of them that there are."""
@@ -57,21 +59,28 @@ class Progress:
         if eta is not None:
             parts.append(f"ETA {_clock(eta)}")
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(parts))
+            self._draw(lambda bar: bar.set_postfix_str("  ".join(parts)))
         else:
             self.message(f"step {step}/{self._total}  " + "  ".join(parts))
 
     def message(self, text: str) -> None:
         """Prints lines of text, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._active:
-            print(text, file=self._stream, flush=True)
+        self._draw(lambda bar: bar.clear())
+        if self._active:
+            tell(text, self._stream)
+        self._draw(lambda bar: bar.refresh())
 
     def close(self) -> None:
         """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        self._draw(lambda bar: bar.close())
+
+    def _draw(self, change: Callable[[Any], object]) -> None:
+        """Change the bar. One that cannot be drawn is given up; no run ends of it."""
+        try:
+            if self._bar is not None:
+                change(self._bar)
+        except (OSError, ValueError):
+            self._bar = None
 
     def _eta(self, step: int) -> float | None:
         if self._first is None or step <= self._first[0]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
-from default_moe.errors import AnotherProcessFailed, ConfigError, Diverged, TrainingFailed
+from default_moe.errors import Diverged, TrainingFailed
 from default_moe.processes import distributed
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs.checkpoint import CheckpointStore
@@ -75,22 +75,28 @@ def train(
     ):
         for note in run.notes:
             progress.message(f"changed since the run began: {note}")
-        progress.message(_description(program, data))
-        saved = store.steps()
-        train_step = None
-        if not saved or saved[-1] < config.train.num_steps:
-            # Before anything of the state's size is read or made: it may not fit.
-            train_step = _compile(program, train_rows, run, progress)
-        restored = store.restore_latest(program.abstract_state)
-        state, start = (restored[0], restored[2]) if restored else (None, 0)
-        progress.message(f"workdir: {workdir}, " + (f"continuing from step {start}" if start else "a new run"))
-        if start >= config.train.num_steps:
-            progress.message(f"nothing to do: the run is at step {start}; a larger train.num_steps would continue it")
-            return 0
-        train_step = train_step or _compile(program, train_rows, run, progress)
-        state = state or _first_state(program, source, train_rows, progress)
+        try:
+            progress.message(_description(program, data))
+            saved = store.steps()
+            train_step = None
+            if not saved or saved[-1] < config.train.num_steps:
+                # Before anything of the state's size is read or made: it may not fit.
+                train_step = _compile(program, train_rows, progress)
+            restored = store.restore_latest(program.abstract_state)
+            state, start = (restored[0], restored[2]) if restored else (None, 0)
+            progress.message(f"workdir: {workdir}, " + (f"continuing from step {start}" if start else "a new run"))
+            if start >= config.train.num_steps:
+                progress.message(
+                    f"nothing to do: the run is at step {start}; a larger train.num_steps would continue it"
+                )
+                return 0
+            train_step = train_step or _compile(program, train_rows, progress)
+            state = state or _first_state(program, source, train_rows, progress)
+        except BaseException:
+            run.discard()
+            raise
         writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
-        loop = _Loop(program, train_step, data, train_rows, validation_rows, store, writer, progress, start)
+        loop = _Loop(program, train_step, data, train_rows, validation_rows, run, store, writer, progress, start)
         try:
             state, finished = loop.run(state, stop)
         finally:
@@ -102,19 +108,16 @@ def train(
         return stop.exit_code
     with out_of_memory_in_one_line(TrainingFailed, "sampling", config, program.num_batch_shards):
         text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
+    run.check_there()
     progress.message(f"a sample:\n{text}\n\ndone: everything is in {workdir}")
     return 0
 
 
-def _compile(program: Program, rows: Rows, run: Run, progress: Progress) -> Any:
-    """The training step. Raises, leaving no new run behind, if it does not fit the memory of a device."""
+def _compile(program: Program, rows: Rows, progress: Progress) -> Any:
+    """The training step. Raises ConfigError if it does not fit the memory of a device."""
     began = time.monotonic()
-    try:
-        train_step = program.compile_train_step(rows.batch(0, 1))
-        distributed.wait_for_all()
-    except (ConfigError, AnotherProcessFailed):
-        run.discard()
-        raise
+    train_step = program.compile_train_step(rows.batch(0, 1))
+    distributed.wait_for_all()
     seconds = time.monotonic() - began
     progress.message(f"compiled the training step in {seconds:.1f} s; it takes {step_memory(train_step)}")
     return train_step
@@ -138,6 +141,7 @@ class _Loop:
     data: Data
     train_rows: Rows
     validation_rows: Rows
+    place: Run
     store: CheckpointStore
     writer: MetricsWriter
     progress: Progress
@@ -158,7 +162,7 @@ class _Loop:
                 self._pending = step, metrics
                 self.progress.step(step)
 
-                finished, stopping = step == config.train.num_steps, stop.received(step)
+                finished, stopping = step == config.train.num_steps, stop.received()
                 held_out = None
                 if finished or step % config.eval.every_steps == 0:
                     self._record_pending()
@@ -198,6 +202,7 @@ class _Loop:
     def _make_sure_of_the_last_save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
         """Wait for it, and try once more if it failed. Raises TrainingFailed if it cannot be saved."""
         self.store.wait()
+        self.place.check_there()
         if self.store.needs_retry:
             self._save(state, step, held_out)
             self.store.wait()
@@ -248,7 +253,10 @@ class _Loop:
         return values
 
     def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        self.place.check_there()
         meta = {
+            "step": step,
+            "run_id": self.place.id,
             "config": self.program.config.to_dict(),
             "tokenizer": self.data.tokenizer.to_dict(),
             "corpus_hash": self.data.corpus_hash,
@@ -264,7 +272,8 @@ def _description(program: Program, data: Data) -> str:
     counts = program.parameter_counts
     devices = jax.devices()
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    reading = measure_reading(data, config.train.sequence_length, config.train.batch_size, seconds=0.2)
+    rows = min(config.train.batch_size, 64)  # a whole batch might not end
+    reading = measure_reading(data, config.train.sequence_length, rows, seconds=0.2)
     form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
     return (
         f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 import jax
 
 from default_moe.config import MAY_CHANGE, Config, flat_items, marked
-from default_moe.errors import ConfigError
-from default_moe.files import write_atomically
+from default_moe.errors import ConfigError, TrainingFailed, check, shown
+from default_moe.files import read_json
 from default_moe.processes import distributed
+from default_moe.runs.identity import RUN_FILE, flat_config, has_saved, write_run
+from default_moe.runs.step_folders import StepFolders
 
-RUN_FILE = "run.json"
 _FORMAT = 1
 _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
 
@@ -32,24 +34,53 @@ _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about onc
 class Run:
     """A run in its work directory.
 
-    resumed: whether it had been started before.  notes: one line for each setting that has changed since.
+    id: what no other run has.  resumed: whether it goes on from a start before.  notes: one line for each setting that
+    has changed since.
     """
 
     workdir: Path
+    id: str
     resumed: bool
     notes: list[str]
 
     def discard(self) -> None:
         """Forget a run that could not begin: other settings may take the work directory. Nothing if it was resumed."""
         if not self.resumed and jax.process_index() == 0:
-            (self.workdir / RUN_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.workdir / RUN_FILE).unlink()
+
+    def check_there(self) -> None:
+        """Raises TrainingFailed if the work directory is not the one any more that was opened."""
+        try:
+            there = read_json(self.workdir / RUN_FILE).get("run_id") == self.id
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            there = False
+        except OSError:  # a disk that cannot be read now: what is written next will tell
+            return
+        if not there and jax.process_index() == 0:
+            raise TrainingFailed(
+                f"the work directory {self.workdir} was moved, deleted or replaced while the run was on: what is saved "
+                "from now on would be lost; put it back, and the same command continues from its last checkpoint"
+            )
 
 
 def check_ours(workdir: str | os.PathLike[str]) -> None:
-    """Raises ConfigError if `workdir` holds files, but no run: as `open_run` does, before any data is prepared."""
+    """Raises ConfigError if `workdir` holds files, but no run, or a run whose checkpoints are gone.
+
+    As `open_run` does, before any data is prepared.
+    """
     folder = Path(workdir).absolute()
-    if not (folder / RUN_FILE).exists():
-        _check_empty(folder)
+    if not os.path.exists(folder / RUN_FILE):
+        return _check_empty(folder)
+    gone = False
+    with contextlib.suppress(OSError, ValueError):  # of which `open_run` tells
+        gone = has_saved(folder, read_json(folder / RUN_FILE)) and not StepFolders(folder).steps()
+    check(
+        not gone,
+        f"the work directory {folder} holds a run that has trained, but its checkpoints are gone from "
+        f"{folder / 'checkpoints'}: bring them back (is a disk not mounted?). To begin anew, empty the directory or "
+        "choose another --workdir",
+    )
 
 
 @contextlib.contextmanager
@@ -62,6 +93,8 @@ def open_run(
 ) -> Iterator[Run]:
     """A new run in an empty or absent `workdir`, or the same run there; while entered, no other process has it.
 
+    A run that never saved a checkpoint has nothing to go on from: any other takes its place.
+
     tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
     Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
     trains in it, or if it cannot be written. With several processes only the first one locks and writes; the others
@@ -72,22 +105,21 @@ def open_run(
         yield _join_run(folder)
         return
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
-    resumed, notes = _compare(folder, config, identity)
+    _compare(folder, config, identity)
     lock = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
-            resumed, notes = _compare(folder, config, identity)  # another process may have started it before the lock
-            if not resumed or notes:
-                content = {"format": _FORMAT, **identity, "config": config.to_dict(), "versions": _versions()}
-                write_atomically(folder / RUN_FILE, json.dumps(content, indent=1))
+            run = _compare(folder, config, identity)  # another process may have started it before the lock
+            content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
+            write_run(folder, {**content, "config": config.to_dict(), "versions": _versions()})
             distributed.share((folder / RUN_FILE).read_text())
         except OSError as error:
             raise ConfigError(
                 f"the work directory {folder} cannot be written ({error.strerror}): choose another --workdir"
             ) from error
-        yield Run(folder, resumed, notes)
+        yield run
     finally:
         if lock is not None:
             os.close(lock)
@@ -100,7 +132,7 @@ def _join_run(folder: Path) -> Run:
     while time.monotonic() < last:
         with contextlib.suppress(OSError):
             if (folder / RUN_FILE).read_text() == written:
-                return Run(folder, resumed=True, notes=[])
+                return Run(folder, json.loads(written)["run_id"], resumed=True, notes=[])
         time.sleep(0.5)
     raise ConfigError(
         f"the work directory {folder} does not hold the {RUN_FILE} that process 0 wrote there: choose a --workdir on a "
@@ -108,25 +140,28 @@ def _join_run(folder: Path) -> Run:
     )
 
 
-def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether there is a run in `folder`, and how this one differs from it. Raises ConfigError where it must not."""
+def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> Run:
+    """The run that these settings begin or continue in `folder`. Raises ConfigError where they must not."""
+    new = Run(folder, uuid.uuid4().hex, resumed=False, notes=[])
     try:
-        saved = json.loads((folder / RUN_FILE).read_bytes())
+        saved = read_json(folder / RUN_FILE)
     except FileNotFoundError:
         _check_empty(folder)
-        return False, []
+        return new
     except OSError as error:
         raise ConfigError(f"{folder / RUN_FILE} cannot be read ({error.strerror}): choose another --workdir") from error
     except ValueError as error:
         raise ConfigError(
-            f"{folder / RUN_FILE} is damaged, not JSON: restore it, or choose another --workdir"
+            f"{folder / RUN_FILE} is damaged ({error}): restore it, or choose another --workdir"
         ) from error
+    if not has_saved(folder, saved) and not StepFolders(folder).steps():
+        return new
     try:
         if saved["format"] != _FORMAT:
-            raise ConfigError(f"its format is {saved['format']!r}, not {_FORMAT}")
-        before = {**dict(flat_items(Config.from_mapping(saved["config"]).to_dict())), **{k: saved[k] for k in identity}}
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        reason = error if isinstance(error, ConfigError) else "a part is missing or of another kind"
+            raise ConfigError(f"its format is {shown(saved['format'], 40)}, not {_FORMAT}")
+        before = {**flat_config(saved["config"]), **{name: saved[name] for name in identity}}
+    except (KeyError, ConfigError) as error:
+        reason = error if isinstance(error, ConfigError) else f"it has no {error}"
         raise ConfigError(
             f"{folder / RUN_FILE} is not what this version writes ({reason}): choose another --workdir"
         ) from error
@@ -134,12 +169,15 @@ def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> tuple
     changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if not _may_change(name, before, now)]
     if refused:
-        differences = "; ".join(f"{name}: {_show(before[name])} there, {_show(now[name])} here" for name in refused)
+        differences = "; ".join(
+            f"{name}: {shown(before[name], 60)} there, {shown(now[name], 60)} here" for name in refused
+        )
         raise ConfigError(
             f"the work directory {folder} holds a run that these settings cannot continue ({differences}): "
             "choose another --workdir, or set them back"
         )
-    return True, [f"{name} was {_show(before[name])}, is now {_show(now[name])}" for name in changed]
+    notes = [f"{name} was {shown(before[name], 60)}, is now {shown(now[name], 60)}" for name in changed]
+    return Run(folder, str(saved.get("run_id") or new.id), resumed=True, notes=notes)
 
 
 def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -179,11 +217,6 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _show(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _versions() -> dict[str, str]:

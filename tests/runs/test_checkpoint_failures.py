@@ -91,7 +91,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
             store.save(2, state, {})
             store.wait()
-            print(store.needs_retry, *sorted(path.name for path in store._root.iterdir()))
+            print(store.needs_retry, *sorted(path.name for path in store._folders.root.iterdir()))
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             store.save(2, state, {})
         print(store.needs_retry, store.steps())

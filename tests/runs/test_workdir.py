@@ -10,7 +10,8 @@ import pytest
 from helpers.refusals import refused
 
 from default_moe.config import Config
-from default_moe.runs.workdir import RUN_FILE, open_run
+from default_moe.runs.identity import RUN_FILE, mark_saved
+from default_moe.runs.workdir import open_run
 
 
 def changed(**sections) -> Config:
@@ -22,8 +23,9 @@ def start(workdir: Path, config: Config | None = None, **identity):
 
 
 def begin(workdir: Path, config: Config | None = None, **identity):
-    """A run that has been started and left."""
+    """A run that has been started, has saved a checkpoint, and was left."""
     with start(workdir, config, **identity) as run:
+        mark_saved(workdir)
         return run
 
 
@@ -40,8 +42,10 @@ def test_a_new_run_is_written_and_goes_on(tmp_path):
     assert Config.from_mapping(saved["config"]) == Config()
     assert (saved["corpus_hash"], saved["vocab_size"], saved["format"]) == ("abc", 257, 1)
     assert [path.name for path in workdir.iterdir()] == [RUN_FILE]
+    first = begin(workdir).id
     with start(workdir) as run:
         assert run.resumed and run.notes == []
+        assert run.id == first == json.loads((workdir / RUN_FILE).read_text())["run_id"]
 
 
 def test_settings_that_may_change_are_noted(tmp_path):
@@ -126,11 +130,11 @@ def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "damaged, not JSON"),
-        ("[]", "is not what this version writes"),
-        ('{"format": 2}', "its format is 2, not 1"),
-        ('{"format": 1, "config": {"model": {"wings": 2}}}', r"there is no setting 'model\.wings'"),
-        ('{"format": 1, "config": {}}', "a part is missing"),
+        ("{", "is damaged .it is not JSON"),
+        ("[]", "is damaged .it is not a JSON object"),
+        ('{"format": 2, "saved": true}', "its format is 2, not 1"),
+        ('{"format": 1, "saved": true, "config": {"model": {"wings": 2}}}', r"there is no setting 'model\.wings'"),
+        ('{"format": 1, "saved": true, "config": {}}', "it has no 'corpus_hash'"),
     ],
 )
 def test_a_broken_run_file_is_named(tmp_path, text, words):
@@ -151,14 +155,15 @@ def test_one_process_at_a_time(tmp_path):
     with start(tmp_path):
         refused = subprocess.run(child, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert refused.stdout.startswith(f"another process is training in the work directory {tmp_path}: "), refused.stderr
-    assert begin(tmp_path).resumed
+    with start(tmp_path):  # the lock goes with its process
+        pass
 
 
 def test_an_unwritable_place_is_named(tmp_path, monkeypatch):
     def fail(*_args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("default_moe.runs.workdir.write_atomically", fail)
+    monkeypatch.setattr("default_moe.runs.workdir.write_run", fail)
     with refused(r"cannot be written \(Permission denied\)"):
         begin(tmp_path)
     monkeypatch.undo()
