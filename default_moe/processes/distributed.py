@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -59,6 +60,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     clock = threading.Timer(seconds, _give_up, [seconds])
     clock.daemon = True
     clock.start()
+    # While the runtime waits, no handler of Python's is called: Ctrl-C ends this process, of which its parent tells.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         # The runtime aborts when it has waited long enough, so it must not be the first.
         jax.distributed.initialize(
@@ -77,6 +80,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         ) from None
     finally:
         clock.cancel()
+        signal.signal(signal.SIGINT, handler)
     _processes = _Processes(global_state.client, global_state.process_id, global_state.num_processes)
 
 

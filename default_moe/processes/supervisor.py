@@ -38,6 +38,9 @@ def go_on_in_child(if_aborted: str) -> None:
     with os.fdopen(reader, "rb") as lines:
         explained, runtime = _show(lines)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGINT:
+        code, explained = 128 + signal.SIGINT, True
+        _print([b"error: interrupted before the run began\n"])
     if not explained and runtime and code == -signal.SIGABRT:
         _print([f"error: {if_aborted}\n".encode()])
     elif not explained:

@@ -14,10 +14,12 @@ old steps, before digests could be written.)
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +59,7 @@ class CheckpointStore:
         read_only: bool = False,
         report: Callable[[str], None] = tell,
     ):
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        _quieten()
         self._folders = StepFolders(Path(workdir).absolute(), report)
         self._config = config or CheckpointConfig()
         self._read_only = read_only
@@ -318,9 +320,20 @@ def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:
     return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failure as several pages of traceback; the store reports it in a line."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+@functools.cache
+def _quieten() -> None:
+    """Keep what Orbax and TensorStore print of a save that failed, pages of traceback, from a line's reader."""
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and io_failure(record.exc_info[1]) and "never retrieved" in str(record.msg))
+    )
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # for which the other arrays of that save are too late
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
