@@ -124,7 +124,7 @@ def find_damage(folder: Path, required: Iterable[str] = ()) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST}, written last, is missing"
     except OSError as error:
-        return f"{error.filename or MANIFEST} cannot be read: {error.strerror}"
+        return f"{MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"{MANIFEST} is not readable as a list of digests"
     unlisted = sorted({*there, *required} - {*listed, MANIFEST})

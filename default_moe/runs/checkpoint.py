@@ -112,7 +112,8 @@ class CheckpointStore:
         try:
             if jax.process_index() == 0:
                 self._folders.remove_debris()
-                self._staging.mkdir(parents=True)
+                self._folders.root.mkdir(exist_ok=True)  # but no work directory that has gone
+                self._staging.mkdir()
             self._checkpointer.save(self._staging / "state", args=ocp.args.PyTreeSave(state))
         except Exception as error:
             self._error = error
@@ -325,7 +326,7 @@ def _quieten() -> None:
     """Keep what Orbax and TensorStore print of a save that failed, pages of traceback, from a line's reader."""
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.exc_info and io_failure(record.exc_info[1]) and "never retrieved" in str(record.msg))
+        lambda record: not (record.exc_info and "tensorstore_spec" in str(record.exc_info[1]))
     )
     others = sys.unraisablehook
 

@@ -71,7 +71,7 @@ class MetricsWriter:
 
     def _write_pictures(self, step: int, png: bytes) -> None:
         self._try("tensorboard", lambda: self._events.write_png(step, "expert_load", png))
-        self._figures.mkdir(parents=True, exist_ok=True)
+        self._figures.mkdir(exist_ok=True)
         write_atomically(self._figures / f"expert_load_step_{step}.png", png)
         pictures = sorted(self._figures.glob("expert_load_step_*.png"), key=lambda path: path.stat().st_mtime_ns)
         for old in pictures[:-_PICTURES_KEPT]:
@@ -174,7 +174,7 @@ class _EventFile:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{time.time_ns()}")
         if self._hide_from is not None:
             start = SessionLog(status=SessionLog.START)

@@ -99,6 +99,9 @@ def train(
         loop = _Loop(program, train_step, data, train_rows, validation_rows, run, store, writer, progress, start)
         try:
             state, finished = loop.run(state, stop)
+        except Exception:
+            run.check_there()  # of which this error may come
+            raise
         finally:
             writer.close()
             progress.close()
