@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers.permissions import obey_permissions
 
 from default_moe import cli
 from default_moe.config import Config, flat_items
@@ -166,19 +167,22 @@ def content(*folders: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for p in paths}
 
 
-def run_commands(commands: list[list[str]], cwd: Path, env: dict[str, str]) -> list[tuple[int, str, str]]:
-    """Runs commands, ["train.py", "--config=..."], one after the other in `cwd`.
+def run_commands(
+    commands: list[list[str]], cwd: Path, env: dict[str, str], output: str = "file"
+) -> list[tuple[int, str, str]]:
+    """Runs commands, ["train.py", "--config=..."], one after the other in `cwd`. Permissions hold for them.
 
+    output: where they print, "file" or "full" (a disk), "pipe" (that nobody reads) or "closed".
     Returns exit code, standard output and standard error of each. They are forked off one process that has
     imported everything, so that each takes a fraction of a second.
     """
     process = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, output],
         input=json.dumps(commands),
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**env, "PYTHONPATH": str(REPOSITORY)},
+        env={**env, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
     )
     assert process.returncode == 0, process.stderr
     return [tuple(result) for result in json.loads(process.stdout)]
@@ -193,8 +197,11 @@ def _run_forked(command: list[str]) -> tuple[int, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()  # before JAX has started a backend, and with it threads
         if child == 0:
-            os.dup2(out.fileno(), 1)
+            os.dup2(_output(out.fileno()), 1)
             os.dup2(err.fileno(), 2)
+            if sys.argv[1] == "closed":
+                os.close(1)
+            obey_permissions()
             _become(command)
         _, status = os.waitpid(child, 0)
         texts = []
@@ -202,6 +209,16 @@ def _run_forked(command: list[str]) -> tuple[int, str, str]:
             file.seek(0)
             texts.append(file.read().decode())
         return os.waitstatus_to_exitcode(status), texts[0], texts[1]
+
+
+def _output(file: int) -> int:
+    if sys.argv[1] == "full":
+        return os.open("/dev/full", os.O_WRONLY)
+    if sys.argv[1] == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+    return file
 
 
 def _become(command: list[str]) -> None:
