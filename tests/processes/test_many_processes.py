@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import pytest
+from helpers.refusals import refused
 from helpers.tiny_runs import (
     REPOSITORY,
     as_flags,
@@ -28,6 +29,7 @@ from helpers.tiny_runs import (
     write_corpus,
 )
 
+from default_moe.errors import AnotherProcessFailed, TrainingFailed
 from default_moe.processes import distributed
 
 LAST = 40
@@ -85,10 +87,22 @@ class Processes:
 
     def wait_for_step(self, step: int) -> None:
         """Returns when that step is logged."""
-        while not re.search(rf"^step {step}/", self.output(0), re.MULTILINE):
+        self.wait_for(f"step {step}/")
+
+    def wait_for(self, words: str) -> None:
+        """Returns when process 0 has printed a line that begins with them."""
+        while not re.search(f"^{words}", self.output(0), re.MULTILINE):
             assert all(process.poll() is None for process in self.processes), self.output(0)
             assert time.monotonic() < self._last
             time.sleep(0.01)
+
+    def wait_for_port(self, port: int) -> None:
+        """Returns when process 0 listens there."""
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+            assert time.monotonic() < self._last
+            time.sleep(0.05)
 
     def wait(self, seconds: float = LONGEST) -> tuple[list[int], list[str]]:
         """Exit codes and outputs of all, which must end in that time."""
@@ -150,7 +164,8 @@ def alone(folder):
 @pytest.fixture(scope="module")
 def moved(folder):
     """A run begun by two processes, of which SIGTERM reached the second; gone on with by one, and stopped; then by two,
-    of which the first was killed, and again by two, of which the second was; and brought to its end by two.
+    of which the first was killed, and again by two, of which the second was; then by two, of which SIGTERM reached the
+    second before the first step; and brought to its end by two.
 
     Its work directory, and of each part the exit codes, what was printed, and the newest step saved.
     """
@@ -175,6 +190,10 @@ def moved(folder):
             both.wait_for_step(saved + 2)
             both.processes[killed].kill()
             part(*both.wait(seconds=30))
+    with started(folder, workdir) as both:
+        both.wait_for("devices: ")
+        both.processes[1].terminate()
+        part(*both.wait())
     with started(folder, workdir, flags=["--config.checkpoint.every_minutes=0.001"]) as both:
         part(*both.wait())
     return workdir, parts
@@ -191,6 +210,12 @@ def test_sigterm_to_one_process_saves_the_same_step_in_both(moved):
     assert all("SIGTERM caught" in line for line in rest), rest
 
 
+def test_sigterm_before_the_first_step_of_a_continued_run_is_not_lost(moved):
+    codes, (first, _), saved = moved[1][4]
+    assert codes == [0, 0], first
+    assert "continues from the last checkpoint" in first and saved <= moved[1][1][2] + 10
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_line(moved, killed):
     codes, outputs, _ = moved[1][2 + killed]
@@ -202,15 +227,16 @@ def test_a_killed_process_ends_the_other_with_one_line(moved, killed):
 def test_a_run_goes_on_in_another_number_of_processes_and_after_a_kill(moved, alone):
     workdir, parts = moved
     saved = [part[2] for part in parts]
-    assert saved[0] < saved[1] < LAST - 5 and saved[1:4] == 3 * saved[1:2] and saved[4] == LAST
+    assert saved[0] < saved[1] < LAST - 5 and saved[1:4] == 3 * saved[1:2]
+    assert saved[1] < saved[4] < LAST == saved[5]
     for part, start in zip(parts[1:], saved, strict=False):
         assert f"continuing from step {start}" in part[1][0]
-    assert parts[1][0] == [0] and parts[4][0] == [0, 0]
-    assert f"done: everything is in {workdir}" in parts[4][1][0]
+    assert parts[1][0] == [0] and parts[5][0] == [0, 0]
+    assert f"done: everything is in {workdir}" in parts[5][1][0]
     # Bit for bit: a sum of two parts, one from each device, is the same whichever way they come together.
     assert metrics(workdir) == metrics(alone)
     assert_same_state(workdir, alone, LAST)
-    assert saved[1] < steps(workdir)[0] < steps(workdir)[1] < LAST  # those of the last part, saved by the clock
+    assert saved[4] < steps(workdir)[0] < steps(workdir)[1] < LAST  # those of the last part, saved by the clock
 
 
 def test_two_processes_evaluate_as_one_does(folder, moved):
@@ -271,6 +297,17 @@ def test_a_work_directory_in_use_ends_both(folder, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(folder, tmp_path):
+    port = free_port()
+    here = lambda index, _: with_flags(index, port)  # noqa: E731
+    with started(folder, tmp_path / "run", cwds=[REPOSITORY] * 2, joined=here) as both:
+        both.processes[1].kill()
+        both.wait_for_port(port)
+        both.processes[0].send_signal(signal.SIGINT)
+        code, output = both.processes[0].wait(timeout=20), both.output(0)
+    assert code == 130 and errors(output) == ["error: interrupted before the run began"]
+
+
 MEET = "the 2 processes did not all meet at 127.0.0.1:{free} within 1 s"
 FLAGS = {
     "nobody there": (["--coordinator=127.0.0.1:{free}", "--num_processes=2", "--process_id=1"], MEET),
@@ -310,6 +347,55 @@ def test_flags_that_join_nobody_get_one_line(answers, name):
     assert code == 2, printed
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     assert FLAGS[name][1].format(**ports) in printed
+
+
+class Said:
+    """The key-value store, with what somebody wrote there."""
+
+    def __init__(self, **said: str):
+        self._said = said
+
+    def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
+        return [(f"{folder}{name}", text) for name, text in self._said.items()]
+
+    def key_value_set(self, key: str, value: str) -> None:
+        pass
+
+
+def linked(**said: str) -> Any:
+    """This process, the first of two, without the thread that watches."""
+    link = object.__new__(distributed._Processes)
+    link.index, link.failure, link._count, link._round, link._client = 0, None, 2, 0, Said(**said)
+    return link
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ('["process 1: no", 2]', ("process 1: no", 2)),
+        ('["all is well", 0]', ("all is well", 1)),
+        ('["x", true]', ("x", 1)),
+        ('["x", 256]', ("x", 1)),
+        ('["x", -9]', ("x", 1)),
+        ('["x", "2"]', ("x", 1)),
+        ('["\\u001b]0;title\\u0007\\n", 3]', ("\\x1b]0;title\\x07\\n", 3)),
+        ("{}", ("{}", 1)),
+        ("[1]", ("[1]", 1)),
+        ("hello \x1b[2J", ("hello \\x1b[2J", 1)),
+        ("[" * 100_000, ("[" * 1997 + "...", 1)),
+    ],
+)
+def test_what_another_process_says_of_its_end_is_not_trusted(text, failure):
+    """Whoever reaches the coordinator's port can say it."""
+    with pytest.raises(AnotherProcessFailed) as error:
+        linked(**{"1": text, "stranger": "[]", "7": "[]", "-1": "[]"}).look()
+    assert (str(error.value), error.value.code) == failure
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[" * 100_000, '"\x00'])
+def test_what_another_process_shares_is_json_or_ends_the_run(text):
+    with refused("a stranger on the coordinator's port", TrainingFailed):
+        linked(**{"0": "1", "1": text}).share(1)
 
 
 def test_an_error_is_one_line_even_if_nobody_is_left_to_ask(monkeypatch, capsys):
