@@ -74,10 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.name.startswith(SLOW.get(item.path.stem, ())):
             item.add_marker("slow")
-    if "tpu" not in config.getoption("markexpr"):  # that needs another environment, so only who asks for it gets it
-        left_out = [item for item in items if item.get_closest_marker("tpu")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    for name in ("tpu", "campaign"):  # another environment, an hour: only who asks for it gets it
+        if name not in config.getoption("markexpr"):
+            left_out = [item for item in items if item.get_closest_marker(name)]
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_unconfigure() -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from default_moe.config import MAY_CHANGE, Config, flat_items, marked
-from default_moe.data import Rows, Tokenizer, tokenizer_from_dict
+from default_moe.data import Rows, Tokenizer
 from default_moe.errors import CheckpointError, check
 from default_moe.model.language_model import build_model, traced_init
 from default_moe.moe.layer import DEFAULT_VECTORS
 from default_moe.processes import distributed
 from default_moe.runs.checkpoint import CheckpointStore, difference, shapes
+from default_moe.runs.saved_run import parse_meta
 from default_moe.runs.warm_up import warm_up
 from default_moe.sharding import unboxed
 from default_moe.training.program import Program
@@ -23,13 +24,15 @@ from default_moe.training.state import TrainState
 class Source:
     """The checkpoint whose weights a new run starts from.
 
-    workdir: of the run that wrote it.  step, meta: of the checkpoint.  kept: collections that are taken over with it.
+    workdir: of the run that wrote it.  step, config, tokenizer: of the checkpoint.  kept: collections that are taken
+    over with it.
     """
 
     workdir: Path
     store: CheckpointStore
     step: int
-    meta: Mapping[str, Any]
+    config: Config
+    tokenizer: Tokenizer
     kept: tuple[str, ...]
 
 
@@ -52,18 +55,19 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
     store = CheckpointStore(folder, read_only=True, report=lambda line: report(f"init_from: {line}"))
     try:
         step = store.newest_whole()
-        meta, saved = store.read_meta(step), store.saved_shapes(step)
+        source, tokenizer = parse_meta(store.read_meta(step))
+        saved = store.saved_shapes(step)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from error
     # The model for the source's tokenizer: whether the run's is the same is known once its data is.
-    model = build_model(config, tokenizer_from_dict(meta["tokenizer"]).vocab_size)
+    model = build_model(config, tokenizer.vocab_size)
     variables = unboxed(traced_init(model).boxed_shapes)
     problem = difference(_below("params", saved), shapes({"params": variables.pop("params")}))
     if problem:
         raise CheckpointError(
             f"init_from: the checkpoint of step {step} in {folder} does not fit this model: {problem}"
         )
-    return Source(folder, store, step, meta, collections_taken_over(saved, variables))
+    return Source(folder, store, step, source, tokenizer, collections_taken_over(saved, variables))
 
 
 def collections_taken_over(saved: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ def check_tokenizer(source: Source | None, tokenizer: Tokenizer) -> None:
         return {key: value for key, value in values.items() if key != "name"}  # a file's is not that of what it copies
 
     check(
-        content(source.meta["tokenizer"]) == content(tokenizer.to_dict()),
+        content(source.tokenizer.to_dict()) == content(tokenizer.to_dict()),
         f"data.tokenizer is another tokenizer than that of the run in init_from={str(source.workdir)!r}, "
         "whose weights mean nothing to it: name the same one (a BPE trained on other text is another)",
     )
@@ -106,16 +110,14 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     if vectors and vectors.warm_up_batches and origins.get(DEFAULT_VECTORS) == "initial":
         state = warm_up(program, state, rows, vectors.warm_up_batches)
         origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
-    weights = (
-        f"weights: from step {source.step} of {source.workdir} (router {source.meta['config']['moe']['router']!r})"
-    )
+    weights = f"weights: from step {source.step} of {source.workdir} (router {source.config.moe.method.name!r})"
     parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
-    return state, "; ".join([weights, *parts, *changes_since(source.meta["config"], program.config)])
+    return state, "; ".join([weights, *parts, *changes_since(source.config, program.config)])
 
 
-def changes_since(saved: Mapping[str, Any], config: Config) -> list[str]:
+def changes_since(saved: Config, config: Config) -> list[str]:
     """What the model computes differently than in the source, beside its router: shapes do not show it."""
-    before = dict(flat_items(Config.from_mapping(saved).to_dict()))
+    before = dict(flat_items(saved.to_dict()))
     now = dict(flat_items(config.to_dict()))
     # What may change in a run that continues does not change the model's function.
     names = [name for name in before if name.startswith(("model.", "moe.")) and name in now]

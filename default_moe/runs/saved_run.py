@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from default_moe.config import Config, flat_items
-from default_moe.data import Data, open_data, tokenizer_from_dict
+from default_moe.data import Data, Tokenizer, open_data, tokenizer_from_dict
+from default_moe.errors import CheckpointError, ConfigError
 from default_moe.processes import distributed
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.progress import Progress
@@ -22,6 +23,16 @@ class SavedRun:
     data: Data
     params: Any
     variables: Mapping[str, Any]
+
+
+def parse_meta(meta: Mapping[str, Any]) -> tuple[Config, Tokenizer]:
+    """The config and the tokenizer of a checkpoint, by its meta. Raises CheckpointError."""
+    try:
+        return Config.from_mapping(meta["config"]), tokenizer_from_dict(meta["tokenizer"])
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint's meta.json has no {error}") from None
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint's meta.json is not what this version reads: {error}") from None
 
 
 def open_saved_run(
@@ -47,12 +58,12 @@ def open_saved_run(
         distributed.check_same_start({"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})})
         step = store.newest_whole() if step is None else step
         meta = store.read_meta(step)
-        config = override(Config.from_mapping(meta["config"]))
+        saved, tokenizer = parse_meta(meta)
+        config = override(saved)
         distributed.check_same(dict(flat_items(config.to_dict())), "start the same in every process")
-        tokenizer = tokenizer_from_dict(meta["tokenizer"])
         data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
         distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
-        if data.corpus_hash != meta["corpus_hash"]:
+        if data.corpus_hash != meta.get("corpus_hash"):
             say("note: this is not the text that the run was trained on, or another version of it")
         program = Program(config, tokenizer.vocab_size, training=training)
         state = program.abstract_state

@@ -202,7 +202,7 @@ def _run_forked(command: list[str]) -> tuple[int, str, str]:
             if sys.argv[1] == "closed":
                 os.close(1)
             obey_permissions()
-            _become(command)
+            become(command)
         _, status = os.waitpid(child, 0)
         texts = []
         for file in (out, err):
@@ -221,7 +221,8 @@ def _output(file: int) -> int:
     return file
 
 
-def _become(command: list[str]) -> None:
+def become(command: list[str]) -> None:
+    """Run a command in this process, which ends with it."""
     code = 99  # stays if the program ends without an exit code
     try:
         sys.argv = command

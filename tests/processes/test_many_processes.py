@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import pytest
+from helpers.joining import free_port, with_flags
 from helpers.refusals import refused
 from helpers.tiny_runs import (
     REPOSITORY,
@@ -40,16 +41,6 @@ SETTINGS = {
     "eval": {"every_steps": LAST, "num_batches": 0},
 }
 LONGEST = 120  # seconds that any command may take
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def with_flags(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """What tells a process of the other: flags, and variables of the environment."""
-    return [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"], {}
 
 
 def on_slurm(index: int, port: int) -> tuple[list[str], dict[str, str]]:

@@ -308,4 +308,4 @@ def test_what_shapes_do_not_show_is_said(folder):
     before = config_for(folder, {"router": "topk"})
     now = config_for(folder, {"router": "default", "top_k": 1}, model={"rope_theta": 500.0, "remat": "full"})
     lines = ["model.rope_theta was 10000.0, is now 500.0", "moe.top_k was 2, is now 1"]
-    assert changes_since(before.to_dict(), now) == lines
+    assert changes_since(before, now) == lines
