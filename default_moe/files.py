@@ -5,7 +5,6 @@ What is read may come from anyone: a pipe or a device is no file here, and JSON 
 
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -14,31 +13,37 @@ import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from default_moe.errors import ConfigError, shown
 
 MANIFEST = "digests.json"
 
 
-def open_file(path: Path) -> io.BufferedReader:
-    """Open a regular file to read. Raises OSError; at once for pipes and devices, which may never end."""
+def open_regular(path: Path) -> IO[bytes]:
+    """Return a regular file, open to be read.
+
+    Raises OSError; at once for pipes and devices, which may never end.
+    """
     # Without O_NONBLOCK a pipe would be waited for before it is known to be one.
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a regular file. Raises as `open_file` does."""
-    with open_file(path) as file:
+    """Return the content of a regular file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
         return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises OSError as `open_file` does, ValueError if it holds anything else."""
+    """Return the JSON object in a file. Raises OSError as `open_regular` does, ValueError if it holds anything else."""
     try:
         value = json.loads(read_file(path))
     except RecursionError:
@@ -163,7 +168,7 @@ def _file_damage(folder: Path, name: str, wanted: tuple[str, int]) -> str | None
 
 
 def _digest(path: Path, sync: bool = False) -> str:
-    with open_file(path) as file:
+    with open_regular(path) as file:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
