@@ -1,8 +1,6 @@
 """From `DataConfig` to batches: chooses the corpus and the tokenizer, prepares what is missing, opens the splits."""
 
-import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +11,9 @@ from default_moe.config import DataConfig
 from default_moe.data import packing
 from default_moe.data.corpus import Corpus, Split
 from default_moe.data.packing import Rows
-from default_moe.data.token_store import StoreInfo, TokenStore, open_store, replacing
+from default_moe.data.paths import expanded
+from default_moe.data.sealed import Damaged, read_sealed, write_sealed
+from default_moe.data.token_store import StoreInfo, TokenStore, open_store
 from default_moe.data.tokenizer import (
     Tokenizer,
     open_tokenizer_file,
@@ -21,7 +21,7 @@ from default_moe.data.tokenizer import (
     tokenizer_from_dict,
     train_bpe,
 )
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, shown
 
 Log = Callable[[str], None]
 
@@ -63,22 +63,23 @@ def open_data(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None 
     try:
         return _open_data(config, directory, log, tokenizer)
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"data.dir: {directory} cannot be used for prepared data: {reason}") from error
+        reason = shown(error.strerror or error, 400)
+        raise ConfigError(f"data.dir: {shown(directory)} cannot be used for prepared data: {reason}") from error
 
 
 def data_directory(config: DataConfig) -> Path:
-    """Where prepared data is kept. It need not exist yet."""
-    chosen = config.dir or os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe"
-    return Path(chosen).expanduser().absolute()
+    """Where prepared data is kept. It need not exist yet. Raises ConfigError if it cannot be a path."""
+    if config.dir:
+        return expanded("data.dir", config.dir).absolute()
+    return expanded("$DEFAULT_MOE_DATA", os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe").absolute()
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, log: Log) -> Corpus:
     """The corpus that `config.name` names. Raises ConfigError if there is none."""
     if config.name == "python_stdlib":
         from default_moe.data.stdlib import StdlibCorpus
 
-        return StdlibCorpus(config.validation_fraction, data_directory(config))
+        return StdlibCorpus(config.validation_fraction, data_directory(config), log=log)
     if config.name == "text_files":
         from default_moe.data.text_files import TextFiles
 
@@ -96,14 +97,17 @@ def open_tokenizer(config: DataConfig, corpus: Corpus, cache: Path, log: Log) ->
         return open_tokenizer_file(Path(config.tokenizer))
     size = int(config.tokenizer.removeprefix("bpe:"))
     path = cache / f"bpe-{size}.json"
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: trained again
-        return tokenizer_from_dict(json.loads(path.read_bytes()))
+    try:
+        values = read_sealed(path)
+        if values is not None:
+            return tokenizer_from_dict(values)
+    except (Damaged, ConfigError) as error:
+        log(f"{error}; it is trained again")
     begin = time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = train_bpe(corpus.documents("train"), size)
     corpus.replaced.clear()  # the train split is read once more
-    with replacing(path) as file:
-        file.write(json.dumps(tokenizer.to_dict()).encode())
+    write_sealed(path, tokenizer.to_dict())
     log(f"Trained a BPE of {tokenizer.vocab_size:,} tokens on {corpus.name} in {time.monotonic() - begin:.1f} s")
     return tokenizer
 
@@ -121,7 +125,7 @@ def measure_reading(data: Data, sequence_length: int, batch_size: int, seconds: 
 
 
 def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokenizer | None) -> Data:
-    corpus = open_corpus(config)
+    corpus = open_corpus(config, log)
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
     tokenizer = tokenizer or open_tokenizer(config, corpus, cache, log)
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
@@ -129,14 +133,16 @@ def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokeniz
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
     if corpus.replaced:
         places, files = corpus.replaced.total(), len(corpus.replaced)
-        log(f"Replaced invalid Unicode in {places:,} places of {files:,} files, {next(iter(corpus.replaced))} for one")
+        example = shown(next(iter(corpus.replaced)))
+        log(f"Replaced invalid Unicode in {places:,} places of {files:,} files, {example} for one")
     _check_has_documents(config, train.info, validation.info)
     hashes = train.info.content_hash + validation.info.content_hash
     return Data(tokenizer, hashlib.sha256(hashes.encode()).hexdigest(), train, validation)
 
 
 def _check_has_documents(config: DataConfig, train: StoreInfo, validation: StoreInfo) -> None:
-    where = f"data.files = {config.files!r}" if config.name == "text_files" else f"data.name = {config.name!r}"
+    setting, value = ("files", config.files) if config.name == "text_files" else ("name", config.name)
+    where = f"data.{setting} = {shown(repr(value))}"
     documents = train.documents + validation.documents
     if not documents:
         raise ConfigError(f"{where} holds no text, but must have documents to train on and to hold out")

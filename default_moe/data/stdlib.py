@@ -3,6 +3,7 @@
 They are written once to a TFDS data set (see `stdlib_builder`) and read from there.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -13,11 +14,12 @@ import sysconfig
 import tokenize
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, shown
+from default_moe.files import find_damage, write_manifest
 
 LEFT_OUT = {"test", "tests", "idle_test", "turtledemo", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 
@@ -38,7 +40,7 @@ def decode_source(data: bytes) -> str:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError, LookupError):
+    except (SyntaxError, UnicodeError, LookupError):
         text, _ = decode_utf8(data)
     return text.replace("\r\n", "\n")
 
@@ -48,16 +50,23 @@ class StdlibCorpus:
 
     name = "python_stdlib"
 
-    def __init__(self, validation_fraction: float, directory: Path, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        validation_fraction: float,
+        directory: Path,
+        root: Path | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
         """`root`: the library's folder, by default the running Python's. Raises ConfigError if it has no sources."""
         self.replaced: Counter[str] = Counter()
         self._validation_fraction = validation_fraction
         self._root = root or Path(sysconfig.get_paths()["stdlib"])
         self._directory = directory
+        self._log = log
         self._files = source_files(self._root)
         if not self._files:
             raise ConfigError(
-                f"data.name is {self.name!r}, but this Python has no standard library sources in {self._root}; "
+                f"data.name is {self.name!r}, but this Python has no standard library sources in {shown(self._root)}; "
                 "use data.name='text_files' and data.files"
             )
 
@@ -78,7 +87,10 @@ class StdlibCorpus:
         from default_moe.data import stdlib_builder
 
         prepared = self._directory / f"{self.name}-{self.fingerprint()[:16]}"
-        if not prepared.exists():
+        damage = find_damage(prepared)
+        if damage:
+            if prepared.exists():
+                self._log(f"{shown(prepared)} is damaged: {shown(damage)}; it is made again")
             self._prepare(prepared)
         return stdlib_builder.read(prepared, split)
 
@@ -95,9 +107,13 @@ class StdlibCorpus:
         temporary = prepared.with_name(f"{prepared.name}.{uuid.uuid4().hex}.tmp")
         try:
             written = stdlib_builder.write(documents, temporary)
+            write_manifest(written)
+            if find_damage(prepared):
+                with contextlib.suppress(FileNotFoundError):
+                    prepared.rename(temporary / "damaged")
             written.rename(prepared)
         except OSError:
-            if not prepared.exists():  # else another process was faster
+            if find_damage(prepared):  # else another process was faster
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,28 +1,31 @@
 """A split as one flat file of token ids on the disk, made once for each corpus and tokenizer.
 
 `NAME.tokens` holds the ids (uint16 where the vocabulary fits, else uint32), each document followed by the separator;
-`NAME.json` what is known about it. Both appear under their names only when whole.
+`NAME.json` what is known about it, with a digest over itself and over the tokens. Both appear under their names only
+when whole. All that prepare one store write the same bytes, so it does not matter whose files a store consists of.
 """
 
 import contextlib
 import hashlib
-import json
+import os
+import re
 import time
-import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
 from default_moe.data.corpus import Corpus, Split
+from default_moe.data.sealed import Damaged, read_sealed, replacing, write_sealed
 from default_moe.data.tokenizer import Tokenizer
+from default_moe.errors import shown
+from default_moe.files import open_regular
 
 BATCH_CHARACTERS = 1 << 20  # text that is encoded at a time
 BATCH_DOCUMENTS = 1024
-CHECKED_BYTES = 1 << 30  # stores up to this size are read through for their checksum, larger ones checked by size
+CHECKED_BYTES = 1 << 30  # stores up to this size are read through for their digest, larger ones checked by size
 REPORT_SECONDS = 30
 
 
@@ -32,7 +35,7 @@ class StoreInfo:
 
     tokens: how many, separators included.  documents, bytes: of the text, bytes in UTF-8.
     content_hash: SHA-256 of the documents, whatever their tokenizer.  replaced: places of invalid Unicode.
-    dtype: "uint16" or "uint32".  checksum: CRC-32 of the file of tokens.
+    dtype: "uint16" or "uint32".  tokens_hash: SHA-256 of the file of tokens.
     """
 
     tokens: int
@@ -41,7 +44,21 @@ class StoreInfo:
     content_hash: str
     replaced: int
     dtype: str
-    checksum: int
+    tokens_hash: str
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "StoreInfo | None":
+        """What `asdict` of an info gives, read again, or None if the values are no such thing."""
+        counts = ("tokens", "documents", "bytes", "replaced")
+        if (
+            values.keys() == {field.name for field in fields(cls)}
+            and all(type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in counts)
+            and values["dtype"] in ("uint16", "uint32")  # another would be mapped as Python objects, for instance
+            and all(isinstance(values[name], str) for name in ("content_hash", "tokens_hash"))
+            and all(re.fullmatch("[0-9a-f]{64}", values[name]) for name in ("content_hash", "tokens_hash"))
+        ):
+            return cls(**values)
+        return None
 
 
 @dataclass(frozen=True)
@@ -55,8 +72,12 @@ class TokenStore:
 def open_store(
     path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> TokenStore:
-    """The split's tokens in `path`.tokens, tokenized now if they are missing, cut short or altered."""
-    store = _open_whole(path)
+    """The split's tokens in `path`.tokens, tokenized now if they are missing or damaged, with a line to `log`."""
+    try:
+        store = _open_whole(path)
+    except Damaged as damage:
+        log(f"{damage}; it is made again")
+        store = None
     if store is None:
         begin = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +85,7 @@ def open_store(
         _write(path, corpus, split, tokenizer, log)
         store = _open_whole(path)
         if store is None:
-            raise OSError(f"{path}.tokens was altered while it was written")
+            raise Damaged(f"{shown(path)}.json was removed while it was written")
         log(
             f"Prepared {corpus.name} ({split}): {store.info.documents:,} documents, {store.info.bytes / 1e6:,.1f} MB, "
             f"{store.info.tokens / 1e6:,.2f} M tokens, in {time.monotonic() - begin:.1f} s"
@@ -72,52 +93,39 @@ def open_store(
     return store
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when the block ends, or vanishes when it fails."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _paths(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.tokens"), path.with_name(f"{path.name}.json")
 
 
 def _open_whole(path: Path) -> TokenStore | None:
-    """The store at `path`, or None if it isn't there or not as it was written."""
+    """The store at `path`, or None if it isn't there. Raises Damaged if it is not as it was written."""
     tokens_path, info_path = _paths(path)
+    values = read_sealed(info_path)
+    if values is None:
+        return None
+    info = StoreInfo.from_json(values)
+    if info is None:
+        raise Damaged(f"{shown(info_path)} does not say what is known of its tokens")
+    dtype = np.dtype(info.dtype)
+    wanted = info.tokens * dtype.itemsize
     try:
-        info = StoreInfo(**json.loads(info_path.read_text()))
-        dtype = np.dtype(info.dtype)
-        size = tokens_path.stat().st_size
-    except (OSError, ValueError, TypeError):
-        return None
-    if size != info.tokens * dtype.itemsize:
-        return None
-    if size == 0:
-        return TokenStore(np.empty(0, dtype), info)
-    if size <= CHECKED_BYTES and _checksum(tokens_path) != info.checksum:
-        return None
-    return TokenStore(np.memmap(tokens_path, dtype, mode="r"), info)
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            checksum = zlib.crc32(data, checksum)
-    return checksum
+        file = open_regular(tokens_path)
+    except OSError as error:
+        raise Damaged(f"{shown(tokens_path)} cannot be read: {error.strerror}") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size != wanted:
+            raise Damaged(f"{shown(tokens_path)} has {size:,} bytes, not the {wanted:,} written")
+        if size <= CHECKED_BYTES and hashlib.file_digest(file, "sha256").hexdigest() != info.tokens_hash:
+            raise Damaged(f"{shown(tokens_path)} does not hold what was written: its SHA-256 differs")
+        tokens = np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
+    return TokenStore(tokens, info)
 
 
 def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    digest = hashlib.sha256()
-    tokens = documents = size = checksum = 0
+    digest, tokens_digest = hashlib.sha256(), hashlib.sha256()
+    tokens = documents = size = 0
     replaced_before = corpus.replaced.total()
     reported = time.monotonic()
     tokens_path, info_path = _paths(path)
@@ -131,7 +139,7 @@ def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: 
             for ids in tokenizer.encode_batch(texts):
                 stored = np.append(ids, tokenizer.separator).astype(dtype).tobytes()
                 file.write(stored)
-                checksum = zlib.crc32(stored, checksum)
+                tokens_digest.update(stored)
                 tokens += len(ids) + 1
             documents += len(texts)
             if time.monotonic() - reported > REPORT_SECONDS:
@@ -144,10 +152,9 @@ def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: 
         content_hash=digest.hexdigest(),
         replaced=corpus.replaced.total() - replaced_before,
         dtype=dtype.name,
-        checksum=checksum,
+        tokens_hash=tokens_digest.hexdigest(),
     )
-    with replacing(info_path) as file:
-        file.write(json.dumps(asdict(info), indent=2).encode())
+    write_sealed(info_path, asdict(info))
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -126,7 +126,7 @@ def test_full_disk(texts, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_store.zlib, "crc32", full)
+    monkeypatch.setattr(token_store.np, "append", full)
     with refused(r"data\.dir: .* prepared data: No space left on device"):
         opened(texts)
     assert not list(texts.parent.rglob("data/**/*.t*"))

@@ -99,12 +99,17 @@ def test_two_processes_preparing_at_once(corpus, library: Path, tmp_path: Path, 
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
-def test_damaged_prepared_data(corpus, tmp_path: Path):
-    list(corpus.documents("train"))
-    (shard,) = (tmp_path / "data").glob("*/*train*")
-    shard.write_bytes(shard.read_bytes()[:100])
-    with refused("cannot be read; remove it and prepare it again"):
-        list(corpus.documents("train"))
+@pytest.mark.parametrize("name", ["*train*", "features.json", "digests.json"])
+def test_damaged_prepared_data_is_made_again(library: Path, tmp_path: Path, name: str):
+    lines: list[str] = []
+    corpus = StdlibCorpus(0.3, tmp_path / "data", library, lines.append)
+    before = list(corpus.documents("train"))
+    (path,) = (tmp_path / "data").glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert list(corpus.documents("train")) == before
+    (line,) = lines
+    assert "is damaged" in line and line.endswith("; it is made again")
+    assert len(list((tmp_path / "data").iterdir())) == 1
 
 
 def test_declared_encodings():
