@@ -1,7 +1,11 @@
 """Tokenizers that a tokenizer.json describes: Llama-3's, say, or a byte-level BPE trained here."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +13,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from default_moe.data.corpus import strings_below
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, shown
 
+LARGEST_VOCABULARY = 1 << 24
+PROBE = Path(__file__).with_name("tokenizer_probe.py")
+PROBE_SECONDS = 30
 SEPARATORS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
 
 
@@ -24,7 +31,8 @@ class JsonTokenizer:
     def __init__(self, values: Any, where: str, name: str) -> None:
         """`values`: the parsed file, not changed.  `where`: opens error messages.
 
-        Raises ConfigError if the values describe no tokenizer or one without a document separator.
+        Raises ConfigError if the values describe no tokenizer, one that hangs or crashes on a short text, or one
+        without a document separator.
         """
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"{where} is not a tokenizer.json: it has no 'model'")
@@ -32,12 +40,13 @@ class JsonTokenizer:
         values = {**values, "truncation": None, "padding": None, "model": {**values["model"]}}
         if "dropout" in values["model"]:
             values["model"]["dropout"] = None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-        except Exception as error:  # the library raises nothing more precise
-            raise ConfigError(f"{where} is not a tokenizer.json: {str(error).partition(chr(10))[0]}") from error
+        with _in_one_line(f"{where} is not a tokenizer.json"):
+            described = json.dumps(values)
+            _probe(described)
+            self._tokenizer = tokenizers.Tokenizer.from_str(described)
         self.name = name
         self._values = values
+        self._where = where
         vocabulary = self._tokenizer.get_vocab()
         separators = [token for token in SEPARATORS if token in vocabulary]
         if not separators:
@@ -48,13 +57,22 @@ class JsonTokenizer:
         self._tokenizer.add_special_tokens([separators[0]])
         self._tokenizer.encode_special_tokens = True  # "</s>" within a document is text
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(f"{where} has the id {self.vocab_size - 1}, but ids must be below {LARGEST_VOCABULARY}")
         self.token_bytes = _token_bytes(self._tokenizer, values, self.vocab_size, self.separator)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            with _in_one_line(f"{self._where} cannot encode a text that begins {shown(texts[0], 60)!r}"):
+                encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except ConfigError:
+            if len(texts) > 1:
+                for text in texts:  # to name the one
+                    self.encode(text)
+            raise
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -64,14 +82,22 @@ class JsonTokenizer:
                 documents.append([])
             elif 0 <= token < self.vocab_size:
                 documents[-1].append(token)
-        return "\n".join(self._tokenizer.decode(document) for document in documents)
+        with _in_one_line(f"{self._where} cannot decode its tokens"):
+            return "\n".join(self._tokenizer.decode(document) for document in documents)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "tokenizer_json", "name": self.name, "json": self._values}
 
 
 def train_byte_level_bpe(texts: Iterable[str], size: int) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE with at most `size` tokens. The same texts give the same one."""
+    """The tokenizer.json of a byte-level BPE with at most `size` tokens. The same texts give the same one.
+
+    Raises ConfigError if there cannot be so many.
+    """
+    if size > LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"data.tokenizer: a BPE of {shown(size)} tokens is too large, use {LARGEST_VOCABULARY} at most"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,6 +109,28 @@ def train_byte_level_bpe(texts: Iterable[str], size: int) -> dict[str, Any]:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return json.loads(tokenizer.to_str())
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turns what the library raises into a ConfigError that begins with `what`: panics of its are no Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ConfigError):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{what}: {shown(error)}") from error
+
+
+def _probe(described: str) -> None:
+    """Raises ValueError if a tokenizer does not stand a trial in a process of its own."""
+    try:
+        command = [sys.executable, "-P", str(PROBE)]
+        done = subprocess.run(command, input=described.encode(), capture_output=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"short texts take it more than {PROBE_SECONDS} seconds") from None
+    if done.stdout or done.returncode:
+        raise ValueError(done.stdout.decode(errors="replace") or f"it ends the process (exit code {done.returncode})")
 
 
 def _token_bytes(

@@ -5,6 +5,7 @@ Every tokenizer is described by plain JSON values (`to_dict`), which is all that
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from default_moe.data.json_tokenizer import JsonTokenizer, train_byte_level_bpe
-from default_moe.errors import ConfigError, closest
+from default_moe.data.paths import expanded
+from default_moe.errors import ConfigError, closest, shown
+from default_moe.files import read_json
 
 
 class Tokenizer(Protocol):
@@ -64,14 +67,17 @@ class ByteTokenizer:
         return {"kind": "bytes"}
 
 
-def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
+def tokenizer_from_dict(values: Any) -> Tokenizer:
     """The tokenizer that `to_dict` described. Raises ConfigError if it describes none."""
-    kind = values.get("kind")
+    kind, name = (values.get("kind"), values.get("name")) if isinstance(values, Mapping) else (None, None)
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "tokenizer_json" and isinstance(values.get("json"), dict):
-        return JsonTokenizer(values["json"], "the stored tokenizer", name=str(values.get("name")))
-    raise ConfigError(f"the stored tokenizer is of kind {kind!r}, but must be 'bytes' or 'tokenizer_json'")
+    if kind != "tokenizer_json":
+        kind = shown(repr(kind), 40)
+        raise ConfigError(f"the stored tokenizer is of kind {kind}, but must be 'bytes' or 'tokenizer_json'")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,40}", name, re.ASCII):  # it becomes a folder's name
+        raise ConfigError(f"the stored tokenizer is called {shown(repr(name), 40)}, but must be called 'json', say")
+    return JsonTokenizer(values.get("json"), "the stored tokenizer", name)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -81,19 +87,20 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 def open_tokenizer_file(path: Path) -> JsonTokenizer:
     """The tokenizer of a tokenizer.json. Raises ConfigError if the file is missing or no tokenizer."""
+    where = f"data.tokenizer: {shown(path)}"
     try:
-        values = json.loads(path.expanduser().read_bytes())
+        values = read_json(expanded("data.tokenizer", str(path)))
     except FileNotFoundError as error:
         known = ["bytes", "bpe:4096"]
         raise ConfigError(
-            f"data.tokenizer is {str(path)!r}, but there is no such file; it must be 'bytes', 'bpe:SIZE' or the path "
-            f"of a tokenizer.json{closest(str(path), known)}"
+            f"data.tokenizer is {shown(repr(str(path)))}, but there is no such file; it must be 'bytes', 'bpe:SIZE' or "
+            f"the path of a tokenizer.json{closest(str(path), known)}"
         ) from error
     except OSError as error:
-        raise ConfigError(f"data.tokenizer: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"data.tokenizer: {path} is not a tokenizer.json: it is not JSON ({error})") from error
-    return JsonTokenizer(values, f"data.tokenizer: {path}", name="json")
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where} is not a tokenizer.json: {shown(error)}") from error
+    return JsonTokenizer(values, where, name="json")
 
 
 def train_bpe(documents: Iterable[str], size: int, largest_sample: int = 256 << 20) -> JsonTokenizer:

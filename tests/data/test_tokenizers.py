@@ -163,7 +163,7 @@ def test_file(tmp_path):
     [
         (b"{", "it is not JSON"),
         (b"\x80\x04K\x01.", "it is not JSON"),
-        (b"[1, 2]", "it has no 'model'"),
+        (b"[1, 2]", "it is not a JSON object"),
         (b'{"vocab": 3}', "it has no 'model'"),
         (b'{"model": {"type": "nonsense"}}', "is not a tokenizer.json: "),
     ],
