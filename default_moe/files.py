@@ -12,15 +12,16 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from default_moe.errors import ConfigError, shown
 
 MANIFEST = "digests.json"
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """Return a regular file, open to be read.
 
     Raises OSError; at once for pipes and devices, which may never end.

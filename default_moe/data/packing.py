@@ -12,6 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from default_moe.errors import ConfigError
+
 Batch = dict[str, np.ndarray]
 
 
@@ -86,12 +88,20 @@ def validation_rows(tokens: np.ndarray, sequence_length: int, separator: int, to
 def pack(
     windows: Sequence[np.ndarray], count: int, sequence_length: int, separator: int, token_bytes: np.ndarray
 ) -> Batch:
-    """The batch, arrays [count, L], of windows of up to L + 1 tokens; what they do not fill is padding of id 0."""
+    """The batch, arrays [count, L], of windows of up to L + 1 tokens; what they do not fill is padding of id 0.
+
+    Raises ConfigError if an id is not the tokenizer's.
+    """
     tokens = np.zeros((count, sequence_length + 1), np.int32)
     lengths = np.zeros((count, 1), np.int32)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = window
         lengths[row] = len(window)
+    if tokens.min() < 0 or tokens.max() >= len(token_bytes):  # of a large store only the size is checked
+        raise ConfigError(
+            f"prepared data holds the id {tokens.max()}, but the tokenizer has {len(token_bytes)} tokens: the data is "
+            "damaged, remove it from data.dir"
+        )
     positions = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), (count, sequence_length)).copy()
     real = positions < lengths - 1
     inputs = np.where(real, tokens[:, :-1], 0)

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
-from default_moe.errors import ConfigError, closest
+from default_moe.data.paths import expanded
+from default_moe.errors import ConfigError, closest, shown
+from default_moe.files import open_regular
 
 PLAIN = (".txt", ".md")
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -28,6 +30,7 @@ LARGEST_PIECE = 4 << 20  # bytes of a plain file in one document
 FEW_FILES = 32  # plain files; with fewer, the corpus is cut into about PIECES pieces
 PIECES = 256
 SMALLEST_PIECE = 1 << 10
+LONGEST_LINE = 256 << 20  # bytes of one JSON document
 
 Wanted = Callable[[int], bool]
 
@@ -68,7 +71,9 @@ class TextFiles:
                     if text:
                         yield text
             except OSError as error:
-                raise ConfigError(f"data.files: {path} cannot be read: {error.strerror or error}") from error
+                raise ConfigError(
+                    f"data.files: {shown(path)} cannot be read: {shown(error.strerror or error)}"
+                ) from error
 
     def _read(self, path: Path, wanted: Wanted) -> Iterator[tuple[str, int]]:
         suffix = _suffix(path)
@@ -89,21 +94,27 @@ def _find_files(patterns: str) -> list[tuple[str, Path]]:
     """(name from the glob's fixed folder on, path), sorted, each file once."""
     found: dict[Path, str] = {}
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        expanded = os.path.expanduser(pattern)
-        literal = os.path.exists(expanded)
-        paths = [Path(expanded)] if literal else [Path(path) for path in glob.glob(expanded, recursive=True)]
+        expanded("data.files", pattern)  # refuses what no file can be called
+        wanted = os.path.expanduser(pattern)
+        literal = os.path.exists(wanted)
+        paths = [Path(wanted)] if literal else [Path(path) for path in glob.glob(wanted, recursive=True)]
         files = [path for path in paths if path.is_file()]
+        special = [path for path in paths if path.exists() and not (path.is_file() or path.is_dir())]
+        if special:
+            raise ConfigError(f"data.files: {shown(special[0])} is not a regular file, but must be")
         if not files:
             hint = f"it is a folder; try '{pattern.rstrip('/')}/**/*.txt'" if literal else f"looked from {os.getcwd()}"
-            raise ConfigError(f"data.files: {pattern!r} names no file ({hint})")
-        folder = Path(expanded).parent if literal else _fixed_folder(expanded)
+            raise ConfigError(f"data.files: {shown(repr(pattern))} names no file ({shown(hint)})")
+        folder = Path(wanted).parent if literal else _fixed_folder(wanted)
         for path in files:
             found.setdefault(Path(os.path.abspath(path)), path.relative_to(folder).as_posix())
     if not found:
         raise ConfigError("data.files is empty, but needs a glob, 'texts/*.txt' for instance")
     for path in found:
         if _suffix(path) not in SUFFIXES:
-            raise ConfigError(f"data.files: {path} is no {', '.join(SUFFIXES)} file; narrow the glob to one of these")
+            raise ConfigError(
+                f"data.files: {shown(path)} is no {', '.join(SUFFIXES)} file; narrow the glob to one of these"
+            )
     return sorted((name, path) for path, name in found.items())
 
 
@@ -124,7 +135,7 @@ def _piece_size(paths: list[Path]) -> int:
 
 def _read_plain(path: Path, piece: int, wanted: Wanted) -> Iterator[tuple[str, int]]:
     """(text, replaced places) of each wanted piece of a text file, cut after a line's end where there is one."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         index, rest = 0, b""
         while data := rest + file.read(piece - len(rest)):
             cut = len(data) if len(data) < piece else data.rfind(b"\n") + 1 or _character_end(data)
@@ -147,35 +158,39 @@ def _read_json_lines(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[s
     """(text, replaced places) of each wanted line's text field."""
     compressed = path.name.lower().endswith(".gz")
     try:
-        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-            yield from _read_lines(file, path, field, wanted)
+        with open_regular(path) as file, gzip.open(file) if compressed else file as lines:
+            yield from _read_lines(lines, path, field, wanted)
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"data.files: {path} is not a gzip file, or damaged ({error})") from error
+        raise ConfigError(f"data.files: {shown(path)} is not a gzip file, or damaged ({shown(error)})") from error
     except EOFError as error:
-        raise ConfigError(f"data.files: {path} is cut short: its gzip stream has no end") from error
+        raise ConfigError(f"data.files: {shown(path)} is cut short: its gzip stream has no end") from error
 
 
 def _read_lines(file: IO[bytes] | gzip.GzipFile, path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str, int]]:
-    for index, data in enumerate(file):
+    for index, data in enumerate(iter(lambda: file.readline(LONGEST_LINE), b"")):
+        where = f"{shown(path)}:{index + 1}"
+        if len(data) == LONGEST_LINE:
+            raise ConfigError(f"data.files: {where} has {len(data):,} bytes or more, too many for one document")
         if not wanted(index) or not data.strip():
             continue
         line, replaced = decode_utf8(data.removeprefix(b"\xef\xbb\xbf" if index == 0 else b""))
-        where = f"{path}:{index + 1}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"data.files: {where} is not valid JSON ({error}); each line must be one object"
+                f"data.files: {where} is not valid JSON ({shown(error)}); each line must be one object"
             ) from error
         if not isinstance(record, dict):
             raise ConfigError(
-                f"data.files: {where} is not a JSON object, but must be, {{{json.dumps(field)}: ...}} for instance"
+                f"data.files: {where} is not a JSON object, but must be, {{{shown(repr(field))}: ...}} for instance"
             )
         if field not in record:
             raise _no_field(field, where, list(record))
         text = record[field]
         if text is not None and not isinstance(text, str):
-            raise ConfigError(f"data.text_field is {field!r}, but at {where} it holds {type(text).__name__}, not text")
+            raise ConfigError(
+                f"data.text_field is {shown(repr(field))}, but at {where} it holds {type(text).__name__}, not text"
+            )
         text, surrogates = re.subn("[\ud800-\udfff]", "\ufffd", text or "")
         yield text, replaced + surrogates
 
@@ -185,18 +200,24 @@ def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str,
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    where = f"data.files: {shown(path)}"
+    unreadable = (pa.ArrowException, OSError, MemoryError, ValueError)  # UnicodeDecodeError, of names, among the last
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"data.files: {path} is not a parquet file, or damaged ({_first_line(error)})") from error
-    with file:
+        with open_regular(path):
+            file = pq.ParquetFile(path)
         schema = file.schema_arrow
-        if field not in schema.names:
-            raise _no_field(field, str(path), schema.names)
-        kind = schema.field(field).type
+        names = schema.names
+    except unreadable as error:
+        raise ConfigError(f"{where} is not a parquet file, or damaged ({_first_line(error)})") from error
+    with file:
+        if field not in names:
+            raise _no_field(field, shown(path), names)
+        kind = schema.field(names.index(field)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-            raise ConfigError(f"data.text_field is {field!r}, but in {path} it holds {kind}, not text")
+            raise ConfigError(
+                f"data.text_field is {shown(repr(field))}, but in {shown(path)} it holds {shown(kind)}, not text"
+            )
         index = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
@@ -204,8 +225,8 @@ def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str,
                     if wanted(index):
                         yield _parquet_text(value)
                     index += 1
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"data.files: {path} is damaged ({_first_line(error)})") from error
+        except unreadable as error:
+            raise ConfigError(f"{where} is damaged ({_first_line(error)})") from error
 
 
 def _parquet_text(value: Any) -> tuple[str, int]:
@@ -217,9 +238,11 @@ def _parquet_text(value: Any) -> tuple[str, int]:
 
 
 def _no_field(field: str, where: str, fields: list[str]) -> ConfigError:
-    names = ", ".join(map(repr, fields)) or "none"
-    return ConfigError(f"data.text_field is {field!r}, but the fields at {where} are {names}{closest(field, fields)}")
+    names = shown(", ".join(map(repr, fields[:50])) or "none")
+    return ConfigError(
+        f"data.text_field is {shown(repr(field))}, but the fields at {where} are {names}{closest(field, fields[:50])}"
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _first_line(error: BaseException) -> str:
+    return shown(str(error).partition("\n")[0] or type(error).__name__)
