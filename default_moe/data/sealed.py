@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON values with their digest."""
     with replacing(path) as file:
-        file.write(json.dumps({"values": values, "sha256": _digest(path, values)}, indent=1).encode())
+        file.write(json.dumps({"values": values, "sha256": _digest(path, values)}).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

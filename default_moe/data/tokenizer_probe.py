@@ -13,7 +13,8 @@ MEMORY_BYTES = 8 << 30
 TEXTS = (
     'Plain text, it\'s (short): 1234.5 "x"\r\n\n\tüber 世界 \U0001f600 e\u0301 \ufffd \0',
     # What a pattern such as (a+)+$ takes exponential time for.
-    *(character * length + "!" for character in "aA1 \n.é" for length in (30, 2000)),
+    *(character * 30 + end for character in [*map(chr, range(32, 127)), "\n", "é"] for end in ("!", "a")),
+    *(character * 2000 + "!" for character in "a1 \n"),
 )
 
 
