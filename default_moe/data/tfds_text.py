@@ -170,7 +170,7 @@ def _find_prepared(name: str, directory: Path) -> Path:
     """The folder of the newest prepared version. Looks only on the disk: TFDS itself would try to download."""
     from tensorflow_datasets.core import constants
 
-    if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*(:[\w.*]+)?", name):
+    if len(name) > 200 or not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*(:[\w.*]+)?", name):
         raise ConfigError(f"data.name is {shown(repr(name))}, but must be called as 'c4/en' or 'c4/en:3.1.0' is")
     full, _, version = name.partition(":")
     own = expanded("$TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)

@@ -147,7 +147,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from([*asdict(INFO), "x"]), JSON), st.booleans())
 def test_any_json_describes_tokens_or_nothing(changes: dict, from_whole: bool):
     values = asdict(INFO) | changes if from_whole else changes
@@ -155,7 +155,7 @@ def test_any_json_describes_tokens_or_nothing(changes: dict, from_whole: bool):
     assert info is None or asdict(info) == values
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(JSON)
 def test_any_json_is_a_sealed_file_or_damage(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "sealed.json"
