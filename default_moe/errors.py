@@ -86,4 +86,4 @@ def choose(setting: str, asked: str, options: Sequence[tuple[str, str | None]]) 
 def closest(name: str, known: list[str]) -> str:
     """'; did you mean ...?' with the known name closest to `name`, or an empty string if none is close."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {shown(repr(match[0]))}?" if match else ""

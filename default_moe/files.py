@@ -158,13 +158,13 @@ def _file_damage(folder: Path, name: str, wanted: tuple[str, int]) -> str | None
     try:
         size = (folder / name).stat().st_size
         if size != wanted_size:
-            return f"{name} has {size} bytes, not the {wanted_size} written"
+            return f"{shown(name)} has {size} bytes, not the {wanted_size} written"
         if _digest(folder / name) != wanted_digest:
-            return f"{name} does not hold what was written: its SHA-256 differs"
-    except FileNotFoundError:
-        return f"{name} is missing"
+            return f"{shown(name)} does not hold what was written: its SHA-256 differs"
+    except (FileNotFoundError, ValueError):  # ValueError: no file can be called that
+        return f"{shown(name)} is missing"
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
+        return f"{shown(name)} cannot be read: {error.strerror}"
     return None
 
 

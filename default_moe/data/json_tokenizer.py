@@ -65,8 +65,10 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
         try:
-            with _in_one_line(f"{self._where} cannot encode a text that begins {shown(texts[0], 60)!r}"):
+            with _in_one_line(f"{self._where} cannot encode a text that begins {shown(repr(texts[0][:60]))}"):
                 encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except ConfigError:
             if len(texts) > 1:

@@ -70,8 +70,8 @@ def open_data(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None 
 def data_directory(config: DataConfig) -> Path:
     """Where prepared data is kept. It need not exist yet. Raises ConfigError if it cannot be a path."""
     if config.dir:
-        return expanded("data.dir", config.dir).absolute()
-    return expanded("$DEFAULT_MOE_DATA", os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe").absolute()
+        return expanded("data.dir", config.dir)
+    return expanded("$DEFAULT_MOE_DATA", os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe")
 
 
 def open_corpus(config: DataConfig, log: Log) -> Corpus:
@@ -95,7 +95,10 @@ def open_tokenizer(config: DataConfig, corpus: Corpus, cache: Path, log: Log) ->
         return tokenizer_from_dict({"kind": "bytes"})
     if not config.tokenizer.startswith("bpe:"):
         return open_tokenizer_file(Path(config.tokenizer))
-    size = int(config.tokenizer.removeprefix("bpe:"))
+    try:
+        size = int(config.tokenizer.removeprefix("bpe:"))
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer is {shown(repr(config.tokenizer))}, but must be 'bpe:4096', say") from error
     path = cache / f"bpe-{size}.json"
     try:
         values = read_sealed(path)

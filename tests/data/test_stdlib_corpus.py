@@ -100,12 +100,23 @@ def test_two_processes_preparing_at_once(corpus, library: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["*train*", "features.json", "digests.json"])
-def test_damaged_prepared_data_is_made_again(library: Path, tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-20],
+        lambda data: data[:50] + bytes([data[50] ^ 8]) + data[51:],
+        lambda data: b'{"files": {"x": {"sha256": "", "bytes": Infinity}}}',
+        lambda data: b'{"files": {"\\u0000": {"sha256": "", "bytes": 1}}}',
+        lambda data: b'{"files": {"/dev/zero": {"sha256": "", "bytes": 0}}}',
+        lambda data: b"[" * 100_000,
+    ],
+)
+def test_damaged_prepared_data_is_made_again(library: Path, tmp_path: Path, name: str, damage):
     lines: list[str] = []
     corpus = StdlibCorpus(0.3, tmp_path / "data", library, lines.append)
     before = list(corpus.documents("train"))
     (path,) = (tmp_path / "data").glob(f"*/{name}")
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(damage(path.read_bytes()))
     assert list(corpus.documents("train")) == before
     (line,) = lines
     assert "is damaged" in line and line.endswith("; it is made again")
