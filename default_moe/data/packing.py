@@ -97,7 +97,9 @@ def pack(
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = window
         lengths[row] = len(window)
-    if tokens.min() < 0 or tokens.max() >= len(token_bytes):  # of a large store only the size is checked
+    if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= len(
+        token_bytes
+    ):  # of a large store only the size is checked
         raise ConfigError(
             f"prepared data holds the id {tokens.max()}, but the tokenizer has {len(token_bytes)} tokens: the data is "
             "damaged, remove it from data.dir"

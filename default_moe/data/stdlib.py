@@ -90,7 +90,7 @@ class StdlibCorpus:
         damage = find_damage(prepared)
         if damage:
             if prepared.exists():
-                self._log(f"{shown(prepared)} is damaged: {shown(damage)}; it is made again")
+                self._log(f"{shown(prepared)}: {shown(damage)}; it is made again")
             self._prepare(prepared)
         return stdlib_builder.read(prepared, split)
 
