@@ -66,7 +66,7 @@ def test_every_altered_byte_is_found_or_harmless(prepared, name: str):
         with contextlib.suppress(Damaged):
             assert opened() == before
             harmless += 1
-    assert harmless < 20  # white space for white space
+    assert harmless <= len(whole) / 50  # other ways to write the same JSON
 
 
 @pytest.mark.parametrize("name", FILES)
