@@ -14,7 +14,9 @@ from default_moe.config import CheckpointConfig, Config
 from default_moe.errors import CheckpointError
 from default_moe.files import MANIFEST, write_manifest
 from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.workdir import RUN_FILE, open_run
+from default_moe.runs.identity import RUN_FILE
+from default_moe.runs.saved_run import parse_meta
+from default_moe.runs.workdir import open_run
 from default_moe.training.program import Program
 
 
@@ -242,3 +244,22 @@ def test_a_run_that_never_saved_gives_way_to_any_other(config, folder, tmp_path,
     other = tiny_config(folder, train={"num_steps": 4, "seed": 5}, moe={"router": "topk"})
     assert "a new run" in trained(other, tmp_path)
     assert "train.seed: 5 there, 1 here" in refused_training(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({}, "has no 'config'"),
+        ({"config": {}}, "has no 'tokenizer'"),
+        ({"config": [], "tokenizer": {}}, "is \\[\\], but must be a group of settings"),
+        ({"config": {"model": {"d_model": -1}}, "tokenizer": {}}, "model.d_model is -1"),
+        ({"config": {}, "tokenizer": 7}, "tokenizer"),
+        ({"config": {}, "tokenizer": {"kind": "evil"}}, "is of kind 'evil'"),
+    ],
+)
+def test_a_checkpoint_with_another_meta_is_refused(tmp_path, meta, words):
+    """Its digests are right: it is not damaged, but of another version, or made by somebody."""
+    with CheckpointStore(tmp_path) as store:
+        store.save(4, make_state(4), meta)
+    with refused(words, CheckpointError):
+        parse_meta(CheckpointStore(tmp_path, read_only=True).read_meta())
