@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C end a run after the step under way, its state saved.
+"""Being asked to stop: SIGTERM, Ctrl-C and what schedulers send end a run after the step under way, its state saved.
 
 With several processes JAX's runtime takes SIGTERM, tells all of them, and finds a step after which all can stop.
 """
@@ -13,9 +13,12 @@ from jax.experimental import multihost_utils
 from default_moe.errors import tell
 from default_moe.processes import distributed
 
+# SIGHUP: the terminal is gone. SIGUSR1: SLURM's --signal and submitit, before a job's time is over.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 
 class StopRequest:
-    """While entered, notes a SIGTERM or Ctrl-C instead of dying; a Ctrl-C after that interrupts at once."""
+    """While entered, notes one of `SIGNALS` instead of dying; a Ctrl-C after that interrupts at once."""
 
     def __init__(self) -> None:
         self._signal = 0
@@ -25,8 +28,10 @@ class StopRequest:
     def __enter__(self) -> Self:
         if distributed.several():
             distributed.listen_for_sigterm()  # a handler of Python's would take its place
-        for number in (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in SIGNALS:
+            taken = number == signal.SIGTERM and distributed.several()
+            if not taken and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,7 +40,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with: 0 after SIGTERM (all is saved), 130 after Ctrl-C, 0 without either."""
+        """What the process should exit with: 130 after Ctrl-C, else 0 (all is saved)."""
         return 130 if self._signal == signal.SIGINT else 0
 
     @property

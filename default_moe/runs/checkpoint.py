@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,10 +32,11 @@ from orbax.checkpoint._src.metadata.array_metadata_store import Store as ArrayMe
 
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError as CheckpointError  # part of this module's interface
-from default_moe.errors import TrainingFailed, tell
+from default_moe.errors import TrainingFailed, shown, tell
 from default_moe.files import finite_or_null, io_failure, sync_folder, write_atomically, write_manifest
 from default_moe.processes import distributed
 from default_moe.runs.identity import mark_saved
+from default_moe.runs.shapes import difference, shapes
 from default_moe.runs.step_folders import StepFolders
 
 # Devices that hold copies of an array write a part of it each, if the parts are of at least this many bytes. (Orbax by
@@ -114,7 +115,8 @@ class CheckpointStore:
                 self._folders.remove_debris()
                 self._folders.root.mkdir(exist_ok=True)  # but no work directory that has gone
                 self._staging.mkdir()
-            self._checkpointer.save(self._staging / "state", args=ocp.args.PyTreeSave(state))
+            with _failures_of_a_disk():
+                self._checkpointer.save(self._staging / "state", args=ocp.args.PyTreeSave(state))
         except Exception as error:
             self._error = error
             self._settle()
@@ -148,7 +150,8 @@ class CheckpointStore:
     def _finish(self, files: Mapping[str, str]) -> None:
         """The background thread: everything after the copy of the arrays."""
         try:
-            self._checkpointer.wait_until_finished()
+            with _failures_of_a_disk():
+                self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 for name, content in files.items():
                     write_atomically(self._staging / name, content)
@@ -206,14 +209,29 @@ class CheckpointStore:
             return None
         return self._restore(step, abstract_state, partial=False), self._folders.read_json(step, "meta.json"), step
 
-    def restore_for_eval(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
+    def restore_for_eval(
+        self, abstract: Any, step: int | None = None, or_newest: bool = False
+    ) -> tuple[Any, dict[str, Any], int]:
         """Some of the state's fields, such as {"params": ..., "variables": ...}; the rest is verified, but not loaded.
 
-        abstract: like `restore_latest`'s.  step: None takes the newest that is whole.
+        abstract: like `restore_latest`'s.  step: None takes the newest that is whole.  or_newest: so does a step that a
+        run under way has deleted since it was found.
         Raises CheckpointError if there is no such step, or if it is damaged or of another shape.
         """
+        if or_newest and not os.path.lexists(self._folders[step or 0]) and not distributed.several():
+            step = None
         step = self._whole(step)
-        return self._restore(step, abstract, partial=True), self._folders.read_json(step, "meta.json"), step
+        try:
+            return self._restore(step, abstract, partial=True), self._folders.read_json(step, "meta.json"), step
+        except Exception as error:
+            if os.path.lexists(self._folders[step]):
+                raise
+            if or_newest and not distributed.several():
+                return self.restore_for_eval(abstract)
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._folders.root} was deleted while it was read: a run goes on "
+                "there; the same command takes a newer one"
+            ) from error
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a step. Raises as `restore_for_eval` does."""
@@ -233,21 +251,22 @@ class CheckpointStore:
 
     def _newest_whole(self) -> int | None:
         """Verified by process 0; the others take its word. Damaged steps stay in place if no step is whole."""
-        found, steps = None, []
+        found, seen, damaged = None, set[int](), []
         if jax.process_index() == 0:
-            steps = self.steps()
-            damaged = []
-            for step in reversed(steps):
+            # A run under way may delete those that were listed, and have saved others by then.
+            while found is None and (steps := [step for step in self.steps() if step not in seen]):
+                step = steps[-1]
+                seen.add(step)
                 problem = self._folders.why_not(step)
                 if problem is None:
                     found = step
-                    break
-                damaged.append(step)
-                self._report(f"checkpoint of step {step} {problem}: trying the one before")
+                elif os.path.lexists(self._folders[step]):
+                    damaged.append(step)
+                    self._report(f"checkpoint of step {step} {problem}: trying the one before")
             if found is not None and not self._read_only:
                 for step in damaged:
                     self._folders.set_aside(step)
-        found, some = distributed.share([found, bool(steps)])[0]
+        found, some = distributed.share([found, bool(damaged)])[0]
         if found is None and some:
             raise self._none_whole()
         if found is not None:
@@ -302,6 +321,16 @@ class CheckpointStore:
         return state
 
 
+@contextlib.contextmanager
+def _failures_of_a_disk() -> Iterator[None]:
+    """Make an OSError of whatever Orbax raises while it writes: disks and networks have many words for a failure."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = io_failure(error) or shown(str(error).partition("\n")[0])
+        raise OSError(reason) from error
+
+
 def _new_checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers()))
 
@@ -340,26 +369,3 @@ def _quieten() -> None:
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def shapes(tree: Any) -> dict[str, str]:
-    """{'params.embed.embedding': 'float32[256, 64]', ...}; a random key, which is saved as integers, is just 'key'."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): "key"
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def difference(saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool = False) -> str | None:
-    """The first thing in which a saved tree is not the wanted one, by their `shapes`. `partial`: it may hold more."""
-    for name, shape in wanted.items():
-        if name not in saved:
-            return f"it has no {name}, which the model needs"
-        if shape not in (saved[name], "key"):
-            return f"{name} is {saved[name]} there, but {shape} in the model"
-    for name in saved if not partial else ():
-        if name not in wanted:
-            return f"it has {name}, which the model lacks"
-    return None

@@ -12,8 +12,9 @@ from default_moe.errors import CheckpointError, check
 from default_moe.model.language_model import build_model, traced_init
 from default_moe.moe.layer import DEFAULT_VECTORS
 from default_moe.processes import distributed
-from default_moe.runs.checkpoint import CheckpointStore, difference, shapes
+from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.saved_run import parse_meta
+from default_moe.runs.shapes import difference, shapes
 from default_moe.runs.warm_up import warm_up
 from default_moe.sharding import unboxed
 from default_moe.training.program import Program
@@ -102,7 +103,7 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     wanted = {"params": abstract.params}
     if source.kept:  # an empty part is not what Orbax finds there
         wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
-    restored, _, _ = source.store.restore_for_eval(wanted, source.step)
+    restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=True)
     variables = {**state.variables, **restored.get("variables", {})}
     state = dataclasses.replace(state, params=restored["params"], variables=variables)
     origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
@@ -110,7 +111,7 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     if vectors and vectors.warm_up_batches and origins.get(DEFAULT_VECTORS) == "initial":
         state = warm_up(program, state, rows, vectors.warm_up_batches)
         origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
-    weights = f"weights: from step {source.step} of {source.workdir} (router {source.config.moe.method.name!r})"
+    weights = f"weights: from step {step} of {source.workdir} (router {source.config.moe.method.name!r})"
     parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
     return state, "; ".join([weights, *parts, *changes_since(source.config, program.config)])
 

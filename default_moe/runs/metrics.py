@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from default_moe.errors import tell
-from default_moe.files import write_atomically
+from default_moe.errors import shown, tell
+from default_moe.files import io_failure, write_atomically
 from default_moe.runs.pictures import load_heat_map
 
 _PICTURES_KEPT = 5
@@ -81,11 +81,10 @@ class MetricsWriter:
         try:
             write()
             self._failing.discard(what)
-        except OSError as error:
+        except Exception as error:  # whatever a library for pictures may raise
             if what not in self._failing:
-                self._report(
-                    f"{what} cannot be written ({error.strerror or error}): training continues, writing is retried"
-                )
+                reason = io_failure(error) or shown(f"{type(error).__name__}: {error}")
+                self._report(f"{what} cannot be written ({reason}): training continues, writing is retried")
                 self._failing.add(what)
 
 
@@ -166,7 +165,7 @@ class _EventFile:
             writer = self._writer or self._open()
             writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             writer.flush()
-        except OSError:
+        except Exception:
             self._writer = None
             raise
 

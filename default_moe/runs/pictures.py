@@ -1,6 +1,7 @@
 """Pictures as PNG, drawn without a display."""
 
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,13 @@ _LARGEST = 4.0  # colours go from a quarter of the mean to four times, so that p
 
 def new_figure(width: float, height: float) -> Any:
     """Return a matplotlib figure of that many inches to draw on."""
-    from matplotlib.figure import Figure  # a second of loading, which nothing else needs
-
+    # A notebook leaves the name of a backend there that only it can load; files need none.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # a second of loading, which nothing else needs
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 

@@ -56,6 +56,7 @@ def open_saved_run(
     say = Progress(0).message
     with CheckpointStore(workdir, read_only=True) as store:
         distributed.check_same_start({"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})})
+        newest = step is None
         step = store.newest_whole() if step is None else step
         meta = store.read_meta(step)
         saved, tokenizer = parse_meta(meta)
@@ -69,5 +70,6 @@ def open_saved_run(
         state = program.abstract_state
         wanted = {"params": state.params, "variables": state.variables}
         # An empty part is not what Orbax finds there.
-        restored, _, _ = store.restore_for_eval({name: part for name, part in wanted.items() if part}, step)
+        present = {name: part for name, part in wanted.items() if part}
+        restored, _, step = store.restore_for_eval(present, step, or_newest=newest)
     return SavedRun(step, program, data, restored["params"], restored.get("variables", {}))

@@ -242,7 +242,14 @@ class _Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         config = self.program.config
-        result = evaluate(self.program, state.params, state.variables, self.validation_rows, config.eval.num_batches)
+        try:
+            result = evaluate(
+                self.program, state.params, state.variables, self.validation_rows, config.eval.num_batches
+            )
+        except Exception:  # of which no training is to be lost
+            self._save(state, step, None)
+            self.store.wait()
+            raise
         values = {f"eval/{name}": value for name, value in result.scalars().items()}
         self.writer.write(step, values)
         if result.layers:

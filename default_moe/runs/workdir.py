@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from default_moe.runs.identity import RUN_FILE, flat_config, has_saved, write_ru
 from default_moe.runs.step_folders import StepFolders
 
 _FORMAT = 1
+_NOBODYS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)")  # of a file system, a desktop, a shell or a scheduler
 _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
 
 
@@ -188,7 +190,7 @@ def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 def _check_empty(folder: Path) -> None:
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(f".{RUN_FILE}."))
+        names = sorted(path.name for path in folder.iterdir() if not _NOBODYS.fullmatch(path.name))
     except FileNotFoundError:
         return
     except OSError as error:

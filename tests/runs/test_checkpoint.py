@@ -28,9 +28,11 @@ from helpers.tiny_runs import content
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from default_moe import files
 from default_moe.config import CheckpointConfig
 from default_moe.errors import CheckpointError
 from default_moe.files import MANIFEST, write_manifest
+from default_moe.runs import step_folders
 from default_moe.runs.checkpoint import CheckpointStore
 
 
@@ -239,6 +241,46 @@ def test_a_model_of_another_shape_is_refused_in_a_line(tmp_path):
     for other, words in cases:
         with refused(words, CheckpointError):
             latest(tmp_path, other)
+
+
+def test_a_step_that_a_run_deletes_while_it_is_read_gives_way_to_a_newer_one(tmp_path, monkeypatch):
+    """A reader beside a run that keeps one step: what was listed is gone when it is verified, or when it is read."""
+    wanted = abstract({"params": make_state(1).params})
+    save_steps(tmp_path, 1)
+    lines = []
+
+    def replace_by(step):
+        save_steps(tmp_path, step, keep_last=1)
+
+    verify = files.find_damage
+    with monkeypatch.context() as patch:
+
+        def while_verifying(folder, required):
+            patch.setattr(step_folders, "find_damage", verify)
+            replace_by(2)
+            return verify(folder, required)
+
+        patch.setattr(step_folders, "find_damage", while_verifying)
+        reader = CheckpointStore(tmp_path, read_only=True, report=lines.append)
+        assert reader.newest_whole() == 2
+    replace_by(3)
+    assert reader.restore_for_eval(wanted, 2, or_newest=True)[2] == 3
+    with refused("there is no checkpoint of step 2", CheckpointError):
+        CheckpointStore(tmp_path, read_only=True).restore_for_eval(wanted, 2)
+
+    restore = reader._restore
+
+    def while_reading(step, *args, **kwargs):
+        reader._restore = restore
+        replace_by(step + 1)
+        return restore(step, *args, **kwargs)
+
+    reader._restore = while_reading
+    assert reader.restore_for_eval(wanted, 3, or_newest=True)[2] == 4
+    reader._restore = while_reading
+    with refused("step 4 in .* was deleted while it was read", CheckpointError):
+        reader.restore_for_eval(wanted, 4)
+    assert lines == []
 
 
 def test_debris_of_a_killed_run_is_removed(tmp_path):

@@ -58,6 +58,30 @@ def test_a_failed_write_is_reported_and_tried_again(tmp_path, monkeypatch, place
     assert latest(tmp_path, make_state(2))[2] == 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("NOT_FOUND: Error reading local file"),
+        ValueError("DATA_LOSS: checksum\nof a page of text"),
+        RuntimeError("ABORTED: Generation mismatch"),
+    ],
+)
+def test_a_disk_has_many_words_for_a_failure(tmp_path, monkeypatch, error):
+    lines = []
+    with CheckpointStore(tmp_path, report=lines.append) as store:
+
+        def fail():
+            raise error
+
+        monkeypatch.setattr(store._checkpointer, "wait_until_finished", fail)
+        assert not store.save(1, make_state(1), META)  # Orbax itself waits for a save before
+        assert store.needs_retry
+        words = str(error).partition("\n")[0]
+        assert lines == [f"checkpoint of step 1 not saved ({words}): training continues, the save is retried"]
+        assert store.save(1, make_state(1), META)
+    assert latest(tmp_path, make_state(1))[2] == 1
+
+
 def test_mistakes_in_the_program_are_raised(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         with pytest.raises(TypeError, match="JSON"):

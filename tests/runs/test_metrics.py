@@ -192,3 +192,31 @@ def test_importing_loads_neither_matplotlib_nor_tensorboard():
     imports = "import sys, default_moe.runs.metrics, default_moe.runs.progress"
     code = f"{imports}; print({{'matplotlib', 'tensorboardX', 'tqdm'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr("default_moe.runs.metrics.load_heat_map", fail)
+    reports = []
+    writer = MetricsWriter(tmp_path, report=reports.append)
+    for step in range(2):
+        writer.write_load(step, np.ones((1, 2)))
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [2]
+    assert reports == [
+        "figures cannot be written (ValueError: no such backend): training continues, writing is retried"
+    ]
+
+
+def test_pictures_are_drawn_where_a_notebook_has_left_its_backend():
+    code = """
+import os, numpy as np
+from default_moe.runs.pictures import load_heat_map
+assert load_heat_map(np.ones((1, 2))).startswith(b"\\x89PNG")
+assert os.environ["MPLBACKEND"] == "module://nowhere"
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "module://nowhere"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -25,7 +25,7 @@ from helpers.tiny_runs import (
 
 from default_moe.config import Config
 from default_moe.data import open_data
-from default_moe.runs import checkpoint
+from default_moe.runs import checkpoint, trainer
 from default_moe.runs.sampling import generate
 from default_moe.training.program import Program
 
@@ -159,6 +159,17 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_p
     assert "damaged" not in output
     # What the last step that counted made of the weights is finite, but the loss is not: null in JSON.
     assert report["loss"] is None
+
+
+def test_an_evaluation_that_fails_loses_no_step(folder, tmp_path, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(trainer, "evaluate", fail)
+    config = tiny_config(folder, train={"num_steps": 30}, eval={"every_steps": 3})
+    with pytest.raises(RuntimeError, match="no memory left"):
+        trained(config, tmp_path)
+    assert steps(tmp_path) == [3]
 
 
 def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, finished):

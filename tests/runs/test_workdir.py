@@ -127,6 +127,13 @@ def test_what_a_kill_while_writing_leaves_does_not_block_the_next_start(tmp_path
         assert not run.resumed
 
 
+def test_what_nobody_put_there_is_no_reason_to_refuse_a_directory(tmp_path):
+    for name in (".DS_Store", ".nfs0001", "train.log", "slurm-17.out", "job.err"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "lost+found").mkdir()
+    assert not begin(tmp_path).resumed
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
