@@ -97,7 +97,8 @@ class CheckpointStore:
     def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save `state`, a pytree of jax.Arrays; returns as soon as its arrays may be changed or donated.
 
-        meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept.
+        meta, metrics: become JSON; the step with the lowest finite metrics["eval/loss"] is kept, of those with the
+        metrics["eval/tokens"] of the latest.
         Waits for the save before this one. Returns whether a save was started: not if the step is there and whole,
         nor if it failed at once. An input/output error is reported and sets `needs_retry`; any other error is raised.
         With several processes an input/output error raises TrainingFailed: the others may wait for this one.

@@ -81,13 +81,14 @@ class StepFolders:
                     _remove(path)
 
     def delete_old(self, keep_last: int) -> None:
-        """Delete all but the newest steps and the one with the lowest held-out loss."""
+        """Delete all but the newest steps and the best: the lowest held-out loss of those evaluated as the latest."""
         try:
             steps = self.steps()
         except CheckpointError as error:
             return self._report(str(error))
-        losses = {step: loss for step in steps if (loss := self._held_out_loss(step)) is not None}
-        best = [min(losses, key=lambda step: (losses[step], -step))] if losses else []
+        evaluated = {step: found for step in steps if (found := self._held_out(step)) is not None}
+        alike = [step for step in evaluated if evaluated[step][1] == evaluated[max(evaluated)][1]]
+        best = [min(alike, key=lambda step: (evaluated[step][0], -step))] if alike else []
         for step in set(steps) - set(steps[-keep_last:]) - set(best):
             doomed = self.root / f"{step}.deleting"
             try:
@@ -96,9 +97,11 @@ class StepFolders:
             except OSError as error:
                 self._report(f"old checkpoint of step {step} not deleted ({io_failure(error)})")
 
-    def _held_out_loss(self, step: int) -> float | None:
+    def _held_out(self, step: int) -> tuple[float, Any] | None:
+        """The held-out loss of a step, and over how many tokens it is; None without an evaluation."""
         try:
-            return float(self.read_json(step, "metrics.json")[_BEST_METRIC])
+            metrics = self.read_json(step, "metrics.json")
+            return float(metrics[_BEST_METRIC]), metrics.get("eval/tokens")
         except (OSError, ValueError, KeyError, TypeError):  # not evaluated, not finite, or damaged
             return None
 

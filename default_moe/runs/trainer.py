@@ -250,7 +250,7 @@ class _Loop:
             self._save(state, step, None)
             self.store.wait()
             raise
-        values = {f"eval/{name}": value for name, value in result.scalars().items()}
+        values = {f"eval/{name}": value for name, value in {**result.scalars(), "tokens": result.tokens}.items()}
         self.writer.write(step, values)
         if result.layers:
             counts_YN = np.array([layer["tokens_per_expert"] for layer in result.layers])

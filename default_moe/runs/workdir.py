@@ -115,7 +115,8 @@ def open_run(
             lock = _lock(folder)
             run = _compare(folder, config, identity)  # another process may have started it before the lock
             content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
-            write_run(folder, {**content, "config": config.to_dict(), "versions": _versions()})
+            content |= {"config": config.to_dict(), "versions": _versions(), "history": _history(folder, run)}
+            write_run(folder, content)
             distributed.share((folder / RUN_FILE).read_text())
         except OSError as error:
             raise ConfigError(
@@ -125,6 +126,19 @@ def open_run(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _history(folder: Path, run: Run) -> list[Any]:
+    """What changed when the run went on with other settings: from which step on, when, and what."""
+    if not run.resumed:
+        return []
+    before = read_json(folder / RUN_FILE).get("history")
+    now = {
+        "from_step": max(StepFolders(folder).steps(), default=0),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "changed": run.notes,
+    }
+    return [*(before if isinstance(before, list) else []), *([now] if run.notes else [])]
 
 
 def _join_run(folder: Path) -> Run:

@@ -64,6 +64,11 @@ def test_settings_that_may_change_are_noted(tmp_path):
         assert len(run.notes) == 9
     with start(tmp_path, other) as run:
         assert run.notes == []
+    [change] = json.loads((tmp_path / RUN_FILE).read_text())["history"]
+    assert "train.num_steps was 400, is now 900" in change["changed"] and len(change["changed"]) == 9
+    with start(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"})) as run:
+        assert "train.num_steps was 900, is now 400" in run.notes
+    assert len(json.loads((tmp_path / RUN_FILE).read_text())["history"]) == 2
 
 
 @pytest.mark.parametrize(
