@@ -39,6 +39,16 @@ def shown(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def quoted(value: object) -> str:
+    """Return `shown`, of a text in quotes."""
+    if isinstance(value, int):
+        return shown(value)
+    try:
+        return shown(repr(value))
+    except (ValueError, RecursionError):  # of numbers that are too long to be written, or of too many brackets
+        return f"a {type(value).__name__} too long to be shown"
+
+
 def printable(text: str) -> str:
     """Return text from outside as it may go to a terminal: control characters but line ends and tabs are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -57,15 +67,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    check(value in choices, f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    check(value >= least, f"{name} is {value}, but must be at least {least}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    check(0 <= value <= 1, f"{name} is {value}, but must lie in [0, 1]")
+    check(value in choices, f"{name} is {quoted(value)}, but must be one of {', '.join(map(repr, choices))}")
 
 
 def choose(setting: str, asked: str, options: Sequence[tuple[str, str | None]]) -> str:

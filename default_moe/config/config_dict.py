@@ -5,9 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from default_moe.config.mappings import flat_items, optional_type
+from default_moe.config.mappings import flat_items
 from default_moe.config.run import Config
 from default_moe.methods import METHODS
+from default_moe.methods.settings import optional_type
 
 
 def default_config() -> ConfigDict:

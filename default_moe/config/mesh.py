@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from default_moe.errors import check, closest
+from default_moe.methods.settings import check_settings
 from default_moe.sharding import AXES, DEFAULT_RULES
 
 _LOGICAL_AXES = [name for name, _ in DEFAULT_RULES]
@@ -23,6 +24,7 @@ class MeshConfig:
     rules: tuple[tuple[str, Any], ...] = DEFAULT_RULES
 
     def __post_init__(self) -> None:
+        check_settings(self, "mesh")
         sizes = (self.data, self.fsdp, self.expert)
         check(
             all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,

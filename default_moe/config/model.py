@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from default_moe.config.mappings import MAY_CHANGE, dtype_name
-from default_moe.errors import check, check_at_least, check_choice
+from default_moe.errors import check
+from default_moe.methods.settings import at_least, check_settings, one_of, positive
 
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
 
@@ -18,23 +19,23 @@ class ModelConfig:
     "dots" (all but products with weights and kernels).  scan_unroll: layers unrolled per step of the scan over layers.
     """
 
-    vocab_size: int | None = None
-    d_model: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
+    vocab_size: int | None = field(default=None, metadata=at_least(1, 2**24))
+    d_model: int = field(default=128, metadata=at_least(1, 2**20))
+    num_layers: int = field(default=4, metadata=at_least(1, 2**12))
+    num_heads: int = field(default=4, metadata=at_least(1, 2**20))
     num_dense_layers: int = 1
-    dense_dim: int | None = None
+    dense_dim: int | None = field(default=None, metadata=at_least(1, 2**24))
     tie_embeddings: bool = False
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-5
-    dtype: str = "float32"
-    attention: str = field(default="auto", metadata=MAY_CHANGE)
-    remat: str = field(default="none", metadata=MAY_CHANGE)
-    scan_unroll: int = field(default=1, metadata=MAY_CHANGE)
+    rope_theta: float = field(default=10_000.0, metadata=positive())
+    norm_epsilon: float = field(default=1e-5, metadata=at_least(0))
+    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
+    attention: str = field(default="auto", metadata=one_of("auto", "xla", "cudnn", "splash") | MAY_CHANGE)
+    remat: str = field(default="none", metadata=one_of(*REMATS) | MAY_CHANGE)
+    scan_unroll: int = field(default=1, metadata=at_least(1, 2**12) | MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_layers", "num_heads", "scan_unroll"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_settings(self, "model")
         check(
             self.d_model % self.num_heads == 0,
             f"model.num_heads is {self.num_heads}, but must divide model.d_model = {self.d_model}",
@@ -48,13 +49,6 @@ class ModelConfig:
             f"model.num_dense_layers is {self.num_dense_layers}, but must lie between 0 and model.num_layers = "
             f"{self.num_layers}",
         )
-        for name in ("vocab_size", "dense_dim"):
-            if getattr(self, name) is not None:
-                check_at_least(f"model.{name}", getattr(self, name), 1)
-        check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, but must be positive")
-        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
-        check_choice("model.remat", self.remat, REMATS)
-        object.__setattr__(self, "dtype", dtype_name("model.dtype", self.dtype))
 
     @property
     def num_moe_layers(self) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_name, section_from_mapping
-from default_moe.errors import check, check_at_least, check_choice
+from default_moe.errors import check, quoted
 from default_moe.methods import METHODS, Method
 from default_moe.methods.default import DefaultVectorSettings
+from default_moe.methods.settings import at_least, check_settings, one_of, positive
 
 MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
@@ -44,56 +45,39 @@ class MoEConfig:
       `moe/experts/parallel.py`; "auto" picks by platform and by what is moved.
     """
 
-    num_experts: int = 8
+    num_experts: int = field(default=8, metadata=at_least(1, 2**16))
     top_k: int = 1
-    expert_dim: int = 352
-    num_shared_experts: int = 0
+    expert_dim: int = field(default=352, metadata=at_least(1, 2**24))
+    num_shared_experts: int = field(default=0, metadata=at_least(0, 2**16))
     router: str | Method = "default"
-    score_function: str = "softmax"
+    score_function: str = field(default="softmax", metadata=one_of("softmax", "sigmoid"))
     normalize_weights: bool = False
-    router_init_std: float | None = field(default=None, metadata=TUNED)
-    router_noise_std: float = field(default=0.0, metadata=TUNED)
-    capacity_factor: float | None = None
-    load_balance_weight: float | None = field(default=None, metadata=MAY_CHANGE | TUNED)
-    sequence_balance_weight: float = field(default=0.0, metadata=MAY_CHANGE | TUNED)
-    router_z_weight: float = field(default=0.0, metadata=MAY_CHANGE | TUNED)
-    dtype: str | None = None
-    matmul: str = field(default="auto", metadata=MAY_CHANGE)
-    expert_parallel: str = field(default="auto", metadata=MAY_CHANGE)
+    router_init_std: float | None = field(default=None, metadata=at_least(0) | TUNED)
+    router_noise_std: float = field(default=0.0, metadata=at_least(0) | TUNED)
+    capacity_factor: float | None = field(default=None, metadata=positive())
+    load_balance_weight: float | None = field(default=None, metadata=at_least(0) | MAY_CHANGE | TUNED)
+    sequence_balance_weight: float = field(default=0.0, metadata=at_least(0) | MAY_CHANGE | TUNED)
+    router_z_weight: float = field(default=0.0, metadata=at_least(0) | MAY_CHANGE | TUNED)
+    dtype: str | None = field(default=None, metadata=one_of("float32", "bfloat16"))
+    matmul: str = field(default="auto", metadata=one_of("auto", *MATMUL_BACKENDS) | MAY_CHANGE)
+    expert_parallel: str = field(default="auto", metadata=one_of("auto", *EXPERT_PARALLEL_FORMS) | MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        check_at_least("moe.num_experts", self.num_experts, 1)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        check_settings(self, "moe")
         check(
             1 <= self.top_k <= self.num_experts,
             f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
         )
-        check_at_least("moe.expert_dim", self.expert_dim, 1)
-        check_at_least("moe.num_shared_experts", self.num_shared_experts, 0)
-        check_choice("moe.score_function", self.score_function, ("softmax", "sigmoid"))
-        if self.router_init_std is not None:
-            check_at_least("moe.router_init_std", self.router_init_std, 0)
-        check_at_least("moe.router_noise_std", self.router_noise_std, 0)
-        check(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            f"moe.capacity_factor is {self.capacity_factor}, but must be positive, or unset to drop no token",
-        )
-        if self.load_balance_weight is not None:
-            check_at_least("moe.load_balance_weight", self.load_balance_weight, 0)
-        check_at_least("moe.sequence_balance_weight", self.sequence_balance_weight, 0)
-        check_at_least("moe.router_z_weight", self.router_z_weight, 0)
         check(
             not self.router_z_weight or self.score_function == "softmax",
             f"moe.router_z_weight is {self.router_z_weight}, but moe.score_function is 'sigmoid', which has no "
             "partition function to be kept small",
         )
-        check_choice("moe.matmul", self.matmul, ("auto", *MATMUL_BACKENDS))
-        check_choice("moe.expert_parallel", self.expert_parallel, ("auto", *EXPERT_PARALLEL_FORMS))
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", dtype_name("moe.dtype", self.dtype))
         if not isinstance(self.router, Method):
             check(
                 isinstance(self.router, str) and self.router in METHODS,
-                f"moe.router is {self.router!r}, but must be one of {', '.join(map(repr, sorted(METHODS)))}",
+                f"moe.router is {quoted(self.router)}, but must be one of {', '.join(map(repr, sorted(METHODS)))}",
             )
             object.__setattr__(self, "router", METHODS[self.router]())
         self._check_method()
@@ -142,12 +126,12 @@ class MoEConfig:
         """Tokens that an expert takes of a sequence of this length in training; None if there is no limit."""
         if self.capacity_factor is None:
             return None
-        return math.ceil(self.capacity_factor * self.top_k * length / self.num_experts)
+        return min(length, math.ceil(self.capacity_factor * self.top_k * length / self.num_experts))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         """From what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
-        check(isinstance(mapping, Mapping), f"moe is {mapping!r}, but must be a group of settings")
+        check(isinstance(mapping, Mapping), f"moe is {quoted(mapping)}, but must be a group of settings")
         # Default vectors' settings as runs were saved before methods had groups.
         old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
         check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *METHODS, *old], prefix="moe.")

@@ -7,6 +7,7 @@ immutable. A run stores its `Config` as JSON, never as Python.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -17,7 +18,8 @@ from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, section_fr
 from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import ModelConfig
 from default_moe.config.moe import MoEConfig
-from default_moe.errors import check, check_at_least, check_choice, check_fraction
+from default_moe.errors import check, quoted
+from default_moe.methods.settings import at_least, between, check_settings, one_of, path, positive
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class DataConfig:
     name: str = "python_stdlib"
     files: str | None = field(default=None, metadata=MAY_CHANGE)  # the corpus hash says whether the text is the same
     text_field: str = "text"
-    tokenizer: str = "bytes"
+    tokenizer: str = field(default="bytes", metadata=path())
     validation_fraction: float = 0.05
     mask_documents: bool = False
-    dir: str | None = field(default=None, metadata=MAY_CHANGE | NO_EFFECT)
-    prefetch: int = field(default=2, metadata=MAY_CHANGE | NO_EFFECT)
+    dir: str | None = field(default=None, metadata=path() | MAY_CHANGE | NO_EFFECT)
+    prefetch: int = field(default=2, metadata=at_least(0, 1000) | MAY_CHANGE | NO_EFFECT)
 
     def __post_init__(self) -> None:
+        check_settings(self, "data")
         check(bool(self.name), "data.name is empty, but must name a corpus, 'python_stdlib' for instance")
         check(
             self.name != "text_files" or bool(self.files),
@@ -56,17 +59,15 @@ class DataConfig:
         )
         check(
             not self.files or self.name == "text_files",
-            f"data.files is set, but data.name is {self.name!r}: files are read with data.name='text_files'",
+            f"data.files is set, but data.name is {quoted(self.name)}: files are read with data.name='text_files'",
         )
         check(bool(self.tokenizer), "data.tokenizer is empty, but must be 'bytes', 'bpe:SIZE' or a tokenizer.json")
-        if self.tokenizer.startswith("bpe:"):
-            size = self.tokenizer.removeprefix("bpe:")
-            check(
-                size.isdigit() and int(size) >= 257,
-                f"data.tokenizer is {self.tokenizer!r}, but a BPE's size must be a number of at least 257 (256 bytes "
-                "and the document separator)",
-            )
-        check_at_least("data.prefetch", self.prefetch, 0)
+        kind, _, size = self.tokenizer.partition(":")
+        check(
+            kind != "bpe" or (re.fullmatch("[0-9]{1,7}", size) is not None and int(size) >= 257),
+            f"data.tokenizer is {quoted(self.tokenizer)}, but a BPE's size must be a number of at least 257 (256 bytes "
+            "and the document separator) and at most 9999999",
+        )
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,17 @@ class TrainConfig:
     time in the loss; more tokens than that are taken in chunks, to the same result.
     """
 
-    num_steps: int = field(default=400, metadata=MAY_CHANGE)
-    batch_size: int = 32
-    sequence_length: int = 256
-    grad_accum_steps: int = 1
-    seed: int = 0
-    log_every_steps: int = field(default=10, metadata=MAY_CHANGE)
-    max_bad_steps: int = field(default=10, metadata=MAY_CHANGE | NO_EFFECT)
-    logits_per_chunk: int = 2**28
+    num_steps: int = field(default=400, metadata=at_least(1) | MAY_CHANGE)
+    batch_size: int = field(default=32, metadata=at_least(1))
+    sequence_length: int = field(default=256, metadata=at_least(1))
+    grad_accum_steps: int = field(default=1, metadata=at_least(1))
+    seed: int = field(default=0, metadata=at_least(0, 2**32 - 1))
+    log_every_steps: int = field(default=10, metadata=at_least(1) | MAY_CHANGE)
+    max_bad_steps: int = field(default=10, metadata=at_least(1) | MAY_CHANGE | NO_EFFECT)
+    logits_per_chunk: int = field(default=2**28, metadata=at_least(1))
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            check_at_least(f"train.{f.name}", getattr(self, f.name), 0 if f.name == "seed" else 1)
-        check(self.seed < 2**32, f"train.seed is {self.seed}, but must lie between 0 and 2**32 - 1")
+        check_settings(self, "train")
         check(
             self.batch_size % self.grad_accum_steps == 0,
             f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
@@ -109,34 +108,30 @@ class OptimConfig:
       2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no first.
     """
 
-    peak_lr: float = 3e-3
-    warmup_fraction: float = 0.01
-    final_lr_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    peak_lr: float = field(default=3e-3, metadata=positive())
+    warmup_fraction: float = field(default=0.01, metadata=between(0, 1))
+    final_lr_fraction: float = field(default=0.1, metadata=between(0, 1))
+    b1: float = field(default=0.9, metadata=between(0, 1))
+    b2: float = field(default=0.95, metadata=between(0, 1))
+    eps: float = field(default=1e-8, metadata=positive())
+    weight_decay: float = field(default=0.1, metadata=at_least(0))
     decay_all: bool = False
-    clip_norm: float = 1.0
-    router_lr_multiplier: float = 1.0
-    moment_dtype: str = "float32"
+    clip_norm: float = field(default=1.0, metadata=positive(math.inf))
+    router_lr_multiplier: float = field(default=1.0, metadata=at_least(0))
+    moment_dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
     factored: bool = False
 
     def __post_init__(self) -> None:
-        check(0 < self.peak_lr < math.inf, f"optim.peak_lr is {self.peak_lr}, but must be positive and finite")
-        for name in ("warmup_fraction", "final_lr_fraction", "b1", "b2"):
-            check_fraction(f"optim.{name}", getattr(self, name))
-        check(max(self.b1, self.b2) < 1, f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1")
-        check(self.eps > 0, f"optim.eps is {self.eps}, but must be positive")
-        check_choice("optim.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        check_settings(self, "optim")
+        check(
+            max(self.b1, self.b2) < 1 - 2**-24,
+            f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1, in float32 too",
+        )
         check(
             self.moment_dtype == "float32" or max(self.b1, self.b2) <= 0.99,
             f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but with optim.moment_dtype='bfloat16' they must be at most "
             "0.99: what a step changes would be rounded away",
         )
-        check_at_least("optim.weight_decay", self.weight_decay, 0)
-        check_at_least("optim.router_lr_multiplier", self.router_lr_multiplier, 0)
-        check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, but must be positive (inf clips nothing)")
 
 
 @dataclass(frozen=True)
@@ -149,14 +144,12 @@ class CheckpointConfig:
     both evaluated and saved.
     """
 
-    every_steps: int = 100
-    every_minutes: float = 0.0
-    keep_last: int = 2
+    every_steps: int = field(default=100, metadata=at_least(1))
+    every_minutes: float = field(default=0.0, metadata=at_least(0))
+    keep_last: int = field(default=2, metadata=at_least(1))
 
     def __post_init__(self) -> None:
-        check_at_least("checkpoint.every_steps", self.every_steps, 1)
-        check_at_least("checkpoint.every_minutes", self.every_minutes, 0)
-        check_at_least("checkpoint.keep_last", self.keep_last, 1)
+        check_settings(self, "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -167,20 +160,19 @@ class EvalConfig:
     by eval.py (temperature 0 takes the likeliest token each time).
     """
 
-    every_steps: int = 100
-    num_batches: int = 8
-    batch_size: int | None = None
+    every_steps: int = field(default=100, metadata=at_least(1))
+    num_batches: int = field(default=8, metadata=at_least(0))
+    batch_size: int | None = field(default=None, metadata=at_least(1))
     prompt: str = field(default="def ", metadata=NO_EFFECT)
-    sample_tokens: int = field(default=200, metadata=NO_EFFECT)
-    temperature: float = field(default=0.7, metadata=NO_EFFECT)
+    sample_tokens: int = field(default=200, metadata=at_least(0, 10**6) | NO_EFFECT)
+    temperature: float = field(default=0.7, metadata=at_least(0) | NO_EFFECT)
 
     def __post_init__(self) -> None:
-        check_at_least("eval.every_steps", self.every_steps, 1)
-        check_at_least("eval.num_batches", self.num_batches, 0)
-        if self.batch_size is not None:
-            check_at_least("eval.batch_size", self.batch_size, 1)
-        check_at_least("eval.sample_tokens", self.sample_tokens, 0)
-        check_at_least("eval.temperature", self.temperature, 0)
+        check_settings(self, "eval")
+        check(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"eval.temperature is {self.temperature}, but must be 0 or not below 1e-6",
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +183,7 @@ class Config:
       with another router for instance.
     """
 
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata=path())
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,6 +194,13 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
+        check_settings(self, "")
+        for name, batch_size in (("train", self.train.batch_size), ("eval", self.eval.batch_size or 1)):
+            check(
+                batch_size * self.train.sequence_length < 2**31,
+                f"{name}.batch_size * train.sequence_length is {batch_size * self.train.sequence_length}, but a batch "
+                "must have less than 2**31 tokens",
+            )
         if self.moe.dtype is None:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))
 

@@ -1,12 +1,13 @@
 """Default MoE (arXiv:2504.12463): experts that do not run contribute their default vectors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.errors import check, check_at_least, check_choice, check_fraction
+from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
+from default_moe.methods.settings import at_least, between, check_settings, one_of
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,19 @@ class DefaultVectorSettings:
       another run (`init_from`).
     """
 
-    ema_decay: float = 0.9
+    ema_decay: float = field(default=0.9, metadata=between(0, 1))
     ema_weighted: bool = True
-    ema_init: str = "zeros"
-    ema_init_std: float = 0.02
-    ema_update: str = "before"
-    substitute: str = "forward"
-    substitute_ramp_steps: int = 0
+    ema_init: str = field(default="zeros", metadata=one_of("zeros", "gaussian"))
+    ema_init_std: float = field(default=0.02, metadata=at_least(0))
+    ema_update: str = field(default="before", metadata=one_of("before", "after"))
+    substitute: str = field(default="forward", metadata=one_of("forward", "backward"))
+    substitute_ramp_steps: int = field(default=0, metadata=at_least(0))
     expert_gradient: bool = False
-    warm_up_batches: int = 8
+    warm_up_batches: int = field(default=8, metadata=at_least(0))
 
     def __post_init__(self) -> None:
         prefix = f"moe.{getattr(self, 'name', 'default')}"
-        check_fraction(f"{prefix}.ema_decay", self.ema_decay)
-        check_choice(f"{prefix}.ema_init", self.ema_init, ("zeros", "gaussian"))
-        check_at_least(f"{prefix}.ema_init_std", self.ema_init_std, 0)
-        check_choice(f"{prefix}.ema_update", self.ema_update, ("before", "after"))
-        check_choice(f"{prefix}.substitute", self.substitute, ("forward", "backward"))
-        check_at_least(f"{prefix}.substitute_ramp_steps", self.substitute_ramp_steps, 0)
+        check_settings(self, prefix)
         check(
             not self.substitute_ramp_steps or self.substitute == "forward",
             f"{prefix}.substitute_ramp_steps is {self.substitute_ramp_steps}, but {prefix}.substitute is 'backward': "
@@ -55,7 +51,6 @@ class DefaultVectorSettings:
             f"{prefix}.expert_gradient is True, but {prefix}.substitute is 'backward': default vectors add nothing to "
             "the output whose gradient could reach the experts",
         )
-        check_at_least(f"{prefix}.warm_up_batches", self.warm_up_batches, 0)
 
 
 @dataclass(frozen=True)

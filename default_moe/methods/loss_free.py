@@ -1,13 +1,12 @@
 """Loss-Free Balancing (Wang et al. 2024): a bias, moved by hand, steers which experts are chosen."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from jax import Array
 
-from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
+from default_moe.methods.settings import positive
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,7 @@ class LossFree(Method):
     name = "loss_free"
     load_balance_weight = 0.0
 
-    bias_update_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check(
-            0 < self.bias_update_rate < math.inf,
-            f"moe.loss_free.bias_update_rate is {self.bias_update_rate}, but must be positive and finite",
-        )
+    bias_update_rate: float = field(default=1e-3, metadata=positive())
 
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         scores_BLN = scores(logits_BLN, config)

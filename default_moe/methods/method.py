@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from default_moe import sharding
 from default_moe.errors import check
 from default_moe.methods.routing import active_experts
+from default_moe.methods.settings import check_settings
 
 State = dict[str, Array]
 
@@ -92,6 +93,9 @@ class Method(abc.ABC):
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__name__} and {other.__name__} have the same name, {cls.name!r}: choose another")
         METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        check_settings(self, f"moe.{self.name}")
 
     def check(self, config: LayerSettings) -> None:
         """Raises ConfigError if the method cannot work with the layer's other settings.

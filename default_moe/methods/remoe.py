@@ -1,7 +1,6 @@
 """ReMoE (Wang et al. 2025): gates are ReLUs, so routing is differentiable; a controlled L1 loss keeps it sparse."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -11,6 +10,7 @@ from jax import Array
 from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State
 from default_moe.methods.routing import masked_mean
+from default_moe.methods.settings import positive
 
 _NO_SOFTMAX = "its gates are ReLUs of the logits, without a softmax"
 _OWN_LOSS = "its own loss balances the experts, and says how many run"
@@ -41,18 +41,12 @@ class ReMoE(Method):
         "capacity_factor": "its loss, not a capacity, says how many experts run",
     }
 
-    initial_lambda: float = 1e-8
+    initial_lambda: float = field(default=1e-8, metadata=positive(1e30))
     lambda_factor: float = 1.2
 
     def __post_init__(self) -> None:
-        check(
-            1e-30 <= self.initial_lambda <= 1e30,
-            f"moe.remoe.initial_lambda is {self.initial_lambda}, but must be positive, from 1e-30 to 1e30",
-        )
-        check(
-            1 < self.lambda_factor < math.inf,
-            f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1 and finite",
-        )
+        super().__post_init__()
+        check(self.lambda_factor > 1, f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1")
 
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         gates_BLN = jax.nn.relu(logits_BLN)

@@ -39,6 +39,7 @@ class SparseMixer(Method):
     mask_threshold: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             0 < self.mask_threshold < 1,
             f"moe.sparsemixer.mask_threshold is {self.mask_threshold}, but must lie between 0 and 1 (at 0 only one "

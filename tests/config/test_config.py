@@ -42,7 +42,7 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("train.grad_accum_steps", 5, "multiple of train.grad_accum_steps"),
         ("optim.peak_lr", 0.0, "positive"),
         ("optim.peak_lr", float("inf"), "finite"),
-        ("train.seed", 2**32, "between 0 and 2**32 - 1"),
+        ("train.seed", 2**32, "at most 4294967295"),
         ("data.tokenizer", "", "data.tokenizer is empty"),
         ("optim.b2", 1.5, "[0, 1]"),
         ("optim.b1", 1.0, "below 1"),
