@@ -8,7 +8,7 @@ those are split over. Code that runs under a mesh finds it with `jax.sharding.ge
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +27,15 @@ DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
     ("heads", None),
     ("mlp", None),
     ("vocab", None),
+)
+# Pairs of logical axes that one array has, whose dimensions cannot be split over the same mesh axis.
+_TOGETHER = (
+    ("expert", "embed"),
+    ("expert", "mlp"),
+    ("embed", "mlp"),
+    ("embed", "heads"),
+    ("embed", "vocab"),
+    ("batch", "heads"),
 )
 _annotating = contextvars.ContextVar("annotating", default=False)
 
@@ -72,13 +81,34 @@ def num_shards(logical_axis: str) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
 
 
+def check_rules() -> None:
+    """Raises ConfigError if the rules in force split an array, or experts and tokens, as cannot be under this mesh."""
+    for one, other in _TOGETHER:
+        if shared := [axis for axis in mesh_axes(one) if axis in mesh_axes(other)]:
+            raise ConfigError(
+                f"mesh.rules split {one!r} and {other!r} both over {_named(shared)}, but there are arrays with both, "
+                "which can be split over different axes only"
+            )
+    experts, tokens = mesh_axes("expert"), mesh_axes("batch")
+    shared = [axis for axis in experts if axis in tokens]
+    if shared and len(shared) < len(experts):
+        raise ConfigError(
+            f"mesh.rules split 'expert' over {_named(experts)} and 'batch' over {_named(tokens)}, but the batch must "
+            "be split over all axes that experts are split over, or over none of them"
+        )
+
+
+def _named(axes: Iterable[str]) -> str:
+    return " and ".join(f"mesh.{axis}" for axis in axes)
+
+
 def check_divisible(what: str, size: int, logical_axis: str) -> None:
     """Raises ConfigError if an axis of this size cannot be split as `logical_axis` is."""
     shards = num_shards(logical_axis)
     if size % shards:
-        axes = " and ".join(f"mesh.{axis}" for axis in mesh_axes(logical_axis))
         raise ConfigError(
-            f"{size} {what} cannot be split over {shards} devices by {axes}: make the number a multiple of that"
+            f"{size} {what} cannot be split over {shards} devices by {_named(mesh_axes(logical_axis))}: make the "
+            "number a multiple of that"
         )
 
 
@@ -189,5 +219,5 @@ def _check_divisible(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSha
         if size % parts:
             raise ConfigError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} of shape {leaf.shape} cannot be split into "
-                f"{parts} parts along its axis of {size} by " + " and ".join(f"mesh.{axis}" for axis in names)
+                f"{parts} parts along its axis of {size} by {_named(names)}"
             )

@@ -60,6 +60,7 @@ SLOW = {
     "test_bench": ("test_the_step_suite_", "test_the_scaling_suite_"),
     "test_model": ("test_the_embedding_learns_", "test_unrolling_"),
     "test_moe_sharded": ("test_",),
+    "test_mesh_rules": ("test_what_",),
     "test_plan": ("test_the_state_", "test_the_plan_", "test_the_command", "test_search_", "test_the_largest_"),
     "test_grouped_matmul": ("test_blocks_of_both_sizes_",),
     "test_checkpoint_failures": ("test_a_kill_",),

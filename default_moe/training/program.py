@@ -34,6 +34,7 @@ def mesh_for(config: Config, devices: list[Any] | None = None, training: bool = 
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert, devices)
     with in_force(mesh, config):
+        sharding.check_rules()
         shards, experts = sharding.num_shards("batch"), sharding.num_shards("expert")
     microbatch_size = config.train.batch_size // config.train.grad_accum_steps
     for checked, name, size, parts, devices_are in (
