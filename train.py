@@ -3,8 +3,6 @@
 Any setting can be changed on the command line: --config.train.num_steps=1000. See default_moe/config for all.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -18,8 +16,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<nam
 
 def main(argv: list[str]) -> int:
     config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG)
-    workdir = _WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}"
-    return trainer.train(config, Path(workdir).expanduser())
+    return trainer.train(config, cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
 import copy
+import inspect
 import io
 import os
 import re
@@ -17,8 +18,19 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from default_moe.config import Config, default_config, to_config_dict
-from default_moe.errors import AnotherProcessFailed, CheckpointError, ConfigError, TrainingFailed, check, closest, tell
+from default_moe.errors import (
+    AnotherProcessFailed,
+    CheckpointError,
+    ConfigError,
+    TrainingFailed,
+    check,
+    closest,
+    quoted,
+    shown,
+    tell,
+)
 from default_moe.methods import METHODS
+from default_moe.methods.settings import path_fault
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import restart_with_huge_pages
 
@@ -124,18 +136,18 @@ def _unused(config_dict: Any, config: Config) -> list[str]:
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Parse all of the command line. Raises ConfigError or flags.Error on anything that is not right."""
+    """Parse all of the command line. Raises ConfigError on anything that is not right."""
     app.define_help_flags()
     _check_keys(argv)
-    rest = values(argv)
+    rest = _parse(argv, values)
     if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is not a flag: settings are given as --config.section.key=value")
+        raise ConfigError(f"{quoted(rest[1])} is not a flag: settings are given as --config.section.key=value")
 
 
 def parse_known_flags(argv: list[str]) -> list[str]:
     """Parse the flags that the program defines; returns the others, with the program's name before them."""
     app.define_help_flags()
-    return flags.FLAGS(argv, known_only=True)
+    return _parse(argv, flags.FLAGS, known_only=True)
 
 
 def parse_overrides(argv: list[str], config: Config, allowed: tuple[str, ...]) -> Config:
@@ -162,6 +174,37 @@ def config_name(argv: list[str], default: str) -> str:
     return Path((names or [default])[-1].split(":")[0]).stem
 
 
+def path(flag: flags.FlagHolder, default: str = "") -> Path:
+    """The path that a flag gives, or else the default. Raises ConfigError if no file can have that name."""
+    value = flag.value or default
+    fault = path_fault(value)
+    check(not fault, f"--{flag.name} is {quoted(value)}, but must {fault}")
+    return Path(value).expanduser()
+
+
+def file_to_write(flag: flags.FlagHolder) -> Path | None:
+    """The file that a flag gives, None if it gives none. Raises ConfigError if it cannot be one."""
+    if not flag.value:
+        return None
+    file = path(flag)
+    folder = file.absolute().parent
+    check(folder.is_dir(), f"cannot write {file}: there is no directory {folder}")
+    check(not file.is_dir(), f"cannot write {file}: it is a directory")
+    return file
+
+
+def _parse(argv: list[str], values: flags.FlagValues, known_only: bool = False) -> list[str]:
+    """Parse with absl, whose messages repeat what was given, however long that is. Raises ConfigError."""
+    try:
+        return values(argv, known_only=known_only)
+    except flags.Error as error:
+        message = str(error)
+        for given in (arg.partition("=")[2] or arg for arg in argv):
+            if len(given) > 100:
+                message = message.replace(given, shown(given, 100)).replace(repr(given), quoted(given))
+        raise ConfigError(shown(message, 500)) from None
+
+
 def _join_processes(argv: list[str]) -> None:
     """Start as one of several processes if `argv` or a cluster says so. Raises ConfigError or flags.Error."""
     # Parsed before all others, so that what is wrong with those in one process can be told to the other processes.
@@ -169,11 +212,13 @@ def _join_processes(argv: list[str]) -> None:
     for values in (own, flags.FLAGS):
         to: dict[str, Any] = {"flag_values": values, "module_name": argv[0]}
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, any free port, if no cluster tells it.", **to)
-        flags.DEFINE_integer("num_processes", None, "How many processes train as one, with --coordinator.", **to)
-        flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", **to)
-        flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes at the start.", 1, **to)
+        flags.DEFINE_integer(
+            "num_processes", None, "How many processes train as one, with --coordinator.", None, 10**6, **to
+        )
+        flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", None, 10**6, **to)
+        flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the others at the start.", 1, 10**6, **to)
     own.set_gnu_getopt(True)
-    own(argv, known_only=True)
+    _parse(argv, own, known_only=True)
     distributed.start(own.coordinator, own.num_processes, own.process_id, own.start_timeout)
 
 
@@ -195,19 +240,25 @@ def _check_keys(argv: list[str]) -> None:
         section: Any = default_config()
         for part in name.split(".")[1:]:
             known = list(section) if isinstance(section, ConfigDict) else []
-            check(part in known, f"there is no setting {part!r} ({name}){closest(part, known)}")
+            check(part in known, f"there is no setting {quoted(part)} ({shown(name)}){closest(part, known)}")
             section = section[part]
 
 
 def _check_config_file(name: str) -> None:
     """Raises ConfigError if "FILE.py" or "FILE.py:ARGUMENT" gives no config; flags would report it with a traceback."""
     path, *argument = name.split(":", 1)
-    check(Path(path).is_file(), f"there is no config file {path!r} (looked from {Path.cwd()})")
+    check(os.path.isfile(path), f"there is no config file {quoted(path)} (looked from {Path.cwd()})")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise ConfigError(f"the config file {path} has no get_config(), which returns the config")
-        get_config(*argument)
+        try:
+            inspect.signature(get_config).bind(*argument)
+        except TypeError:
+            what = f"none, not {quoted(argument[0])}" if argument else "one, after a colon"
+            raise ConfigError(f"the config file {path} takes another argument: {what}") from None
+        config = get_config(*argument)
+        check(isinstance(config, ConfigDict), f"get_config() of {path} returns no ConfigDict: {quoted(config)}")
     except SyntaxError as error:
         raise ConfigError(
             f"the config file {error.filename or path} is not Python: {error.msg}, line {error.lineno}"
@@ -223,6 +274,8 @@ def _check_config_file(name: str) -> None:
 
 def _report(error: BaseException, code: int) -> int:
     message = str(error).rstrip()
+    if code == BAD_INPUT:
+        message = shown(message, 2000)
     if distributed.several():
         distributed.fail(message, code)
     tell(f"error: {message}")

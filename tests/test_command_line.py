@@ -65,7 +65,96 @@ EVAL = {
 }
 
 
-CASES = {"train": TRAIN, "eval": EVAL}
+HUGE = f"1{'0' * 30}"
+PATHS = {
+    "a path with NUL": "a\0b",
+    "a path that is no text": "a\udc80b",
+    "the home of nobody": "~nosuchuser/x",
+    "a name that is too long": "{here}/" + "n" * 300,
+    "a path that is too long": "{here}" + "/n" * 3000,
+}
+
+
+def bad_paths(flag, *more):
+    return {f"{name} in {flag}": ([*more, f"{flag}={path}"], f"{flag} is ") for name, path in PATHS.items()}
+
+
+TRAIN |= bad_paths("--workdir") | {
+    "a path with NUL in a setting": (["--config.data.dir=a\0b"], "data.dir is 'a\\x00b', but must be text without NUL"),
+    "the home of nobody in a setting": (["--config.init_from=~nosuchuser/x"], "home directory of a known user"),
+    "digits that are no ASCII": (["--config.data.tokenizer=bpe:\u0663\u0660\u0660"], "at least 257"),
+    "a width that no compiler takes": ([f"--config.model.d_model={2**32}"], "at most 1048576"),
+    "a huge number of steps": ([f"--config.train.num_steps={HUGE}"], f"is {HUGE}, but must be at most 2147483647"),
+    "a wrong value of many characters": (["--config.train.num_steps=" + "x" * 5000], "invalid literal"),
+    "a config file with a long name": (["--config=" + "n" * 5000], "there is no config file"),
+    "a config file that takes no argument": (["--config=configs/quickstart.py:small"], "takes another argument: none"),
+    "a config file that returns something else": (["--config={here}/nothing.py"], "returns no ConfigDict: None"),
+    "processes without end": (["--coordinator=localhost:1", f"--num_processes={HUGE}", "--process_id=0"], f"{HUGE}"),
+}
+EVAL |= bad_paths("--workdir") | {
+    "a step before the first": (["--workdir={here}/trained", "--step=-1"], "--step=-1"),
+    "a huge step": (["--workdir={here}/trained", f"--step={HUGE}"], f"--step={HUGE}"),
+    "a workdir that is a file": (["--workdir={here}/empty.txt"], "empty.txt"),
+    "a prompt that is no text": (["--workdir={here}/trained", "--prompt=a\udc80"], "prompt is 'a\\udc80'"),
+}
+ANALYSIS = {
+    "no analysis": ([], "which analysis is not said"),
+    "an analysis that is not there": (["gradient" * 1000], "there is no analysis"),
+    "no workdir": (["gradients"], "--workdir is missing"),
+    "a step before the first": (["gradients", "--workdir={here}/trained", "--step=-1"], "--step=-1"),
+    "batches without end": (["gradients", "--workdir={here}/trained", f"--batches={HUGE}"], f"--batches={HUGE}"),
+    "another reference": (["gradients", "--workdir={here}/trained", "--reference=true"], "--reference=true"),
+    "a method that is none": (["gradients", "--workdir={here}/trained", "--methods=topk,x"], "--methods has 'x'"),
+    "K in other digits": (["gradients", "--workdir={here}/trained", "--top_k=\u00b2"], "numbers from 1 to 7"),
+    "K of many digits": (["gradients", "--workdir={here}/trained", "--top_k=" + "9" * 5000], "numbers from 1 to 7"),
+    **bad_paths("--workdir", "gradients"),
+}
+BENCH = {
+    "another suite": (["--suite=all"], "--suite=all"),
+    "rounds without end": ([f"--rounds={HUGE}"], f"--rounds={HUGE}"),
+    "a shape in words": (["--shape=large"], "five numbers"),
+    "a shape without end": ([f"--shape={HUGE},256,8,1,704"], "below 2**31"),
+    "another backend": (["--matmul=fast"], "--matmul is 'fast'"),
+    "a method that is none": (["--suite=step", "--methods=x"], "--methods is 'x'"),
+    "no folder for results": (["--json={here}/none/x.json"], "there is no directory"),
+    "a folder as file of results": (["--json={here}"], "it is a directory"),
+    "a picture of no kind": (["--plot={here}/x.doc"], "x.doc"),
+    "a folder below a file": (["--suite=accelerator", "--out={here}/empty.txt/x"], "cannot write to"),
+    **bad_paths("--json"),
+    **bad_paths("--plot"),
+    **bad_paths("--profile", "--suite=step"),
+    **bad_paths("--out", "--suite=accelerator"),
+}
+PLAN = {
+    "no topology": ([], "--topology is missing"),
+    "a topology that is none": (["--topology=v9:4"], "--topology is 'v9:4'"),
+    "a topology of many characters": (["--topology=" + "x" * 5000], "--topology is 'xxx"),
+    "devices in other digits": (["--topology=cpu:\u00b2"], "must be one of"),
+    "devices without end": ([f"--topology=cpu:{HUGE}"], "must be one of"),
+    "candidates without end": (["--topology=cpu:1", f"--compile={HUGE}"], f"--compile={HUGE}"),
+    **bad_paths("--json", "--topology=cpu:1"),
+}
+COMPARE = {
+    "one seed left out": (["--seeds=1,,2"], "--seeds is '1,,2'"),
+    "a huge seed": ([f"--seeds={HUGE}"], "different whole numbers"),
+    "seeds in other digits": (["--seeds=\u0661"], "different whole numbers"),
+    "thousands of seeds": (["--seeds=" + ",".join(map(str, range(5000)))], "make 10000 runs, but must at most 1000"),
+    "a method that is none": (["--methods=topk,x"], "--methods has 'x'"),
+    "a method twice": (["--methods=topk,topk"], "a method is given twice"),
+    "brackets without end": (["--set=mesh.rules=" + "(" * 5000], "mesh.rules"),
+    "a setting that is a huge number": ([f"--set=train.num_steps={HUGE}"], "must be at most 2147483647"),
+    "a workdir that is a file": (["--workdir={here}/empty.txt"], "empty.txt"),
+    **bad_paths("--workdir"),
+}
+
+CASES = {
+    "train.py": TRAIN,
+    "eval.py": EVAL,
+    "default_moe/analysis/__main__.py": ANALYSIS,
+    "default_moe/bench/__main__.py": BENCH,
+    "default_moe/plan/__main__.py": PLAN,
+    "default_moe/compare/__main__.py": COMPARE,
+}
 WORDS = {f"{program}: {name}": words for program, cases in CASES.items() for name, (_, words) in cases.items()}
 MISTYPED = """from default_moe.config import default_config
 
@@ -85,14 +174,19 @@ def answers(tmp_path_factory):
     (here / "empty.txt").touch()
     (here / "broken.py").write_text("def get_config(:\n")
     (here / "mistyped.py").write_text(MISTYPED)
+    (here / "nothing.py").write_text("def get_config():\n    pass\n")
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")
     settings = tiny_settings(here)
     with CheckpointStore(here / "trained") as store:
         store.save(4, {"params": {}, "step": jax.numpy.zeros(())}, {"config": Config.from_mapping(settings).to_dict()})
     base = as_flags(settings)
-    commands = [["train.py", *base, f"--workdir={here}/new", *flags] for flags, _ in TRAIN.values()]
-    commands += [["eval.py", *flags] for flags, _ in EVAL.values()]
+    before_flags = {"train.py": [*base, f"--workdir={here}/new"]}
+    commands = [
+        [program, *before_flags.get(program, []), *flags]
+        for program, cases in CASES.items()
+        for flags, _ in cases.values()
+    ]
     commands = [[word.replace("{here}", str(here)) for word in command] for command in commands]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "DEFAULT_MOE_DATA": str(here / "prepared")}
     repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -113,3 +207,4 @@ def test_bad_input_gets_one_line_and_exit_code_2(answers, name, words):
     assert code == 2, errors
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert words.replace("{here}", str(here)) in errors
+    assert len(errors) < 1500

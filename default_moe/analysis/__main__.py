@@ -5,7 +5,7 @@ and writes gradients_exact.json and .png (gradients_dense with --reference=dense
 says what true is.
 """
 
-from pathlib import Path
+import re
 
 from absl import flags
 
@@ -13,7 +13,7 @@ from default_moe import cli
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity
 from default_moe.config import Config
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, quoted
 from default_moe.files import write_report
 from default_moe.hardware import machine
 from default_moe.runs.progress import Progress
@@ -21,7 +21,7 @@ from default_moe.runs.saved_run import open_saved_run
 
 _KINDS = ("gradients",)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.", 0, 2**31 - 1)
 _METHODS = flags.DEFINE_list("methods", ["topk", "default"], "Values of moe.router to compare.")
 _REFERENCE = flags.DEFINE_enum(
     "reference",
@@ -30,18 +30,18 @@ _REFERENCE = flags.DEFINE_enum(
     "What is true: the exact gradient of the same forward pass, or that of the model with all experts active.",
 )
 _TOP_K = flags.DEFINE_list("top_k", None, "Values of K; 1 to N - 1 if not given.")
-_BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the checkpoint.", lower_bound=1)
+_BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the checkpoint.", 1, 10_000)
 
 
 def main(argv: list[str]) -> int:
     kinds = [arg for arg in argv[1:2] if not arg.startswith("-")]
     if not kinds or kinds[0] not in _KINDS:
-        asked = f"there is no analysis {kinds[0]!r}" if kinds else "which analysis is not said"
+        asked = f"there is no analysis {quoted(kinds[0])}" if kinds else "which analysis is not said"
         raise ConfigError(f"{asked}: python -m default_moe.analysis {' or '.join(_KINDS)} --workdir=...")
     overrides = cli.parse_known_flags([argv[0], *argv[2:]])
     if not _WORKDIR.value:
         raise ConfigError("--workdir is missing: the work directory of a run")
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = cli.path(_WORKDIR)
     say = Progress(0).message
     methods = [name.strip() for name in _METHODS.value]
 
@@ -82,8 +82,8 @@ def _top_ks(config: Config) -> list[int]:
     if _TOP_K.value is None:
         return list(range(1, most + 1))
     texts = [text.strip() for text in _TOP_K.value]
-    if not texts or not all(text.isdecimal() and 1 <= int(text) <= most for text in texts):
-        raise ConfigError(f"--top_k is {','.join(texts)!r}, but must be numbers from 1 to {most}")
+    if not texts or not all(re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= most for text in texts):
+        raise ConfigError(f"--top_k is {quoted(','.join(texts))}, but must be numbers from 1 to {most}")
     return sorted({int(text) for text in texts})
 
 

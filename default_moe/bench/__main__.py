@@ -7,7 +7,6 @@ products: grouped matrix products by every kernel, as shares of a plain product'
 accelerator: all that is worth knowing about one GPU or TPU, in less than nine minutes, written to --out.
 """
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,14 +16,15 @@ from default_moe import cli
 from default_moe.bench import accelerator, layer, products, report, scaling, step
 from default_moe.bench.report import Row
 from default_moe.bench.workload import LayerShape, standard_shapes
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, check, check_choice
+from default_moe.methods import METHODS
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
 _SUITES = ["layer", "step", "scaling", "products", "accelerator"]
 _SUITE = flags.DEFINE_enum("suite", "layer", _SUITES, "What to time.")
 _SHAPES = flags.DEFINE_multi_string("shape", None, "T,D,N,K,F for --suite=layer and products; standard ones if none.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type for --suite=layer and products.")
-_ROUNDS = flags.DEFINE_integer("rounds", None, "Times that each candidate is timed: 15, for scaling 5.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", None, "Times that each candidate is timed: 15, for scaling 5.", 1, 10_000)
 _BACKENDS = flags.DEFINE_list("matmul", None, "Values of moe.matmul for --suite=layer; all that run here if not given.")
 _METHODS = flags.DEFINE_list("methods", None, "Values of moe.router for --suite=step; topk,default if not given.")
 _RANDOM = flags.DEFINE_bool("random_tokens", False, "Random tokens for --suite=step, in place of the config's data.")
@@ -69,31 +69,33 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name} goes with {wanted}, but --suite is {suite}")
     if suite == "accelerator":
         return _accelerator()
-    for path in filter(None, (_JSON.value, _PLOT.value)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {path}: there is no directory {Path(path).absolute().parent}")
+    json_file, plot_file = cli.file_to_write(_JSON), cli.file_to_write(_PLOT)
+    check(not plot_file or plot_file.suffix == ".png", f"--plot is {plot_file}, but must be a name that ends in .png")
+    for method in _METHODS.value or ():
+        check_choice("--methods", method, tuple(METHODS))
+    profile = str(cli.path(_PROFILE)) if _PROFILE.value else None
     shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()]
     rounds = _ROUNDS.value or (5 if suite == "scaling" else 15)
     results: list[Row]
     if config and suite == "step":
-        results = step.run(config, _METHODS.value or ["topk", "default"], rounds, _RANDOM.value, _PROFILE.value)
+        results = step.run(config, _METHODS.value or ["topk", "default"], rounds, _RANDOM.value, profile)
     elif config:
         results = scaling.run(config, rounds)
     elif suite == "products":
         results = products.run(shapes, _DTYPE.value, rounds, _VS_TORCH.value)
     else:
         results = layer.run(shapes or standard_shapes(), _BACKENDS.value, _DTYPE.value, rounds, _VS_TORCH.value)
-    if _JSON.value:
-        report.write_json(Path(_JSON.value), suite, results)
-    if _PLOT.value:
-        {"layer": layer.plot, "scaling": scaling.plot}[suite](results, Path(_PLOT.value))
+    if json_file:
+        report.write_json(json_file, suite, results)
+    if plot_file:
+        {"layer": layer.plot, "scaling": scaling.plot}[suite](results, plot_file)
     return 0
 
 
 def _accelerator() -> int:
     if not _OUT.value:
         raise ConfigError("--suite=accelerator needs --out=DIR, a new directory for what it finds")
-    return 0 if accelerator.run(Path(_OUT.value)) else 1
+    return 0 if accelerator.run(cli.path(_OUT)) else 1
 
 
 def _without_data(config_dict: Any) -> None:

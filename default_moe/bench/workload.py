@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from default_moe.config import MoEConfig
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, quoted
 from default_moe.moe import MoELayer
 from default_moe.moe.experts.swiglu import ExpertParams, swiglu_hidden
 
@@ -32,12 +32,15 @@ class LayerShape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "LayerShape":
         """Return the shape that "T,D,N,K,F" says. Raises ConfigError."""
+        given = quoted(text)
         try:
             shape = cls(*(int(part) for part in text.split(",")))
         except (ValueError, TypeError):
-            raise ConfigError(f"--shape is {text!r}, but must be five numbers T,D,N,K,F: 4096,256,8,1,704") from None
+            raise ConfigError(f"--shape is {given}, but must be five numbers T,D,N,K,F: 4096,256,8,1,704") from None
         if min(shape) < 1 or shape.top_k > shape.num_experts or shape.num_experts > shape.d_model:
-            raise ConfigError(f"--shape is {text!r}, but must have 1 <= K <= N <= D and all numbers positive")
+            raise ConfigError(f"--shape is {given}, but must have 1 <= K <= N <= D and all numbers positive")
+        if max(shape.tokens, shape.num_experts * shape.expert_dim) * shape.d_model >= 2**31:
+            raise ConfigError(f"--shape is {given}, but T D and N D F must be below 2**31")
         return shape
 
     def active_flops(self) -> int:

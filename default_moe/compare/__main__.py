@@ -6,7 +6,6 @@ on where it was stopped, and adds what is new to what is done: more seeds, anoth
 """
 
 import os
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> int:
     methods = matrix.parse_methods(_METHODS.value)
     seeds, sets = matrix.parse_seeds(_SEEDS.value), matrix.parse_sets(_SET.value)
     entries = matrix.entries(base, methods, seeds, sets)
-    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}").expanduser()
+    workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
     if __name__ == "__main__":

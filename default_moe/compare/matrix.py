@@ -4,6 +4,8 @@ import ast
 import copy
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,10 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 
 from default_moe.config import NO_EFFECT, TUNED, Config, flat_items, marked
-from default_moe.errors import ConfigError, check, closest
+from default_moe.errors import ConfigError, check, closest, quoted, shown
 from default_moe.methods import METHODS
 
+_MOST_RUNS = 1000
 Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given
 
 
@@ -69,47 +72,51 @@ def parse_sets(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
         parts = [part.strip() for part in values.split(",")]
         check(
             bool(equals and name) and all(parts),
-            f"--set is {text!r}, but must be a setting and its values, optim.peak_lr=3e-3,6e-3 for instance",
+            f"--set is {quoted(text)}, but must be a setting and its values, optim.peak_lr=3e-3,6e-3 for instance",
         )
         check(name not in dict(sets), f"--set gives {name} twice: put all of its values in one")
         check(
             name not in ("moe.router", "train.seed"), f"--set gives {name}: that is what --methods and --seeds are for"
         )
-        check(len(set(parts)) == len(parts), f"--set is {text!r}, but a value is given twice")
+        check(len(set(parts)) == len(parts), f"--set is {quoted(text)}, but a value is given twice")
         sets.append((name, [_value(part) for part in parts]))
     return sets
 
 
 def parse_seeds(texts: Sequence[str]) -> list[int]:
     """Raises ConfigError on anything but different whole numbers."""
+    texts = [text.strip() for text in texts]
+    seeds = [int(text) for text in texts if re.fullmatch("[0-9]{1,10}", text)]
     check(
-        bool(texts) and all(text.strip().isdecimal() for text in texts) and len(set(map(int, texts))) == len(texts),
-        f"--seeds is {','.join(texts)!r}, but must be different whole numbers, 0,1,2,3 for instance",
+        bool(texts) and len(set(seeds)) == len(texts),
+        f"--seeds is {quoted(','.join(texts))}, but must be different whole numbers, 0,1,2,3 for instance",
     )
-    return [int(text) for text in texts]
+    return seeds
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
     """Read ["topk", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
     labels = [text.strip() for text in texts]
-    check(len(set(labels)) == len(labels), f"--methods is {','.join(labels)!r}, but a method is given twice")
-    check(len(labels) > 1, f"--methods is {','.join(labels)!r}, but a comparison takes two, the baseline first")
+    check(len(set(labels)) == len(labels), f"--methods is {quoted(','.join(labels))}, but a method is given twice")
+    check(len(labels) > 1, f"--methods is {quoted(','.join(labels))}, but a comparison takes two, the baseline first")
     return [_method(label) for label in labels]
 
 
 def _method(label: str) -> Method:
     name, *settings = label.split(":")
     known = sorted(METHODS)
-    check(name in METHODS, f"--methods has {name!r}, but there are {', '.join(known)}{closest(name, known)}")
+    check(name in METHODS, f"--methods has {quoted(name)}, but there are {', '.join(known)}{closest(name, known)}")
     of_method = [f.name for f in dataclasses.fields(METHODS[name])]
     parts = [setting.partition("=") for setting in settings]
     for key, equals, value in parts:
         check(
             key in of_method and bool(equals and value),
-            f"--methods has {label!r}, but what follows a method must be its settings, "
+            f"--methods has {quoted(label)}, but what follows a method must be its settings, "
             + (f"{of_method[0]}=VALUE for instance{closest(key, of_method)}" if of_method else f"and {name} has none"),
         )
-    check(len({key for key, _, _ in parts}) == len(parts), f"--methods has {label!r}, which gives a setting twice")
+    check(
+        len({key for key, _, _ in parts}) == len(parts), f"--methods has {quoted(label)}, which gives a setting twice"
+    )
     return Method(label, name, tuple((f"moe.{name}.{key}", _value(value)) for key, _, value in parts))
 
 
@@ -128,6 +135,8 @@ def entries(
             any(_applies(name, method) for method in methods),
             f"--set gives {name}, but none of --methods={labels} leaves it open",
         )
+    number = len(methods) * len(seeds) * math.prod(len(values) for _, values in sets)
+    check(number <= _MOST_RUNS, f"--methods, --seeds and --set make {number} runs, but must at most {_MOST_RUNS}")
     found: dict[str, Entry] = {}
     for seed in seeds:
         for values in itertools.product(*(values for _, values in sets)):
@@ -190,20 +199,20 @@ def _assign(config: ConfigDict, name: str, value: Any, where: str = "--set") -> 
         section = section[part] if isinstance(section, ConfigDict) and part in section else None
     if not isinstance(section, ConfigDict) or key not in section or isinstance(section[key], ConfigDict):
         known = [name for name, _ in flat_items(config.to_dict())]
-        raise ConfigError(f"{where} gives {name!r}, but there is no such setting{closest(name, known)}")
+        raise ConfigError(f"{where} gives {quoted(name)}, but there is no such setting{closest(name, known)}")
     before = section[key]
     try:
         section[key] = value
     except TypeError:
         kind = section.get_type(key).__name__
-        raise ConfigError(f"{where} gives {name}={value}, but it must be of type {kind}") from None
+        raise ConfigError(f"{where} gives {shown(name)}={quoted(value)}, but it must be of type {kind}") from None
     return before, section[key]
 
 
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # too many brackets
         return text
 
 

@@ -26,7 +26,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAU
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"What to compile for: {known()}.")
 _LARGEST = flags.DEFINE_bool("largest", False, "Find the largest microbatch that fits by compiling, a few times.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, microbatches and remat policies of the same global batch.")
-_COMPILE = flags.DEFINE_integer("compile", 12, "How many candidates --search compiles at most.", lower_bound=1)
+_COMPILE = flags.DEFINE_integer("compile", 12, "How many candidates --search compiles at most.", 1, 10_000)
 _JSON = flags.DEFINE_string("json", None, "File to write the plan to, or the plans that --search found.")
 
 
@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
     config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG, adjust=_without_data)
     if not _TOPOLOGY.value:
         raise ConfigError(f"--topology is missing: what to compile for, one of {known()}")
-    if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {_JSON.value}: there is no directory {Path(_JSON.value).absolute().parent}")
+    json_file = cli.file_to_write(_JSON)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine stay free
     topology = open_topology(_TOPOLOGY.value)
     if _LARGEST.value and topology.hardware is None:
@@ -58,8 +57,11 @@ def main(argv: list[str]) -> int:
         elif (size := largest_by_proportion(plan)) is not None:
             print(f"by proportion about {size} sequences a device fit at a time; --largest finds out by compiling")
         content, success = report.as_json(plan), plan.fits
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
+    if json_file:
+        try:
+            json_file.write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write {json_file}: {error.strerror}") from None
     return 0 if success else 1
 
 

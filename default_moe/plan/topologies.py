@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 from jax.extend import backend
 
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, quoted
 
 _GIB = 2**30
 
@@ -80,16 +80,16 @@ def open_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if shape in _SHAPES.get(kind, ()):
         return Topology(name, _tpu_devices(name, shape), _TPUS[kind])
-    gpus = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-8])", shape)
+    gpus = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-8])", shape, re.ASCII)
     if kind in _GPUS and gpus:
         hosts = int(gpus[1] or 1)
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
         usable = _GPUS[kind]._replace(memory=int(_GPUS[kind].memory * fraction))
         return Topology(name, _gpu_devices(kind, hosts, int(gpus[2])), usable)
-    if kind == "cpu" and shape.isdigit() and 1 <= int(shape) <= 512:
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,2}", shape, re.ASCII) and int(shape) <= 512:
         jax.config.update("jax_num_cpu_devices", int(shape))
         return Topology(name, jax.devices("cpu")[: int(shape)], None)
-    raise ConfigError(f"--topology is {name!r}, but must be one of {known()}")
+    raise ConfigError(f"--topology is {quoted(name)}, but must be one of {known()}")
 
 
 @contextlib.contextmanager
