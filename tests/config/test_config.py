@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import operator
 import re
 
@@ -53,6 +54,30 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("mesh.fsdp", -1, "at most one of them -1"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("eval.temperature", -1.0, "at least 0"),
+        ("eval.temperature", 1e-320, "not below 1e-6"),
+        ("moe.capacity_factor", math.inf, "finite"),
+        ("moe.capacity_factor", 1e308, "at most 2147483647"),
+        ("moe.router_noise_std", math.nan, "at least 0"),
+        ("moe.loss_free.bias_update_rate", math.nan, "positive"),
+        ("moe.remoe.lambda_factor", math.inf, "finite"),
+        ("moe.sparsemixer.mask_threshold", math.nan, "finite"),
+        ("optim.b2", 1 - 1e-12, "below 1, in float32 too"),
+        ("optim.clip_norm", math.nan, "positive"),
+        ("model.d_model", 2**32, "at most 1048576"),
+        ("model.dense_dim", 10**30, "at most 16777216"),
+        ("train.batch_size", 10**30, "at most 2147483647"),
+        ("train.batch_size", 2**24, "less than 2**31 tokens"),
+        ("eval.batch_size", 2**24, "less than 2**31 tokens"),
+        ("train.num_steps", 10**400, "a number of 1329 bits, but must be at most"),
+        ("data.tokenizer", "bpe:\u0663\u0660\u0660", "at least 257"),
+        ("data.tokenizer", f"bpe:{'9' * 30}", "at most 9999999"),
+        ("data.dir", "a\0b", "'a\\x00b', but must be text without NUL"),
+        ("data.dir", "~nosuchuser/x", "home directory of a known user"),
+        ("init_from", "n" * 300, "255 in each name"),
+        ("eval.prompt", "\ud800", "lone surrogates"),
+        ("eval.prompt", "x" * 10**6, "..., but must have at most 65536 characters"),
+        ("mesh.rules", (("batch", "data"), ("batch", "fsdp")), "'batch' twice"),
+        ("mesh.rules", (("batch", ("data", "data")),), "each once at most"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(key, value, words):
@@ -62,6 +87,7 @@ def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(ke
     with refused(re.escape(words)) as error:
         Config.from_config_dict(config)
     assert key.split(".")[0] in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -91,6 +117,13 @@ def test_a_config_survives_json_and_config_dict():
     assert MoEConfig.from_mapping(config.moe.to_dict()).num_experts == 4
     assert Config.from_mapping(json.loads(json.dumps(built.to_dict()))) == built
     assert Config.from_config_dict(to_config_dict(built)) == built
+
+
+def test_no_limit_is_larger_than_what_there_is():
+    config = default_config()
+    config.optim.clip_norm = math.inf
+    assert Config.from_config_dict(config).optim.clip_norm == math.inf
+    assert MoEConfig(capacity_factor=1e9).capacity(12) == 12
 
 
 def test_a_misspelt_key_in_a_config_file_raises_where_it_stands():

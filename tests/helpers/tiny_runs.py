@@ -189,6 +189,8 @@ def run_commands(
 
 
 def _serve() -> None:
+    import default_moe.compare.plot  # noqa: F401 - takes seconds, so not once for each command
+
     commands = json.load(sys.stdin)
     json.dump([_run_forked(command) for command in commands], sys.stdout)
 
