@@ -35,7 +35,7 @@ def shown(value: object, longest: int = 200) -> str:
     """Return a value as it may stand in a message: on one line, at most `longest` characters."""
     if isinstance(value, int) and value.bit_length() > 1000:  # Python itself refuses to write some of these
         return f"a number of {value.bit_length()} bits"
-    text = printable(str(value)).replace("\n", "\\n")
+    text = printable(str(value)).replace("\n", "\\n").replace("\t", "\\t")
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 

@@ -205,7 +205,7 @@ def _assign(config: ConfigDict, name: str, value: Any, where: str = "--set") -> 
         section[key] = value
     except TypeError:
         kind = section.get_type(key).__name__
-        raise ConfigError(f"{where} gives {shown(name)}={quoted(value)}, but it must be of type {kind}") from None
+        raise ConfigError(f"{where} gives {shown(name)}={shown(value)}, but it must be of type {kind}") from None
     return before, section[key]
 
 

@@ -70,7 +70,8 @@ def check_settings(settings: Any, prefix: str) -> None:
         is_number = isinstance(value, int) and not isinstance(value, bool)
         right_type = is_number if kind is int else isinstance(value, kind) or (kind is float and is_number)
         check(right_type, f"{name} is {quoted(value)}, but must be of type {kind.__name__}")
-        fault = f.metadata.get("rule", _BY_TYPE[kind])(value)
+        too_large = kind is float and is_number and abs(value) >= 2**1000  # for `float` to take
+        fault = "be finite" if too_large else f.metadata.get("rule", _BY_TYPE[kind])(value)
         check(not fault, f"{name} is {quoted(value)}, but must {fault}")
         if kind is float:
             object.__setattr__(settings, f.name, float(value))

@@ -63,6 +63,7 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("moe.sparsemixer.mask_threshold", math.nan, "finite"),
         ("optim.b2", 1 - 1e-12, "below 1, in float32 too"),
         ("optim.clip_norm", math.nan, "positive"),
+        ("optim.clip_norm", 10**400, "finite"),
         ("model.d_model", 2**32, "at most 1048576"),
         ("model.dense_dim", 10**30, "at most 16777216"),
         ("train.batch_size", 10**30, "at most 2147483647"),
