@@ -259,13 +259,15 @@ def _check_config_file(name: str) -> None:
             raise ConfigError(f"the config file {path} takes another argument: {what}") from None
         config = get_config(*argument)
         check(isinstance(config, ConfigDict), f"get_config() of {path} returns no ConfigDict: {quoted(config)}")
+    except ConfigError:
+        raise
     except SyntaxError as error:
         raise ConfigError(
             f"the config file {error.filename or path} is not Python: {error.msg}, line {error.lineno}"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
-    except AttributeError as error:  # of a locked ConfigDict
+    except Exception as error:  # of a locked ConfigDict for example
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame for frame in frames if "ml_collections" not in frame.filename][-1]
         reason = textwrap.shorten(str(error).replace("\\n", " "), 100)

@@ -17,6 +17,7 @@ TRAIN = {
     "a mistyped switch": (["--noconfig.optim.decay_al"], "did you mean 'decay_all'?"),
     "a setting below a setting": (["--config.train.num_steps.x=3"], "no setting 'x' (--config.train.num_steps.x)"),
     "a mistyped key in a config file": (["--config={here}/mistyped.py"], "line 5, 'config.model.d_modle = 16': "),
+    "a wrong type in a config file": (["--config={here}/words.py"], "line 5, 'config.model.d_model = \"wide\"': "),
     "an unknown flag": (["--wrkdir=x"], "wrkdir"),
     "a word that is no flag": (["quickstart"], "'quickstart' is not a flag"),
     "a value of the wrong type": (["--config.train.num_steps=many"], "--config.train.num_steps=many"),
@@ -174,6 +175,7 @@ def answers(tmp_path_factory):
     (here / "empty.txt").touch()
     (here / "broken.py").write_text("def get_config(:\n")
     (here / "mistyped.py").write_text(MISTYPED)
+    (here / "words.py").write_text(MISTYPED.replace("d_modle = 16", 'd_model = "wide"'))
     (here / "nothing.py").write_text("def get_config():\n    pass\n")
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")

@@ -203,7 +203,7 @@ def _assign(config: ConfigDict, name: str, value: Any, where: str = "--set") -> 
     before = section[key]
     try:
         section[key] = value
-    except TypeError:
+    except (TypeError, OverflowError):
         kind = section.get_type(key).__name__
         raise ConfigError(f"{where} gives {shown(name)}={shown(value)}, but it must be of type {kind}") from None
     return before, section[key]

@@ -22,7 +22,7 @@ class ModelConfig:
     vocab_size: int | None = field(default=None, metadata=at_least(1, 2**24))
     d_model: int = field(default=128, metadata=at_least(1, 2**20))
     num_layers: int = field(default=4, metadata=at_least(1, 2**12))
-    num_heads: int = field(default=4, metadata=at_least(1, 2**20))
+    num_heads: int = field(default=4, metadata=at_least(1, 2**10))
     num_dense_layers: int = 1
     dense_dim: int | None = field(default=None, metadata=at_least(1, 2**24))
     tie_embeddings: bool = False

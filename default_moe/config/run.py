@@ -81,7 +81,7 @@ class TrainConfig:
 
     num_steps: int = field(default=400, metadata=at_least(1) | MAY_CHANGE)
     batch_size: int = field(default=32, metadata=at_least(1))
-    sequence_length: int = field(default=256, metadata=at_least(1))
+    sequence_length: int = field(default=256, metadata=at_least(1, 2**20))
     grad_accum_steps: int = field(default=1, metadata=at_least(1))
     seed: int = field(default=0, metadata=at_least(0, 2**32 - 1))
     log_every_steps: int = field(default=10, metadata=at_least(1) | MAY_CHANGE)
