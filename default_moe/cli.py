@@ -255,8 +255,8 @@ def _check_config_file(name: str) -> None:
         try:
             inspect.signature(get_config).bind(*argument)
         except TypeError:
-            what = f"none, not {quoted(argument[0])}" if argument else "one, after a colon"
-            raise ConfigError(f"the config file {path} takes another argument: {what}") from None
+            given = f"the argument {quoted(argument[0])}" if argument else "no argument, which would follow a colon"
+            raise ConfigError(f"the config file {path} cannot be called with {given}") from None
         config = get_config(*argument)
         check(isinstance(config, ConfigDict), f"get_config() of {path} returns no ConfigDict: {quoted(config)}")
     except ConfigError:
@@ -270,7 +270,7 @@ def _check_config_file(name: str) -> None:
     except Exception as error:  # of a locked ConfigDict for example
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame for frame in frames if "ml_collections" not in frame.filename][-1]
-        reason = textwrap.shorten(str(error).replace("\\n", " "), 100)
+        reason = textwrap.shorten(str(error).replace("\\n", " ") or type(error).__name__, 100)
         raise ConfigError(f"{line.filename}, line {line.lineno}, {line.line!r}: {reason}") from None
 
 

@@ -88,7 +88,7 @@ TRAIN |= bad_paths("--workdir") | {
     "a huge number of steps": ([f"--config.train.num_steps={HUGE}"], f"is {HUGE}, but must be at most 2147483647"),
     "a wrong value of many characters": (["--config.train.num_steps=" + "x" * 5000], "invalid literal"),
     "a config file with a long name": (["--config=" + "n" * 5000], "there is no config file"),
-    "a config file that takes no argument": (["--config=configs/quickstart.py:small"], "takes another argument: none"),
+    "a config file that takes no argument": (["--config=configs/quickstart.py:small"], "with the argument 'small'"),
     "a config file that returns something else": (["--config={here}/nothing.py"], "returns no ConfigDict: None"),
     "processes without end": (["--coordinator=localhost:1", f"--num_processes={HUGE}", "--process_id=0"], f"{HUGE}"),
 }
