@@ -5,6 +5,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Self
 
 from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_name, section_from_mapping
@@ -126,7 +127,8 @@ class MoEConfig:
         """Tokens that an expert takes of a sequence of this length in training; None if there is no limit."""
         if self.capacity_factor is None:
             return None
-        return min(length, math.ceil(self.capacity_factor * self.top_k * length / self.num_experts))
+        factor = Fraction(str(self.capacity_factor))  # as written: 0.55 x 100 is 55, where floats say more
+        return min(length, math.ceil(factor * self.top_k * length / self.num_experts))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
-from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
+from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest
 from default_moe.methods.settings import at_least, between, check_settings, one_of
 
 
@@ -70,7 +70,7 @@ class DefaultMoE(DefaultVectorSettings, Method):
         )
 
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
-        index_BLK = largest(scores(logits_BLN, config), config.top_k)
+        index_BLK = largest(logits_BLN, config.top_k)
         return decide(logits_BLN, index_BLK, config, substitution=self._substitution(state))
 
     def initial_state(self, config: LayerSettings) -> State:

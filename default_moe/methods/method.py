@@ -148,6 +148,7 @@ class Method(abc.ABC):
 def largest(scores_BLN: Array, top_k: int) -> Array:
     """int32 [B, L, K], the experts of the K largest scores of each token, largest first, ties to the lower.
 
+    Logits in the place of scores rank experts alike, those too whose scores are rounded to one number.
     Under a mesh each device chooses for its own tokens: left to itself, XLA gathers all tokens for a top-k.
     """
     scores_BLN = jax.lax.stop_gradient(scores_BLN)
@@ -185,6 +186,8 @@ def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
         return scores(logits_BLN, config)
     log_BLN = (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
     chosen_BLN = active_experts(index_BLK, config.num_experts)
+    # Relative to the largest that was chosen: a logarithm far below 0 would swallow that of their sum.
+    log_BLN -= jax.lax.stop_gradient(log_BLN.max(axis=-1, keepdims=True, where=chosen_BLN, initial=-jnp.inf))
     log_total_BL1 = jax.nn.logsumexp(jnp.where(chosen_BLN, log_BLN, -jnp.inf), axis=-1, keepdims=True)
     constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
     # A score that was passed over though it is far above the chosen ones would overflow. Its gate is not used.

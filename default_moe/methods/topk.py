@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from default_moe.methods.method import Decision, LayerSettings, Method, State, decide, largest, scores
+from default_moe.methods.method import Decision, LayerSettings, Method, State, decide, largest
 
 
 @dataclass(frozen=True)
@@ -14,4 +14,4 @@ class TopK(Method):
     name = "topk"
 
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
-        return decide(logits_BLN, largest(scores(logits_BLN, config), config.top_k), config)
+        return decide(logits_BLN, largest(logits_BLN, config.top_k), config)

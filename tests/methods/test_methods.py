@@ -100,8 +100,34 @@ def test_scores_may_be_as_small_as_they_like():
             assert_close(values[:2], [first, 1 - first])
 
 
+@pytest.mark.parametrize("fields", [SIGMOID, {}], ids=str)
+def test_experts_whose_scores_are_rounded_to_one_number_are_chosen_by_their_logits(fields):
+    """Sigmoids of 18 and above are 1 in float32, those of -110 and below are 0, and so are such softmaxes."""
+    for router in ("topk", "default", "densemixer"):
+        config = moe_config(num_experts=4, top_k=2, router=router, **fields)
+        logits = jnp.array(
+            [[[20.0, 18.0, 30.0, 25.0], [-130.0, -112.0, -115.0, -111.0], [0.0, -400.0, -300.0, -500.0]]]
+        )
+        chosen = config.method.route(logits, config, {}, None).expert_index
+        np.testing.assert_array_equal(chosen, [[[2, 3], [3, 1], [0, 2]]])
+
+
+@pytest.mark.parametrize("largest", [-1e8, -1e4, 0.0, 1e8])
+def test_normalized_weights_sum_to_one_wherever_the_logits_are(largest):
+    """Of two equal scores each weighs a half. Float32 numbers near 1e8 are 8 apart: ln 2 added to one is lost."""
+    for fields in (SIGMOID, {}):
+        config = moe_config(num_experts=4, top_k=2, router="topk", **NORMALIZED, **fields)
+        logits = jnp.array([[[largest, largest, largest - 1e6, largest - 1e7]]])
+        weights = config.method.route(logits, config, {}, None).gates
+        assert_close(weights[..., :2], [[[0.5, 0.5]]])
+
+
 def test_capacity_is_rounded_up():
-    """1 x 2 x 5 / 8 = 1.25, 1 x 2 x 12 / 8 = 3, 0.5 x 2 x 12 / 8 = 1.5."""
+    """1 x 2 x 5 / 8 = 1.25, 1 x 2 x 12 / 8 = 3, 0.5 x 2 x 12 / 8 = 1.5.
+
+    0.55 x 1 x 100 / 5 is 11, though in floats 0.55 x 100 is more than 55.
+    """
+    assert moe_config(num_experts=5, top_k=1, capacity_factor=0.55).capacity(100) == 11
     rooms = [moe_config(top_k=2, capacity_factor=f).capacity(n) for f, n in ((1.0, 5), (1.0, 12), (0.5, 12))]
     assert rooms == [2, 3, 2]
     assert moe_config().capacity(12) is None
