@@ -53,6 +53,7 @@ def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
     return norm(
         epsilon=config.norm_epsilon,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 is rounding alone where the mean is large
         dtype=dtype,
         scale_init=with_axes(nn.initializers.ones, None),
         bias_init=with_axes(nn.initializers.zeros, None),

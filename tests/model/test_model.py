@@ -252,6 +252,19 @@ def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
     assert kept(norm.apply, variables, x) <= x.nbytes + 2 * 4 * 32 + 64  # and a few numbers such as epsilon
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_of_a_large_mean_is_that_in_float64(dtype):
+    """Of numbers 1000 + noise the difference of means of squares would be off by about 1e6 * 2^-24 = 0.06 of 1."""
+    x = jnp.asarray(1000 + np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
+    norm = layer_norm(dataclasses.replace(MODEL, dtype=dtype), "norm")
+    x64 = np.asarray(x, np.float64)
+    centred = x64 - x64.mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + MODEL.norm_epsilon)
+    found = np.asarray(norm.apply(unbox(norm.init(jax.random.key(0), x)), x), np.float64)
+    # Sums of 64 numbers near 1000 are rounded at 2^-9, a few times: the mean is known to about 1e-4.
+    np.testing.assert_allclose(found, expected, atol=5e-4, rtol=2**-8 if dtype == "bfloat16" else 1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
