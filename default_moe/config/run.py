@@ -128,9 +128,9 @@ class OptimConfig:
             f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1, in float32 too",
         )
         check(
-            self.moment_dtype == "float32" or max(self.b1, self.b2) <= 0.99,
+            self.moment_dtype == "float32" or (self.b1 <= 0.99 and self.b2 <= 0.985),
             f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but with optim.moment_dtype='bfloat16' they must be at most "
-            "0.99: what a step changes would be rounded away",
+            "0.99 and 0.985: above, rounding makes the moments wrong by more than 1 %",
         )
 
 
