@@ -12,15 +12,11 @@ _DECAYED = ("kernel", "gate", "up", "down", "head")
 
 
 def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up (at least one step), then cosine to the final fraction of it."""
-    warmup_steps = max(1, round(config.warmup_fraction * num_steps))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup_steps > 1 else config.peak_lr,
-        peak_value=config.peak_lr,
-        warmup_steps=warmup_steps,
-        decay_steps=max(num_steps, warmup_steps + 1),
-        end_value=config.peak_lr * config.final_lr_fraction,
-    )
+    """Peak (s + 1) / w in step s of a warm-up of w steps (at least one), then cosine to the final fraction of it."""
+    peak, warmup_steps = config.peak_lr, max(1, round(config.warmup_fraction * num_steps))
+    warmup = optax.linear_schedule(peak / warmup_steps, peak + peak / warmup_steps, warmup_steps)
+    decay = optax.cosine_decay_schedule(peak, max(num_steps - warmup_steps, 1), config.final_lr_fraction)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def decay_mask(params: Any) -> Any:
