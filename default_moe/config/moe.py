@@ -92,6 +92,11 @@ class MoEConfig:
                 f"moe.{f.name} is {value!r}, which makes no sense with moe.router={method.name!r}: "
                 f"{method.refused.get(f.name)}",
             )
+        check(
+            self.router_init_std != 0 or bool(self.router_noise_std) or method.learns_from_zero_logits,
+            f"moe.router_init_std is 0, but with moe.router={method.name!r} a router of which all logits are 0 never "
+            "learns",
+        )
         method.check(self)
         check(
             not (method.dense_gradient and self.most_experts_per_token != self.top_k),

@@ -79,6 +79,7 @@ class Method(abc.ABC):
     dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
       their gates the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
       methods that choose K different experts. Default vectors then only add to the output.
+    learns_from_zero_logits: whether the router's weights get a gradient where all of its logits are 0.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """
 
@@ -86,6 +87,7 @@ class Method(abc.ABC):
     load_balance_weight: ClassVar[float] = 0.01
     random: ClassVar[bool] = False
     dense_gradient: ClassVar[bool] = False
+    learns_from_zero_logits: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:

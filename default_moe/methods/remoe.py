@@ -32,6 +32,7 @@ class ReMoE(Method):
 
     name = "remoe"
     load_balance_weight = 0.0
+    learns_from_zero_logits = False
     refused: ClassVar = {
         "score_function": _NO_SOFTMAX,
         "normalize_weights": _NO_SOFTMAX,

@@ -13,7 +13,7 @@ from helpers.reference import assert_close
 
 from default_moe.config import Config, ModelConfig
 from default_moe.errors import ConfigError
-from default_moe.methods import routing, sparsemixer
+from default_moe.methods import METHODS, routing, sparsemixer
 from default_moe.methods.sparsemixer import Draws
 from default_moe.model.size import parameter_counts
 from default_moe.moe import MoELayer
@@ -143,6 +143,15 @@ def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
     else:
         weighted = 0.01 * aux["load_balance_loss"] + 0.125 * aux["router_z_loss"] + aux["sequence_balance_loss"]
         assert_close(aux["auxiliary_loss"], weighted)
+
+
+@pytest.mark.parametrize("router", METHODS)
+def test_a_router_whose_weights_are_all_zero_learns_or_is_refused(router):
+    config = make_config(router=router)
+    state = config.method.initial_state(config)
+    slopes = jax.jacobian(lambda logits: config.method.route(logits, config, state, None).gates)(jnp.zeros((1, 1, 8)))
+    assert bool(jnp.abs(slopes).max() > 0) == config.method.learns_from_zero_logits
+    make_config(router="remoe", router_init_std=0.0, router_noise_std=0.1)  # noise opens gates
 
 
 # SparseMixer, noise: random numbers

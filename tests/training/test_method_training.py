@@ -222,6 +222,7 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "remoe", "load_balance_weight": 0.01}, "its own loss balances the experts"),
         ({"router": "remoe", "capacity_factor": 2.0}, "not a capacity, says how many experts run"),
         ({"router": "remoe", "lambda_factor": 1.0}, "must be above 1"),
+        ({"router": "remoe", "router_init_std": 0.0}, "a router of which all logits are 0 never learns"),
         ({"router": "remoe", "initial_lambda": 0.0}, "must be positive"),
         ({"router": "loss_free", "bias_update_rate": 0.0}, "must be positive"),
         ({"router": "topk", "score_function": "sigmoid", "router_z_weight": 0.1}, "no partition function"),
