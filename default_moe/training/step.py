@@ -82,9 +82,8 @@ def make_gradient(model: LanguageModel, config: Config) -> Gradient:
     """Make `gradient(state, batch, rng)`: the gradient of the loss over the whole batch, the loss, and the rest.
 
     The loss is the mean over all tokens of the batch, in however many microbatches (train.grad_accum_steps) it is
-    processed. The balance loss is that of each microbatch, averaged.
+    processed. The losses of the MoE layers are those of each microbatch, averaged with the weights of its tokens.
     """
-    num_microbatches = config.train.grad_accum_steps
 
     def loss_fn(params: Any, variables: Any, batch: Batch, num_tokens: Array, rng: Array) -> tuple[Array, StepResult]:
         (unembedding, stats), variables = model.apply(
@@ -95,7 +94,7 @@ def make_gradient(model: LanguageModel, config: Config) -> Gradient:
             **model_inputs(batch, config),
         )
         sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
-        loss = sums.nll / num_tokens + auxiliary_loss(stats) / num_microbatches
+        loss = sums.nll / num_tokens + auxiliary_loss(stats) * (sums.tokens / num_tokens)
         return loss, StepResult(sums, stats, variables)
 
     def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
@@ -103,6 +102,7 @@ def make_gradient(model: LanguageModel, config: Config) -> Gradient:
         (loss, result), grads = grad_fn(state.params, state.variables, batch, _num_tokens(batch), rng)
         return grads, loss, result
 
+    num_microbatches = config.train.grad_accum_steps
     return gradient if num_microbatches == 1 else _accumulated(loss_fn, num_microbatches)
 
 
@@ -187,12 +187,16 @@ def split_batch(batch: Batch, parts: int) -> Batch:
 
 
 def _merge_passes(passes: StepResult) -> StepResult:
-    """One StepResult of a scan's stacked ones: sums and counts added up, statistics averaged, the last state kept."""
+    """One StepResult of a scan's stacked ones: sums and counts added up, the last state kept.
+
+    Statistics are averaged with the weights of their tokens.
+    """
     variables = jax.tree.map(lambda x: x[-1], passes.variables)
-    stats = passes.stats
+    stats, tokens = passes.stats, passes.sums.tokens
     if stats is not None:
         counts = {name: getattr(stats, name).sum(axis=0) for name in ("tokens_per_expert", "num_tokens")}
-        stats = dataclasses.replace(jax.tree.map(lambda x: x.mean(axis=0), stats), **counts)
+        share = tokens / jnp.maximum(tokens.sum(), 1)
+        stats = dataclasses.replace(jax.tree.map(lambda x: jnp.tensordot(share, x, 1), stats), **counts)
     return StepResult(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
 
 

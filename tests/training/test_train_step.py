@@ -119,6 +119,45 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
+def equal_microbatches():
+    """Of a batch of four: rows 0 to 3 and 4 to 7, of which microbatch m takes rows m and 4 + m."""
+    batch = make_batch(4)
+    batch["loss_mask"][0, :2] = 0
+    return {name: rows[[0] * 4 + [4] * 4] for name, rows in batch.items()}
+
+
+def unequal_microbatches():
+    """No token of microbatch 2 counts, and of microbatch 1 half of them."""
+    batch = make_batch(4)
+    batch["loss_mask"][[2, 6]] = 0
+    batch["loss_mask"][1] = 0
+    return batch
+
+
+BALANCED = change(TOPK, moe={"load_balance_weight": 0.5, "router_z_weight": 0.25, "sequence_balance_weight": 0.125})
+Z_LOSS = change(TOPK, moe={"router_z_weight": 0.25})
+SPARSE = change(CONFIG, moe={"router": "remoe", "initial_lambda": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("config", "batch"),
+    [(BALANCED, equal_microbatches()), (SPARSE, equal_microbatches()), (Z_LOSS, unequal_microbatches())],
+    ids=["balance", "remoe", "z-loss"],
+)
+def test_accumulated_losses_of_layers_weigh_every_token_alike(config, batch):
+    """Equal microbatches have the balance of the whole. The z-loss is a mean over tokens, however they are split."""
+    (state, metrics), (expected_state, expected) = (step_of(one, batch=batch) for one in (accumulated(config), config))
+    assert float(expected["total_loss"] - expected["loss"]) > 0.1
+    for name in ("loss", "total_loss", "grad_norm"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    left_out = ["load_balance_loss"] if config == Z_LOSS else []  # of means, which differ by microbatch
+    for name in {"auxiliary_loss", "router_z_loss", "router_entropy", "load_balance_loss"}.difference(left_out):
+        found, wanted = (getattr(one["layers"], name) for one in (metrics, expected))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(expected_state.opt_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("config", [CONFIG, change(CONFIG, moe={"ema_weighted": False})], ids=["weighted", "plain"])
 def test_default_vectors_are_updated_once_per_step_whatever_the_accumulation(config):
     """The first MoE layer sees the same inputs either way, so its vectors must be those of the whole batch.
