@@ -1,5 +1,6 @@
 """AdamW with warm-up and cosine decay, and what takes less memory than its moments, from optax."""
 
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -51,8 +52,8 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     """Clipping by global norm, then AdamW, or Adafactor's second moment in the place of Adam's."""
     if config.factored:
         moments = optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=64),  # the size of a head
-            optax.clip_by_block_rms(1.0),
+            _scale_by_factored_rms(min_dim_size_to_factor=64),  # the size of a head
+            _clip_by_rms(1.0),
             optax.ema(config.b1) if config.b1 else optax.identity(),
         )
     else:
@@ -65,6 +66,59 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             _scale_by_learning_rate(learning_rate_schedule(config, num_steps), config.router_lr_multiplier),
         ),
     )
+
+
+def _num_stacked(path: tuple) -> int:
+    """How many leading axes of a parameter are no matrix's own, but of layers, or of the experts of each."""
+    return sum(name in ("dense_layers", "moe_layers", "experts") for name in _names(path))
+
+
+def _clip_by_rms(largest: float) -> optax.GradientTransformation:
+    """Optax's `clip_by_block_rms` of each matrix of a stack by itself."""
+
+    def clipped(path: tuple, one: Any) -> Any:
+        axes = tuple(range(_num_stacked(path), one.ndim))
+        return one / jnp.maximum(1, jnp.sqrt(jnp.mean(one**2, axis=axes, keepdims=True)) / largest)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clipped, updates))
+
+
+def _scale_by_factored_rms(**options: Any) -> optax.GradientTransformation:
+    """Optax's of each matrix of a stack by itself, with a state like optax's.
+
+    In it arrays of shape (1,) stand for those that a parameter has none of: they have no axes of layers or experts.
+    """
+    inner = optax.scale_by_factored_rms(**options)
+
+    def unzipped(tree: Any, size: int) -> list[Any]:
+        """A tree of the first entries of a tree of tuples, one of the second entries, and so on."""
+        return [jax.tree.map(itemgetter(i), tree, is_leaf=lambda t: isinstance(t, tuple)) for i in range(size)]
+
+    def init(params: Any) -> Any:
+        def of(path: tuple, param: Any) -> tuple:
+            num = _num_stacked(path)
+            _, *moments = inner.init(jnp.zeros(param.shape[num:], param.dtype))
+            return tuple(a if a.shape == (1,) else jnp.zeros(param.shape[:num] + a.shape, a.dtype) for a in moments)
+
+        moments = unzipped(jax.tree_util.tree_map_with_path(of, params), 3)
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *moments)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def of(path: tuple, g: Any, param: Any, *moments: Any) -> tuple:
+            def one(g: Any, param: Any, *moments: Any) -> tuple:
+                g, (_, *moments) = inner.update(g, optax.FactoredState(state.count, *moments), param)
+                return g, *moments
+
+            axes = tuple(None if a.shape == (1,) else 0 for a in moments)
+            for _ in range(_num_stacked(path)):
+                one = jax.vmap(one, (0, 0, *axes), (0, *axes))
+            return one(g, param, *moments)
+
+        found = jax.tree_util.tree_map_with_path(of, updates, params, *state[1:])
+        updates, *moments = unzipped(found, 4)
+        return updates, optax.FactoredState(optax.safe_increment(state.count), *moments)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _kept_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:

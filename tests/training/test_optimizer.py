@@ -1,7 +1,9 @@
 """What takes less memory than Adam's moments: compared with plain NumPy, on one device and on eight."""
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -60,6 +62,58 @@ def test_a_factored_second_moment_is_rows_times_columns():
         expected /= max(1, np.sqrt((expected**2).mean()))
         np.testing.assert_allclose(update, -0.1 * expected, rtol=1e-4)
     assert sum(a.size for a in jax.tree.leaves(state)) < 128 + 256 + 10
+
+
+def test_a_factored_second_moment_and_its_clipping_are_of_each_matrix_by_itself():
+    """Of stacks of layers, and of experts in layers, whatever axes are the largest; one gradient is 100 times the rest.
+
+    In the first step matrices that are too small to be factored, and vectors, move by the sign of their gradient.
+    """
+    rng = np.random.default_rng(2)
+    grads = {
+        "moe_layers": {
+            "norm": {"scale": rng.normal(size=(70, 128))},
+            "attention": {"query": {"kernel": rng.normal(size=(70, 64, 2, 65))}},
+            "moe": {
+                "experts": {"up": rng.normal(size=(3, 66, 64, 65))},
+                "router": {"kernel": rng.normal(size=(70, 64, 8))},
+            },
+        },
+        "head": rng.normal(size=(64, 128)),
+    }
+    grads["moe_layers"]["attention"]["query"]["kernel"][3] *= 100
+    grads["moe_layers"]["moe"]["experts"]["up"][2, 5] *= 100
+    grads = jax.tree.map(jnp.float32, grads)
+    optimizer = make_optimizer(dataclasses.replace(PLAIN, factored=True, b1=0.0), 100)
+
+    @jax.jit
+    def two_updates(grads):
+        params = jax.tree.map(jnp.zeros_like, grads)
+        first, state = optimizer.update(grads, optimizer.init(params), params)
+        return first, optimizer.update(jax.tree.map(lambda g: g**3, grads), state, params)
+
+    first, (second, state) = two_updates(grads)
+    layers = grads["moe_layers"]
+    for one, found in (
+        (layers["norm"]["scale"], first["moe_layers"]["norm"]["scale"]),
+        (layers["moe"]["router"]["kernel"], first["moe_layers"]["moe"]["router"]["kernel"]),
+    ):
+        np.testing.assert_allclose(found, -0.1 * np.sign(one), rtol=1e-5)
+    for names, index in (
+        (("attention", "query", "kernel"), (3,)),
+        (("attention", "query", "kernel"), (4,)),
+        (("moe", "experts", "up"), (2, 5)),
+        (("moe", "experts", "up"), (0, 65)),
+    ):
+        stack, *found = (
+            functools.reduce(operator.getitem, names, a["moe_layers"])[index] for a in (grads, first, second)
+        )
+        alone = two_updates({"w": stack})
+        np.testing.assert_allclose(found[0], alone[0]["w"], rtol=1e-4)
+        np.testing.assert_allclose(found[1], alone[1][0]["w"], rtol=1e-4)
+        assert np.sqrt((found[0] ** 2).mean()) == pytest.approx(0.1, rel=0.01)
+    rows = state[1][0][0].v_row
+    assert rows["moe_layers"]["moe"]["experts"]["up"].shape == (3, 66, 64)
 
 
 @pytest.mark.parametrize(
