@@ -90,7 +90,8 @@ class MoELayer(nn.Module):
         Args:
           x: tokens [batch, length, D].
           train: update the default vectors with this batch.
-          mask: [batch, length], 0 for tokens that count in no statistic (padding). They are processed all the same.
+          mask: [batch, length], 0 for tokens that count in no statistic (padding). They are processed all the same,
+            as zeros where they are not finite.
 
         Returns:
           y, of the shape and dtype of x, and a dict of
@@ -109,6 +110,10 @@ class MoELayer(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype or "float32")
         check_divisible("sequences", x.shape[0], "batch")
+        if mask is not None:
+            # NaN in padding would reach the default vectors, and through these everything: 0 times it is NaN too.
+            sound_BL1 = (mask != 0)[..., None] | jnp.isfinite(x).all(axis=-1, keepdims=True)
+            x = jnp.where(sound_BL1, x, 0)
         update = train and not self.is_initializing()
         noise_key, method_key = self._keys(update)
         state = self._read_state()

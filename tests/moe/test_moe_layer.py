@@ -101,6 +101,21 @@ def test_masked_tokens_count_in_no_statistic_but_are_processed(dtype, fields):
     np.testing.assert_array_equal(state["default_vectors"]["ema"], ema)
 
 
+@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
+def test_masked_tokens_may_hold_anything(matmul):
+    """Not even NaN or infinity reach vectors, other tokens or gradients: such tokens are taken as zeros."""
+    config = make_config(matmul=matmul, router_z_weight=0.1, sequence_balance_weight=0.1)
+    x, params, ema, g = inputs(7)
+    mask = np.arange(layers.TOKENS) % 3 != 0
+    cleared = x.copy()
+    cleared[[0, 12]] = 0
+    x[0], x[12, 3], x[12, 4] = np.nan, np.inf, -np.inf
+    got, ((d_variables, d_x), results) = (run(config, a, params, ema, g, mask) for a in (x, cleared))
+    d_x = d_x.at[0, 0].set(0).at[1, 0].set(0)  # tokens 0 and 12 of 2 x 12
+    jax.tree.map(np.testing.assert_array_equal, got, ((d_variables, d_x), results))
+    check_step(config, cleared, params, ema, g, mask)
+
+
 NORMALIZED = {"score_function": "sigmoid", "normalize_weights": True}
 
 
