@@ -52,19 +52,21 @@ def within_capacity(index_BLK: Array, num_experts: int, capacity: int, mask_BL: 
     return jnp.where(dropped_BLK, num_experts, index_BLK)
 
 
-def load_balance_loss(probs_BLN: Array, counts_N: Array, mask_BL: Array | None) -> Array:
+def load_balance_loss(mean_probs_N: Array, counts_N: Array) -> Array:
     """N * sum_e f_e P_e: 1 at perfect balance, N at worst (Switch Transformer, eq. 4, generalised to K choices).
 
     f_e is the share of assignments to expert e and carries no gradient, P_e the mean router probability. Both are
-    over all tokens given, which under jit are those of the global batch on any mesh.
+    over all tokens that count, under jit those of the global batch on any mesh. Arguments may have axes before N.
     """
-    num_experts = counts_N.shape[0]
-    f_N = counts_N / jnp.maximum(counts_N.sum(), 1)
-    return num_experts * jnp.sum(f_N * masked_mean(probs_BLN, mask_BL))
+    f_N = counts_N / jnp.maximum(counts_N.sum(axis=-1, keepdims=True), 1)
+    return counts_N.shape[-1] * jnp.sum(f_N * mean_probs_N, axis=-1)
 
 
 def sequence_balance_loss(probs_BLN: Array, index_BLK: Array, mask_BL: Array | None) -> Array:
-    """`load_balance_loss` of each sequence on its own, mean over sequences (DeepSeek-V3, eq. 17 to 20)."""
+    """The balance loss of each sequence on its own, mean over sequences (DeepSeek-V3, eq. 17 to 20).
+
+    index_BLK: the K experts of the largest scores, whatever a bias added to these chooses.
+    """
     num_experts = probs_BLN.shape[-1]
     chosen_BLN = active_experts(index_BLK, num_experts).astype(jnp.float32)
     if mask_BL is not None:

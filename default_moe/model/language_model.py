@@ -35,6 +35,7 @@ class LayerStats:
     load_balance_loss: Array
     router_z_loss: Array
     router_entropy: Array
+    mean_router_probs: Array
     tokens_per_expert: Array
     num_tokens: Array
     more: dict[str, Array]

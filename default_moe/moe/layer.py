@@ -9,7 +9,7 @@ from jax import Array
 
 from default_moe.config import MoEConfig
 from default_moe.methods import Decision, Load, routing
-from default_moe.methods.method import State
+from default_moe.methods.method import State, largest
 from default_moe.moe.default_vectors import DefaultVectors
 from default_moe.moe.experts.layout import Routing
 from default_moe.moe.experts.sparse import sparse_experts
@@ -98,7 +98,8 @@ class MoELayer(nn.Module):
             auxiliary_loss: the sum of all losses below, weighted: what belongs into the training loss.
             load_balance_loss: unweighted, 1 at perfect balance.  router_z_loss: unweighted.
             sequence_balance_loss (with its weight set): unweighted.  Losses of the method's own, unweighted.
-            router_probs: float32 [batch, length, N].  combine_weights: float32 [batch, length, N], of the outputs.
+            router_probs: float32 [batch, length, N].  mean_router_probs: [N], over the tokens that count.
+            combine_weights: float32 [batch, length, N], of the outputs.
             expert_index: int32 [batch, length, C], the choices, before any are dropped; N stands for none. With
               "topk", "default" and "densemixer" the K likeliest, likeliest first.
             tokens_per_expert: int32 [N], choices, before any are dropped.  num_tokens: int32, tokens that count.
@@ -195,13 +196,14 @@ def report(
 ) -> dict[str, Array]:
     """Losses and statistics of a decision: what `MoELayer` says about these."""
     counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
-    balance = routing.load_balance_loss(decision.probs, counts_N, mask)
+    mean_probs_N = routing.masked_mean(decision.probs, mask)
     losses: dict[str, tuple[Array | float, Array]] = {
-        "load_balance_loss": (config.balance_weight, balance),
+        "load_balance_loss": (config.balance_weight, routing.load_balance_loss(mean_probs_N, counts_N)),
         "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
     }
     if config.sequence_balance_weight:
-        loss = routing.sequence_balance_loss(decision.probs, decision.expert_index, mask)
+        likeliest_BLK = largest(logits_BLN, config.top_k)
+        loss = routing.sequence_balance_loss(decision.probs, likeliest_BLK, mask)
         losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
     own = config.method.losses(decision, config, state, mask)
     taken = [name for name in own if name in losses or name in ("loss", "total_loss") or not name.endswith("_loss")]
@@ -215,6 +217,7 @@ def report(
         **{f"{config.method.name}_{name}": value for name, value in state.items()},
         "auxiliary_loss": sum(weighted, start=jnp.zeros(())),
         "router_probs": decision.probs,
+        "mean_router_probs": mean_probs_N,
         "combine_weights": decision.gates,
         "expert_index": decision.expert_index,
         "tokens_per_expert": counts_N,

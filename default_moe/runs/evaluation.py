@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from default_moe.data import Batch, Rows
+from default_moe.methods.routing import load_balance_loss
 from default_moe.model.language_model import LayerStats
 from default_moe.runs.measurements import layer_statistics
 from default_moe.training.program import Program
@@ -40,7 +41,8 @@ class Evaluation:
 def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batches: int) -> Evaluation:
     """Evaluate on the first `num_batches` batches of `rows`, on all of them if 0. No state changes.
 
-    Statistics of layers are averaged over batches, weighted by their tokens.
+    Statistics of layers are averaged over batches, weighted by their tokens. The load balance loss is that of all
+    tokens together.
     """
     batch_size = program.config.eval.batch_size or program.config.train.batch_size
     whole = math.ceil(len(rows) / batch_size)
@@ -51,6 +53,7 @@ def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batc
         of_batch = (sums, _map_means(functools.partial(np.multiply, sums.tokens), stats))
         total = jax.tree.map(np.add, total, of_batch) if total else of_batch
     sums, stats = total
+    stats = _map_means(lambda total: total / max(sums.tokens, 1), stats)
     loss = float(sums.nll / max(sums.tokens, 1))
     return Evaluation(
         loss=loss,
@@ -58,7 +61,7 @@ def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batc
         bits_per_byte=float(sums.nll / math.log(2) / max(sums.target_bytes, 1)),
         tokens=int(sums.tokens),
         text_bytes=int(sums.target_bytes),
-        layers=_layer_report(_map_means(lambda total: total / sums.tokens, stats)) if stats else [],
+        layers=_layer_report(stats) if stats else [],
     )
 
 
@@ -75,7 +78,8 @@ def _map_means(function: Callable[[Any], Any], stats: LayerStats | None) -> Laye
 
 
 def _layer_report(stats: Any) -> list[dict[str, Any]]:
-    of_layers = layer_statistics(stats)
+    balance = np.asarray(load_balance_loss(stats.mean_router_probs, stats.tokens_per_expert))
+    of_layers = {**layer_statistics(stats), "load_balance_loss": balance}
     names = ("load_balance_loss", "router_entropy", *stats.more, "max_load", "min_load")
     return [
         {**{name: float(of_layers[name][index]) for name in names}, "tokens_per_expert": counts.astype(int).tolist()}

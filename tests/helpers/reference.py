@@ -89,7 +89,7 @@ def log_partition(logits: np.ndarray) -> float:
 def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
     """For every token N f_i / (L B) with the f of its sequence, [T, N], and the mean over sequences of N f . P.
 
-    L counts the tokens kept, B the sequences that have any.
+    L counts the tokens kept, B the sequences that have any; f the K experts of the largest logits, without any bias.
     """
     num_tokens, num_experts = routes.probs.shape
     starts = [first for first in range(0, num_tokens, length) if any(routes.mask[first : first + length])]
@@ -98,8 +98,9 @@ def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
         kept = [t for t in range(first, first + length) if routes.mask[t]]
         f = np.zeros(num_experts)
         for t in kept:
-            for i in routes.chosen[t]:
-                f[i] += 1 / (len(kept) * len(routes.chosen[t]))
+            top_k = len(routes.chosen[t])
+            for i in np.argsort(-routes.logits[t], kind="stable")[:top_k]:
+                f[i] += 1 / (len(kept) * top_k)
         loss += num_experts * float(f @ routes.probs[kept].mean(axis=0)) / len(starts)
         factors[kept] = num_experts * f / len(kept) / len(starts)
     return factors, loss

@@ -15,6 +15,7 @@ STATS = LayerStats(
     load_balance_loss=np.float32([1.0, 2.0]),
     router_z_loss=np.float32([4.0, 6.0]),
     router_entropy=np.float32([0.5, 0.7]),
+    mean_router_probs=np.float32([[0.5, 0.3, 0.2], [0.0, 0.0, 0.0]]),
     tokens_per_expert=np.int32([[5, 3, 0], [0, 0, 0]]),  # the second layer of 3 experts saw no token
     num_tokens=np.int32([4, 0]),
     more={"default_vector_norm": np.float32([8.0, 9.0])},
