@@ -21,6 +21,8 @@ class DefaultVectorSettings:
       only for the router's gradient.
     substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
       The gradient is dense from the start. 0: all of it at once.
+    substitute_at_eval: with "forward", whether they are added at evaluation and in generated text too. The paper does
+      not say; an earlier code of its authors added them in training only.
     expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as
       if the vectors were the means of their outputs over the (micro)batch. Not in the paper, where an expert moves its
       vector with no regard to the tokens that the vector is for.
@@ -35,6 +37,7 @@ class DefaultVectorSettings:
     ema_update: str = field(default="before", metadata=one_of("before", "after"))
     substitute: str = field(default="forward", metadata=one_of("forward", "backward"))
     substitute_ramp_steps: int = field(default=0, metadata=at_least(0))
+    substitute_at_eval: bool = True
     expert_gradient: bool = False
     warm_up_batches: int = field(default=8, metadata=at_least(0))
 

@@ -94,7 +94,7 @@ def update_and_combine(
         defaults = DefaultVectors(ema_MD, total_MD, total_M)
     if expert_axes:
         used_MD = checkpoint_name(jax.lax.all_gather(used_MD, expert_axes, tiled=True), USED_VECTORS)
-    if settings.substitute == "backward":
+    if settings.substitute == "backward" or (sums is None and not settings.substitute_at_eval):
         substitution = None
     elif substitution is None:
         substitution = jnp.ones((), jnp.float32)
