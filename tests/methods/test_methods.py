@@ -210,6 +210,24 @@ def test_sparsemixers_draws_are_independent_and_never_of_what_is_masked(monkeypa
     assert int(sparsemixer.choose(logits, left, 0.1, draws)[0][0, 0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("logits", "near"),
+    [
+        # (m - s) / max(|s|, m) is 0.35 / 2 = 0.175 and 0.45 / 2 = 0.225 (by |s| alone 0.21, 0.29); eps is 0.1.
+        ([2.0, 1.65, 1.55, 0.01], [0, 1]),
+        # Of negative logits it is by |s|: 0.45 / 2.45 = 0.184 and 0.55 / 2.55 = 0.216 (by |m| 0.225, by m below 0).
+        ([-2.0, -2.45, -2.55, -9.0], [0, 1]),
+        # m = 0: by |s| it is 1 for any other expert.
+        ([0.0, -0.01, -0.5, -3.0], [0]),
+    ],
+)
+def test_which_experts_sparsemixer_may_draw_by_hand(logits, near):
+    logits = jnp.array([[logits]])
+    _, gate = sparsemixer.choose(logits, logits, 0.1, None)
+    chances = np.exp(np.float64(logits[0, 0, jnp.array(near)]))
+    assert_close(gate, [[chances[0] / chances.sum()]])
+
+
 def test_sparsemixer_takes_the_largest_logits_at_evaluation():
     config = make_config(router="sparsemixer", mask_threshold=0.45)
     x, params, ema, g = inputs(34)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
+from helpers.layers import with_settings
 
 from configs import paper
 from default_moe.config import Config, ModelConfig, MoEConfig
@@ -21,6 +22,7 @@ from default_moe.moe.experts.swiglu import swiglu_hidden
 VOCAB = 31
 MODEL = ModelConfig(d_model=16, num_layers=3, num_heads=2)
 MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=24)
+BACKWARD = {"substitute": "backward"}
 
 
 def build(model_config=MODEL, moe_config=MOE, seed=0):
@@ -74,6 +76,18 @@ def test_no_logit_depends_on_a_later_token():
         reach = np.abs(gradient).sum(axis=(0, 2))
         assert np.all(reach[: position + 1] > 0)
         np.testing.assert_array_equal(reach[position + 1 :], 0)
+
+
+@pytest.mark.parametrize(("settings", "depends"), [({}, True), ({"ema_update": "after"}, False), (BACKWARD, False)])
+def test_in_training_the_vectors_alone_bring_something_of_later_tokens(settings, depends):
+    """Updated with the very batch, as in the paper, they hold outputs for all of its tokens."""
+    model = LanguageModel(MODEL, with_settings(MOE, **settings), VOCAB)
+    _, variables = build()
+    tokens = some_tokens()
+    train = jax.jit(lambda tokens: model.apply(variables, tokens, train=True, mutable=["default_vectors"])[0][0])
+    change = jnp.abs(train(tokens.at[:, -1].add(1) % VOCAB) - train(tokens))
+    assert float(change[:, -1].max()) > 0.1
+    assert bool(change[:, :-1].max() > 1e-3) == depends
 
 
 def test_masked_documents_do_not_see_each_other():
@@ -137,6 +151,20 @@ def test_rotary_embedding_makes_scores_depend_on_distance_alone():
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
     np.testing.assert_allclose(rotary_embedding(q, jnp.zeros((1, 1), jnp.int32), 10_000.0), q, rtol=1e-6)
+
+
+def test_rotary_angles_are_exact_for_bfloat16_far_from_the_start():
+    """In bfloat16 positions above 256 are not whole numbers: an angle would be wrong by up to 4, a result entirely."""
+    rng, positions = np.random.default_rng(0), np.array([[0, 257, 1003, 1021]])
+    x = jnp.asarray(rng.normal(size=(1, 4, 2, 8)), jnp.bfloat16)
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    angles = positions[..., None, None] * 10_000.0 ** (-np.arange(4) / 4)
+    expected = np.concatenate(
+        [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)], axis=-1
+    )
+    found = np.asarray(rotary_embedding(x, jnp.asarray(positions), 10_000.0), np.float64)
+    # The result is rounded at 2^-9. Angles of 1000 are rounded at 2^-15 in float32.
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=4 * 2**-14)
 
 
 def test_initial_standard_deviations_are_the_papers():

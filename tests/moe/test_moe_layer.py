@@ -12,6 +12,7 @@ from helpers.layers import batched, check_step, inputs, make_config, run, settin
 from helpers.reference import Params, assert_close
 
 from default_moe.moe import MoELayer
+from default_moe.moe.layer import Router
 
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 3), (8, 1), (8, 2), (8, 5), (8, 8)]
 # The tests below that share a variant cover it with the other backend.
@@ -213,6 +214,15 @@ def test_bfloat16_is_near_float32():
     check_norms((y_half, state_half), (y, state), 0.03)
 
 
+def test_router_logits_of_bfloat16_tokens_are_float32():
+    """Weights and products rounded at 2^-9 would be wrong by 1e-3 of the largest term."""
+    x, params, _, _ = inputs(9)
+    x = batched(x, jnp.bfloat16)
+    logits = Router(8, None).apply({"params": {"kernel": jnp.float32(params.kernel)}}, x)
+    assert logits.dtype == jnp.float32
+    assert_close(logits, np.asarray(x, np.float64) @ params.kernel)
+
+
 def test_bfloat16_means_are_true_means():
     """All tokens equal: any weighted mean of an expert's outputs is that output, as the unweighted mean is.
 
@@ -239,11 +249,15 @@ def test_bfloat16_input_gives_bfloat16_output():
     assert aux["router_probs"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("fields", [{}, {"substitute": "backward"}], ids=str)
-def test_evaluation_uses_the_held_vectors_and_changes_nothing(fields):
+@pytest.mark.parametrize("fields", [{}, {"substitute": "backward"}, {"substitute_at_eval": False}], ids=str)
+def test_evaluation_uses_the_held_vectors_or_none_and_changes_nothing(fields):
     config = make_config(matmul="blocks", **fields)
     x, params, ema, g = inputs(11)
-    expected = reference.forward(x, params, ema, settings_of(config), update=False)
+    s = settings_of(config)
+    if not config.default_vectors.substitute_at_eval:
+        s = s._replace(router="topk")
+        check_step(config, x, params, ema, g)  # training is as ever
+    expected = reference.forward(x, params, ema, s, update=False)
     _, (y, aux, state) = run(config, x, params, ema, g, train=False)
     assert_close(y, batched(expected.y), "y")
     assert_close(aux["load_balance_loss"], expected.load_balance_loss)

@@ -123,6 +123,33 @@ def test_blocks_of_both_sizes_equal_loops(loads):
     check_experts(np.random.default_rng(0).permutation(chosen)[:, None], 4, "blocks", 64)
 
 
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+def test_gradients_of_bfloat16_weights_are_summed_in_float32(backend):
+    """4,096 tokens on one expert in blocks of 16: in bfloat16 a sum would stop growing at 256 times its terms."""
+    rng, (tokens, dim) = np.random.default_rng(0), (4096, 4)
+    x, g = (jnp.asarray(rng.uniform(0.5, 1, (tokens, dim)), jnp.bfloat16) for _ in range(2))
+    weights = ExpertParams(*(jnp.asarray(rng.uniform(0.5, 1, (1, dim, dim)), jnp.bfloat16) for _ in range(3)))
+    layout = group_by_expert(jnp.zeros((tokens, 1), jnp.int32), 1, 1 if backend == "blocks" else 8)
+    gates = jnp.ones((tokens, 1))
+
+    @jax.jit
+    def gradient(weights):
+        def objective(weights):
+            if backend == "blocks":
+                return (block_experts(x, gates, None, weights, layout, 16)[0] * g).sum()
+            return (sorted_experts(x, gates, None, weights, layout, 8, backend)[0] * g).sum()
+
+        return jax.grad(objective)(weights)
+
+    params = reference.Params(np.zeros((dim, 0)), *(np.asarray(w, np.float64) for w in weights))
+    d = reference.Gradients(np.zeros((tokens, dim)), *(np.zeros(p.shape) for p in params))
+    for t in range(tokens):
+        reference.add_expert_gradient(d, params, 0, np.asarray(x, np.float64), t, np.asarray(g[t], np.float64))
+    for name, found in gradient(weights)._asdict().items():
+        # Of positive terms, each rounded a few times at 2^-9, and so is the sum.
+        np.testing.assert_allclose(np.float64(found), getattr(d, name), rtol=2**-7, err_msg=name)
+
+
 def test_no_sums_where_none_are_asked_for():
     weights = ExpertParams(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
     layout = group_by_expert(jnp.array([[0], [1]]), 2, 1)

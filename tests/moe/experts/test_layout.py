@@ -103,7 +103,8 @@ def test_weights_of_choices_and_their_gradient():
 
 @pytest.mark.parametrize("num_values", [1, 5, 2**31 // 40])  # the last does not fit in one number with its place
 def test_sorting_places_by_value_is_stable(num_values):
-    values = np.random.default_rng(0).integers(min(num_values, 7), size=41).astype(np.int32)
+    """Of the largest values, 2^31 / 40 less 7 and more: times 41 they are above 2^31."""
+    values = np.random.default_rng(0).integers(max(0, num_values - 7), num_values, size=41).astype(np.int32)
     order = _stable_argsort(jnp.asarray(values), num_values)
     np.testing.assert_array_equal(order, np.argsort(values, kind="stable"))
 
