@@ -195,8 +195,8 @@ def _merge_passes(passes: StepResult) -> StepResult:
     stats, tokens = passes.stats, passes.sums.tokens
     if stats is not None:
         counts = {name: getattr(stats, name).sum(axis=0) for name in ("tokens_per_expert", "num_tokens")}
-        share = tokens / jnp.maximum(tokens.sum(), 1)
-        stats = dataclasses.replace(jax.tree.map(lambda x: jnp.tensordot(share, x, 1), stats), **counts)
+        weights = jnp.where(tokens.sum() > 0, tokens, 1)
+        stats = dataclasses.replace(jax.tree.map(lambda x: jnp.average(x, axis=0, weights=weights), stats), **counts)
     return StepResult(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
 
 
