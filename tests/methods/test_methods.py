@@ -359,6 +359,14 @@ def test_a_dropped_expert_gives_its_default_vector_or_nothing():
         assert float(held_aux["dropped_fraction"]) == 0
 
 
+def test_the_ramp_by_hand():
+    """A quarter more of the vectors in each of 4 steps, then all of them."""
+    config = moe_config(substitute_ramp_steps=4)
+    states = ({"steps": jnp.int32(steps)} for steps in (0, 1, 4, 9))
+    decisions = [config.method.route(jnp.zeros((1, 1, 8)), config, state, None) for state in states]
+    assert [float(decision.substitution) for decision in decisions] == [0, 0.25, 1, 1]
+
+
 def test_capacity_by_hand():
     """Room for 2 of a sequence of 5. Expert 0 is chosen by tokens 0, 1, 3, 4, expert 1 by 0, 2, 4, expert 2 by 1, 2, 3.
 
