@@ -70,6 +70,9 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
             code = 128 + signal.SIGPIPE
         elif isinstance(error, OSError):
             code = _report(error, 1)
+        elif traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            asked = f"JAX finds no device with JAX_PLATFORMS={quoted(os.environ.get('JAX_PLATFORMS', ''))}"
+            code = _report(ConfigError(f"{asked}: {str(error) or 'unset it to take those that are there'}"), BAD_INPUT)
         else:
             raise
     _flush_streams()

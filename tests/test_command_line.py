@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from helpers.tiny_runs import as_flags, content, run_commands, tiny_settings, write_corpus
+from helpers.tiny_runs import REPOSITORY, as_flags, content, environment, run_commands, tiny_settings, write_corpus
 
 from default_moe.config import Config
 from default_moe.runs.checkpoint import CheckpointStore
@@ -43,6 +43,8 @@ TRAIN = {
     "a tokenizer that is not there": (["--config.data.tokenizer={here}/none.json"], "none.json"),
     "a data set that is not known": (["--config.data.files=", "--config.data.name=wikipedai"], "wikipedia"),
     "a workdir of something else": (["--workdir={here}/foreign"], "foreign"),
+    "a workdir elsewhere": (["--workdir=gs://bucket/run"], "nothing is read from or written to an address"),
+    "data elsewhere": (["--config.data.dir=s3://bucket/data"], "data.dir is 's3://bucket/data', but must be a path"),
     "a workdir below a file": (["--workdir={here}/records.jsonl/run"], "cannot be"),
 }
 
@@ -181,7 +183,11 @@ def answers(tmp_path_factory):
     (here / "foreign" / "thesis.tex").write_text("years of work")
     settings = tiny_settings(here)
     with CheckpointStore(here / "trained") as store:
-        store.save(4, {"params": {}, "step": jax.numpy.zeros(())}, {"config": Config.from_mapping(settings).to_dict()})
+        store.save(
+            4,
+            {"params": {}, "step": jax.numpy.zeros(())},
+            {"config": Config.from_mapping(settings).to_dict(), "tokenizer": {"kind": "bytes"}},
+        )
     base = as_flags(settings)
     before_flags = {"train.py": [*base, f"--workdir={here}/new"]}
     commands = [
@@ -210,3 +216,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(answers, name, words):
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert words.replace("{here}", str(here)) in errors
     assert len(errors) < 1500
+
+
+def test_a_platform_that_is_not_there_is_named():
+    env = {**environment(), "JAX_PLATFORMS": "nonsense"}
+    [(code, _, err)] = run_commands([["train.py", "--workdir=/nowhere/run"]], REPOSITORY, env)
+    assert code == 2
+    assert err.startswith("error: JAX finds no device with JAX_PLATFORMS='nonsense': ") and err.count("\n") == 1

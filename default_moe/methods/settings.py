@@ -6,6 +6,7 @@ Without a range of its own a number may be anything that 32 bits hold, and a tex
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -45,6 +46,8 @@ def path_fault(value: str) -> str | None:
     """Tell what a path must be to be looked for at all, None if it is."""
     if fault := _text_fault(value):
         return fault
+    if re.match("[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
+        return "be a path: mount what is elsewhere, nothing is read from or written to an address"
     encoded = os.fsencode(value)
     if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
         return "be a path of at most 4000 bytes, and 255 in each name"
@@ -65,6 +68,9 @@ def check_settings(settings: Any, prefix: str) -> None:
     for f in dataclasses.fields(settings):
         name, value, optional = f"{prefix}.{f.name}".lstrip("."), getattr(settings, f.name), optional_type(f.type)
         kind: Any = optional or f.type
+        if optional is str and value == "None":  # as the pages write it, and as a flag cannot say otherwise
+            value = None
+            object.__setattr__(settings, f.name, value)
         if kind not in _BY_TYPE or (optional and value is None):
             continue
         is_number = isinstance(value, int) and not isinstance(value, bool)

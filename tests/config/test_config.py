@@ -182,3 +182,10 @@ def test_which_settings_have_a_mark(mark):
     whole = [g for g in groups if all(name in found for name in names if name.startswith(g))]
     assert {next((f"{g}*" for g in whole if name.startswith(g)), name) for name in found} == {*MARKED[mark].split()}
     assert not config.marked("corpus_hash", config.MAY_CHANGE)
+
+
+def test_none_is_no_name():
+    """A flag can give no other value to a setting that may stay unset."""
+    config = Config.from_mapping({"data": {"dir": "None"}, "init_from": "None"})
+    assert config.data.dir is None and config.init_from is None
+    assert Config.from_mapping({"eval": {"prompt": "None"}}).eval.prompt == "None"
