@@ -201,8 +201,22 @@ class Config:
                 f"{name}.batch_size * train.sequence_length is {batch_size * self.train.sequence_length}, but a batch "
                 "must have less than 2**31 tokens",
             )
+        self._check_sizes()
         if self.moe.dtype is None:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))
+
+    def _check_sizes(self) -> None:
+        """XLA ends the process where the bytes of arrays do not fit 64 bits: no message could follow."""
+        model, moe, length = self.model, self.moe, self.train.sequence_length
+        tokens = self.train.batch_size * length
+        width = max(model.d_model, moe.expert_dim, model.dense_dim or 1)
+        experts = moe.num_experts + moe.num_shared_experts
+        for what, size in (
+            ("model.d_model, moe.expert_dim, moe.num_experts", model.num_layers * experts * model.d_model * width),
+            ("train.batch_size, model.d_model, moe.top_k", model.num_layers * tokens * moe.top_k * width),
+            ("train.batch_size, train.sequence_length, model.num_heads", tokens * length * model.num_heads),
+        ):
+            check(size < 2**56, f"{what} make an array of {size} numbers, but there must be less than 2**56")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:

@@ -100,6 +100,7 @@ def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(ke
         ({"model": {"d_model": True}}, "must be of type int"),
         ({"train": {"num_steps": 1.5}}, "must be of type int"),
         ({"optim": {"clip_norm": 10**400}}, "optim.clip_norm is a number of 1329 bits, but must be finite"),
+        ({"model": {"d_model": 2**20}, "moe": {"num_experts": 2**16, "expert_dim": 2**24}}, "less than 2**56"),
         ({"model": {3: 4}}, "no setting 'model.3'"),
         ([], "the config is [], but must be a group of settings"),
         ({"model": 3}, "must be a group of settings"),

@@ -57,6 +57,16 @@ SETTINGS = st.sampled_from(NAMES).flatmap(
 )
 SOME = st.lists(SETTINGS, min_size=1, max_size=2)
 
+SMALL = {int: st.integers(0, 12), float: st.floats(0, 1), str: TEXTS, bool: st.booleans(), tuple: RULES}
+# Most of these pass the checks of one setting alone.
+FITTING = st.lists(
+    st.sampled_from(list(DEFAULTS)).flatmap(
+        lambda name: st.tuples(st.just(name), SMALL.get(type(DEFAULTS[name]), SMALL[int]))
+    ),
+    min_size=1,
+    max_size=3,
+)
+
 
 def settings_of(drawn) -> dict[str, Any]:
     mapping = CONFIG.to_dict()
@@ -114,7 +124,7 @@ def test_flags_are_right_or_refused_in_one_line(drawn):
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
-@given(SOME)
+@given(FITTING)
 def test_a_program_is_made_or_refused_in_one_line(drawn):
     config = checked(lambda: Config.from_mapping(settings_of(drawn)))
     if config is None:
