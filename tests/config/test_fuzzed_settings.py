@@ -92,7 +92,7 @@ def checked(make) -> Config | None:
     return config
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(SOME)
 def test_a_stored_config_is_right_or_refused_in_one_line(drawn):
     checked(lambda: Config.from_mapping(settings_of(drawn)))
