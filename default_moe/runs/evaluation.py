@@ -10,9 +10,11 @@ import jax
 import numpy as np
 
 from default_moe.data import Batch, Rows
+from default_moe.errors import TrainingFailed
 from default_moe.methods.routing import load_balance_loss
 from default_moe.model.language_model import LayerStats
 from default_moe.runs.measurements import layer_statistics
+from default_moe.training.memory import out_of_memory_in_one_line
 from default_moe.training.program import Program
 
 
@@ -48,8 +50,12 @@ def evaluate(program: Program, params: Any, variables: Any, rows: Rows, num_batc
     whole = math.ceil(len(rows) / batch_size)
     total: Any = None
     for index in range(min(num_batches, whole) if num_batches else whole):
-        batch = program.put_batch(functools.partial(_load, rows, index * batch_size), batch_size)
-        sums, stats = jax.tree.map(np.float64, jax.device_get(program.eval_step(params, variables, batch)))
+        with out_of_memory_in_one_line(
+            TrainingFailed, "evaluating", program.config, program.num_batch_shards, evaluation=True
+        ):
+            batch = program.put_batch(functools.partial(_load, rows, index * batch_size), batch_size)
+            found = jax.device_get(program.eval_step(params, variables, batch))
+        sums, stats = jax.tree.map(np.float64, found)
         of_batch = (sums, _map_means(functools.partial(np.multiply, sums.tokens), stats))
         total = jax.tree.map(np.add, total, of_batch) if total else of_batch
     sums, stats = total

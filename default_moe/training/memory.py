@@ -49,16 +49,23 @@ def check_fits(memory: StepMemory, device: jax.Device, config: Config, num_batch
 
 @contextlib.contextmanager
 def out_of_memory_in_one_line(
-    error_class: type[ConfigError | TrainingFailed], doing: str, config: Config, num_batch_shards: int
+    error_class: type[ConfigError | TrainingFailed],
+    doing: str,
+    config: Config,
+    num_batch_shards: int,
+    evaluation: bool = False,
 ) -> Iterator[None]:
-    """Turns JAX's RESOURCE_EXHAUSTED error, of the compiler or while running, into one line."""
+    """Turns JAX's RESOURCE_EXHAUSTED error, of the compiler or while running, into one line.
+
+    evaluation: whether it is batches of the evaluation that did not fit.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
         details = str(error).split("RESOURCE_EXHAUSTED", 1)[1].lstrip(": ").splitlines() or ["no details"]
-        advice = what_reduces(config, num_batch_shards)
+        advice = what_reduces(config, num_batch_shards, evaluation=evaluation)
         raise error_class(f"out of memory while {doing} ({details[0][:200]}): {advice}") from None
 
 
@@ -67,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def what_reduces(config: Config, num_batch_shards: int, state_too_large: bool = False) -> str:
+def what_reduces(config: Config, num_batch_shards: int, state_too_large: bool = False, evaluation: bool = False) -> str:
     """Which settings would need less memory, those that cost least first."""
     advice = [] if config.mesh.fsdp == -1 else ["mesh.data=1 and mesh.fsdp=-1 on more devices"]
     if state_too_large:
@@ -76,11 +83,15 @@ def what_reduces(config: Config, num_batch_shards: int, state_too_large: bool = 
         if not config.optim.factored:
             advice.append("optim.factored=True")
         return ", ".join([*(advice or ["more devices"]), "or a smaller model would need less"])
-    if config.model.remat != "full":
-        advice.insert(0, "model.remat='full'")
     microbatch = config.train.batch_size // config.train.grad_accum_steps
-    if microbatch > num_batch_shards:
-        advice.insert(0, f"train.grad_accum_steps above {config.train.grad_accum_steps}")
-        advice.insert(1, f"train.batch_size below {config.train.batch_size}")
+    eval_batch = config.eval.batch_size or config.train.batch_size
+    if evaluation:
+        advice = [f"eval.batch_size below {eval_batch}", *advice] if eval_batch > num_batch_shards else advice
+    else:
+        if config.model.remat != "full":
+            advice.insert(0, "model.remat='full'")
+        if microbatch > num_batch_shards:
+            advice.insert(0, f"train.grad_accum_steps above {config.train.grad_accum_steps}")
+            advice.insert(1, f"train.batch_size below {config.train.batch_size}")
     advice.append(f"train.logits_per_chunk below {config.train.logits_per_chunk}")
     return " or ".join(filter(None, (", ".join(advice[:-1]), advice[-1]))) + " would need less"

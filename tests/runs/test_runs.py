@@ -25,7 +25,7 @@ from helpers.tiny_runs import (
 
 from default_moe.config import Config
 from default_moe.data import open_data
-from default_moe.runs import checkpoint, trainer
+from default_moe.runs import checkpoint, evaluation
 from default_moe.runs.sampling import generate
 from default_moe.training.program import Program
 
@@ -163,12 +163,12 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_p
 
 def test_an_evaluation_that_fails_loses_no_step(folder, tmp_path, monkeypatch):
     def fail(*_args):
-        raise RuntimeError("no memory left")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setattr(trainer, "evaluate", fail)
-    config = tiny_config(folder, train={"num_steps": 30}, eval={"every_steps": 3})
-    with pytest.raises(RuntimeError, match="no memory left"):
-        trained(config, tmp_path)
+    monkeypatch.setattr(evaluation, "_load", fail)
+    config = tiny_config(folder, train={"num_steps": 30}, eval={"every_steps": 3, "batch_size": 16})
+    error = refused_training(config, tmp_path, code=1)
+    assert "out of memory while evaluating" in error and "eval.batch_size below 16" in error
     assert steps(tmp_path) == [3]
 
 

@@ -75,6 +75,8 @@ def test_advice_names_only_what_can_be_changed():
     )
     assert "batch" not in what_reduces(CONFIG, 4)  # each device has one sequence
     assert what_reduces(bare, 1) == "train.logits_per_chunk below 268435456 would need less"
+    of_evaluation = what_reduces(CONFIG, 2, evaluation=True)
+    assert of_evaluation.startswith("eval.batch_size below 4, mesh.data=1") and "train.batch_size" not in of_evaluation
 
 
 @pytest.mark.parametrize(
