@@ -5,12 +5,16 @@ line ends into pieces, each a document of its own, so that memory does not grow 
 is cut into smaller pieces, so that some can be held out.
 """
 
+import codecs
+import errno
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +36,8 @@ PIECES = 256
 SMALLEST_PIECE = 1 << 10
 LONGEST_LINE = 256 << 20  # bytes of one JSON document
 
+# A UTF-32 file begins as a UTF-16 file may.
+_MARKS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 Wanted = Callable[[int], bool]
 
 
@@ -54,8 +60,8 @@ class TextFiles:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((1, self._text_field, self._validation_fraction, self._piece)).encode())
         for name, path in self._files:
-            stat = path.stat()
-            digest.update(repr((name, str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+            known = path.stat()
+            digest.update(repr((name, str(path.resolve()), known.st_size, known.st_mtime_ns)).encode())
         return digest.hexdigest()
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -99,13 +105,15 @@ def _find_files(patterns: str) -> list[tuple[str, Path]]:
         literal = os.path.exists(wanted)
         paths = [Path(wanted)] if literal else [Path(path) for path in glob.glob(wanted, recursive=True)]
         files = [path for path in paths if path.is_file()]
-        special = [path for path in paths if path.exists() and not (path.is_file() or path.is_dir())]
-        if special:
-            raise ConfigError(f"data.files: {shown(special[0])} is not a regular file, but must be")
+        for path in paths:
+            if fault := _fault(path):
+                raise ConfigError(f"data.files: {shown(path)} {fault}")
         if not files:
             hint = f"it is a folder; try '{pattern.rstrip('/')}/**/*.txt'" if literal else f"looked from {os.getcwd()}"
             raise ConfigError(f"data.files: {shown(repr(pattern))} names no file ({shown(hint)})")
         folder = Path(wanted).parent if literal else _fixed_folder(wanted)
+        if not literal:
+            _check_readable(folder, recursive="**" in wanted)
         for path in files:
             found.setdefault(Path(os.path.abspath(path)), path.relative_to(folder).as_posix())
     if not found:
@@ -115,7 +123,29 @@ def _find_files(patterns: str) -> list[tuple[str, Path]]:
             raise ConfigError(
                 f"data.files: {shown(path)} is no {', '.join(SUFFIXES)} file; narrow the glob to one of these"
             )
-    return sorted((name, path) for path, name in found.items())
+    once: dict[tuple[int, int], tuple[str, Path]] = {}  # by what they are: links may lead to a file in many ways
+    for name, path in sorted((name, path) for path, name in found.items()):
+        once.setdefault((path.stat().st_dev, path.stat().st_ino), (name, path))
+    return list(once.values())
+
+
+def _fault(path: Path) -> str | None:
+    """Return why what a glob has found cannot be read; None for files and folders."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:  # a link that leads around in circles adds nothing
+        return None if error.errno == errno.ELOOP else "is a link to nothing"
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is not a regular file, but must be"
+
+
+def _check_readable(folder: Path, recursive: bool) -> None:
+    """Raises ConfigError if a glob leaves out a folder because it may not be read."""
+
+    def fail(error: OSError) -> None:
+        raise ConfigError(f"data.files: {shown(error.filename)} cannot be read: {error.strerror}")
+
+    for _, folders, _ in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
 
 
 def _fixed_folder(pattern: str) -> Path:
@@ -135,13 +165,40 @@ def _piece_size(paths: list[Path]) -> int:
 
 def _read_plain(path: Path, piece: int, wanted: Wanted) -> Iterator[tuple[str, int]]:
     """(text, replaced places) of each wanted piece of a text file, cut after a line's end where there is one."""
-    with open_regular(path) as file:
+    with open_regular(path) as bytes_of_file:
+        file = _as_utf8(bytes_of_file, path)
         index, rest = 0, b""
         while data := rest + file.read(piece - len(rest)):
             cut = len(data) if len(data) < piece else data.rfind(b"\n") + 1 or _character_end(data)
             if wanted(index):
                 yield decode_utf8(data[:cut].removeprefix(b"\xef\xbb\xbf" if index == 0 else b""))
             index, rest = index + 1, data[cut:]
+
+
+class _Recoded:
+    """A text file that is read as the bytes of its UTF-8."""
+
+    def __init__(self, text: IO[str]) -> None:
+        self._text, self._rest = text, b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._rest) < size and (more := self._text.read(1 << 16)):
+            self._rest += more.encode("utf-8", "replace")
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _as_utf8(file: IO[bytes], path: Path) -> IO[bytes] | _Recoded:
+    """The file's text in UTF-8, whatever its byte order mark says. Raises ConfigError if it looks like other text."""
+    start = file.read(1 << 16)
+    file.seek(0)
+    for encoding, marks in _MARKS.items():
+        if start.startswith(marks):
+            return _Recoded(io.TextIOWrapper(file, encoding, errors="replace", newline=""))
+    if start.count(0) > len(start) // 8:
+        likely = "UTF-16 without a byte order mark" if start.count(0) > len(start) // 3 else "no text"
+        raise ConfigError(f"data.files: {shown(path)} is full of NUL, so it may be {likely}: convert it to UTF-8")
+    return file
 
 
 def _character_end(data: bytes) -> int:
@@ -212,6 +269,8 @@ def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str,
     with file:
         if field not in names:
             raise _no_field(field, shown(path), names)
+        if names.count(field) > 1:
+            raise ConfigError(f"{where} has more than one column {shown(repr(field))}: rename one")
         kind = schema.field(names.index(field)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if kind not in (pa.string(), pa.large_string(), pa.string_view()):

@@ -105,11 +105,11 @@ def test_json_of_another_kind_is_no_tokenizer(tmp_path: Path, content: bytes):
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b", "a\ud800b"])
 def test_paths_that_no_file_has(tmp_path: Path, monkeypatch, path: str):
-    with refused(r"data\.dir is .*, which cannot be a path: "):
+    with refused(r"data\.dir is .*, but must be"):
         open_data(DataConfig(dir=path))
-    with refused(r"data\.tokenizer is .*, which cannot be a path: "):
+    with refused(r"data\.tokenizer is .*, but must be"):
         open_data(DataConfig(tokenizer=path, dir=str(tmp_path)))
-    with refused(r"data\.files is .*, which cannot be a path: "):
+    with refused(r"data\.files is .*, (but must be|which cannot be)"):
         open_data(DataConfig(name="text_files", files=f"{path}/*.txt", dir=str(tmp_path)))
     if "~" in path:
         for variable, name in (("DEFAULT_MOE_DATA", "python_stdlib"), ("TFDS_DATA_DIR", "c4/en")):
@@ -175,7 +175,8 @@ def test_a_parquet_file_with_one_name_for_two_columns(tmp_path: Path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
     corpus = TextFiles(f"{tmp_path}/*", "text", 0.5)
-    assert [*corpus.documents("train"), *corpus.documents("validation")] == ["a"]
+    with refused("more than one column 'text': rename one"):
+        list(corpus.documents("train"))
     pq.write_table(pa.table({"a.b": ["x"]}), tmp_path / "a.parquet")
     corpus = TextFiles(f"{tmp_path}/*", "a.b", 0.5)
     assert [*corpus.documents("train"), *corpus.documents("validation")] == ["x"]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -182,3 +183,56 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
     assert size > 60e6
     assert peak < 16e6
     assert pa.default_memory_pool().max_memory() < 64e6  # which tracemalloc does not see
+
+
+def test_a_file_is_read_once_however_it_is_reached(texts):
+    expected = sorted(documents(TextFiles(f"{texts}/*.txt", "text", 0.2)))
+    (texts / "loop").symlink_to(texts)
+    (texts / "hard.txt").hardlink_to(texts / "00.txt")
+    (texts / "soft.txt").symlink_to(texts / "01.txt")
+    corpus = TextFiles(f"{texts}/**/*.txt,{texts}/loop/*.txt", "text", 0.2)
+    assert sorted(documents(corpus)) == expected
+    held_out = set(corpus.documents("validation"))
+    assert held_out and not held_out & set(corpus.documents("train"))
+
+
+def test_a_link_to_nothing_is_named(texts):
+    (texts / "gone.txt").symlink_to(texts / "nowhere.txt")
+    with refused(r"gone\.txt is a link to nothing"):
+        TextFiles(f"{texts}/*.txt", "text", 0.2)
+
+
+def test_a_folder_that_may_not_be_read_is_named(texts, monkeypatch):
+    (texts / "secret" / "below").mkdir(parents=True)
+    (texts / ".hidden").mkdir()
+    scan = os.scandir
+
+    def scandir(path="."):
+        if str(path).endswith(("below", ".hidden")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert documents(TextFiles(f"{texts}/*.txt", "text", 0.2))  # which does not reach it
+    with refused(r"secret/below cannot be read: Permission denied"):
+        TextFiles(f"{texts}/**/*.txt", "text", 0.2)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_byte_order_mark_says_how_a_text_is_encoded(tmp_path, encoding):
+    lines = "".join(f"line {index} é世\U0001f600\n" for index in range(20_000))
+    (tmp_path / "a.txt").write_bytes(lines.encode("utf-8"))
+    expected = documents(TextFiles(f"{tmp_path}/a.txt", "text", 0.2))
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""  # the others write one
+    (tmp_path / "b.txt").write_bytes((mark + lines).encode(encoding))
+    found = documents(TextFiles(f"{tmp_path}/b.txt", "text", 0.2))
+    assert "".join(sorted("".join(found).splitlines())) == "".join(sorted("".join(expected).splitlines()))
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize(("data", "words"), [("plain text\n" * 50, "UTF-16 without"), (None, "may be no text")])
+def test_what_is_full_of_nul_is_refused(tmp_path, data, words):
+    path = tmp_path / "a.txt"
+    path.write_bytes(data.encode("utf-16-le") if data else b"\0abcd" * 400)
+    with refused(f"a.txt is full of NUL, so it .*{words.removeprefix('may be ')}"):
+        documents(TextFiles(str(path), "text", 0.2))
