@@ -46,10 +46,11 @@ class Run:
     notes: list[str]
 
     def discard(self) -> None:
-        """Forget a run that could not begin: other settings may take the work directory. Nothing if it was resumed."""
+        """Leave nothing of a run that could not begin, unless one that never saved has left other files there."""
         if not self.resumed and jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                (self.workdir / RUN_FILE).unlink()
+                if _contents(self.workdir) == [RUN_FILE]:
+                    (self.workdir / RUN_FILE).unlink()
 
     def check_there(self) -> None:
         """Raises TrainingFailed if the work directory is not the one any more that was opened."""
@@ -202,9 +203,14 @@ def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     return marked(name, MAY_CHANGE)
 
 
+def _contents(folder: Path) -> list[str]:
+    """What is in a folder that somebody or some run has put there."""
+    return sorted(path.name for path in folder.iterdir() if not _NOBODYS.fullmatch(path.name))
+
+
 def _check_empty(folder: Path) -> None:
     try:
-        names = sorted(path.name for path in folder.iterdir() if not _NOBODYS.fullmatch(path.name))
+        names = _contents(folder)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -241,6 +241,10 @@ def test_a_run_that_never_saved_gives_way_to_any_other(config, folder, tmp_path,
     trained(config, tmp_path, code=130)
     assert not (tmp_path / "checkpoints").exists() and (tmp_path / "metrics.jsonl").read_text()
     monkeypatch.undo()
+    with monkeypatch.context() as patch:  # nor does one that cannot begin there stand in the way
+        patch.setattr(Program, "new_state", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trained(config, tmp_path)
     other = tiny_config(folder, train={"num_steps": 4, "seed": 5}, moe={"router": "topk"})
     assert "a new run" in trained(other, tmp_path)
     assert "train.seed: 5 there, 1 here" in refused_training(config, tmp_path)
