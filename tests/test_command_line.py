@@ -182,7 +182,6 @@ def answers(tmp_path_factory):
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.tex").write_text("years of work")
     settings = tiny_settings(here)
-    (here / "trained").mkdir()
     with CheckpointStore(here / "trained") as store:
         store.save(
             4,

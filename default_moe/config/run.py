@@ -108,7 +108,7 @@ class OptimConfig:
       2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no first.
     """
 
-    peak_lr: float = field(default=3e-3, metadata=positive())
+    peak_lr: float = field(default=3e-3, metadata=positive(1e38))
     warmup_fraction: float = field(default=0.01, metadata=between(0, 1))
     final_lr_fraction: float = field(default=0.1, metadata=between(0, 1))
     b1: float = field(default=0.9, metadata=between(0, 1))

@@ -184,6 +184,9 @@ def finish() -> None:
     if _processes:
         wait_for_all()
         _processes.stop()
+        # Together: a process that is left when the first one has gone takes that for a failure.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.distributed.shutdown()
 
 
 class _Processes:

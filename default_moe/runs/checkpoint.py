@@ -71,6 +71,8 @@ class CheckpointStore:
         self._error: BaseException | None = None
         self._failed = False
         if not read_only and jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the first save tells of it
+                self._folders.workdir.mkdir(parents=True, exist_ok=True)
             self._folders.remove_debris()
 
     def __enter__(self) -> Self:

@@ -226,7 +226,7 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "remoe", "initial_lambda": 0.0}, "must be positive"),
         ({"router": "loss_free", "bias_update_rate": 0.0}, "must be positive"),
         ({"router": "topk", "score_function": "sigmoid", "router_z_weight": 0.1}, "no partition function"),
-        ({"router": "topk", "capacity_factor": 0.0}, "must be positive, or unset"),
+        ({"router": "topk", "capacity_factor": 0.0}, "must be positive"),
         ({"router": "topk", "router_init_std": -0.1}, "must be at least 0"),
     ],
     ids=str,
