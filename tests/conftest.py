@@ -45,6 +45,8 @@ SLOW = {
     "test_kill_and_resume": ("test_",),
     "test_many_processes": ("test_",),
     "test_method_training": ("test_what_a_method_keeps", "test_layers_"),
+    "test_astray": ("test_a_run_whose_", "test_a_work_directory_", "test_a_start_", "test_a_run_that_never_"),
+    "test_bad_places": ("test_a_run_that_", "test_folders_"),
     "test_analysis": ("test_the_", "test_methods_are_measured_", "test_default_vectors_are_", "test_losses_and_noise_"),
     "test_compare_runs": ("test_",),
     "test_optimizer": ("test_what_is_kept_",),
