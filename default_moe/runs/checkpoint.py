@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -360,6 +361,7 @@ def _quieten() -> None:
     logging.getLogger("asyncio").addFilter(
         lambda record: not (record.exc_info and "tensorstore_spec" in str(record.exc_info[1]))
     )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the arrays not begun yet
     others = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -45,7 +45,8 @@ def program(batch_size):
         return TokenSums(NLL[rows][counted].sum(), tokens, 2 * tokens), stats
 
     config = SimpleNamespace(eval=SimpleNamespace(batch_size=batch_size))
-    return SimpleNamespace(config=config, eval_step=eval_step, put_batch=lambda load, count: load(0, count))
+    parts = {"eval_step": eval_step, "put_batch": lambda load, count: load(0, count)}
+    return SimpleNamespace(config=config, num_batch_shards=1, **parts)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
