@@ -358,9 +358,7 @@ def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:
 def _quieten() -> None:
     """Keep what Orbax and TensorStore print of a save that failed, pages of traceback, from a line's reader."""
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.exc_info and "tensorstore_spec" in str(record.exc_info[1]))
-    )
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the arrays not begun yet
     others = sys.unraisablehook
 
