@@ -1,8 +1,8 @@
 """What the command-line programs share: reading flags, and errors as one line with an exit code."""
 
+import contextlib
 import copy
 import inspect
-import io
 import os
 import re
 import runpy
@@ -88,8 +88,9 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        with contextlib.suppress(OSError, AttributeError):  # a stream that is broken, or none of Python's own
             stream.reconfigure(errors="backslashreplace")  # letters that the terminal does not know
 
 

@@ -1,5 +1,6 @@
 """Commands that are killed at some moment. As a program: a process that has imported everything and forks them off."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,13 +72,13 @@ def _round(
     commands: list[list[str]], victim: int, kill: float | None, words: str | None = None, file_size: int | None = None
 ) -> tuple:
     began = time.monotonic()
-    files = [tempfile.TemporaryFile() for _ in commands]  # noqa: SIM115
-    children = [_fork(command, file.fileno(), file_size) for command, file in zip(commands, files, strict=True)]
+    outputs = [_Output() for _ in commands]
+    children = [_fork(command, output, file_size) for command, output in zip(commands, outputs, strict=True)]
     codes: dict[int, int] = {}
     seen = None if words else began
     while len(codes) < len(children):
-        now = time.monotonic()
-        if seen is None and re.search(words or "", _text(files[victim]), re.MULTILINE):
+        now, texts = time.monotonic(), [output.text() for output in outputs]
+        if seen is None and re.search(words or "", texts[victim], re.MULTILINE):
             seen = now
         if kill is not None and seen is not None and now - seen >= kill and victim not in codes:
             os.kill(children[victim], signal.SIGKILL)
@@ -91,22 +91,39 @@ def _round(
             if index not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 codes[index] = os.waitstatus_to_exitcode(ended[1])
         time.sleep(0.005)
-    return [codes[index] for index in range(len(children))], [_text(file) for file in files], time.monotonic() - began
+    texts = [output.text() for output in outputs]
+    for output in outputs:
+        os.close(output.reader)
+    return [codes[index] for index in range(len(children))], texts, time.monotonic() - began
 
 
-def _fork(command: list[str], output: int, file_size: int | None) -> int:
+class _Output:
+    """What a command prints: through a pipe, for which no limit of files holds."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        self._read = b""
+
+    def text(self) -> str:
+        """So far."""
+        with contextlib.suppress(BlockingIOError):
+            while more := os.read(self.reader, 1 << 16):
+                self._read += more
+        return self._read.decode(errors="replace")
+
+
+def _fork(command: list[str], output: _Output, file_size: int | None) -> int:
     child = os.fork()
     if child == 0:
         for number in (1, 2):
-            os.dup2(output, number)
+            os.dup2(output.writer, number)
+        os.close(output.writer)
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         become(command)
+    os.close(output.writer)
     return child
-
-
-def _text(file: Any) -> str:
-    return os.pread(file.fileno(), 1 << 24, 0).decode(errors="replace")
 
 
 if __name__ == "__main__":
