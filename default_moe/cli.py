@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import importlib.metadata
 import inspect
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import textwrap
@@ -14,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from default_moe.config import Config, default_config, to_config_dict
+from default_moe.compilation_cache import FOLDER, keep_compiled_programs
+from default_moe.config import Config, check_keys, default_config, describe_settings, to_config_dict
 from default_moe.errors import (
     AnotherProcessFailed,
     CheckpointError,
     ConfigError,
     TrainingFailed,
     check,
-    closest,
     quoted,
     shown,
     tell,
@@ -38,21 +40,25 @@ BAD_INPUT = 2
 _FILE_FLAGS = ("--config=", "-config=")
 
 
-def run(main: Callable[[list[str]], int], many_processes: bool = False) -> None:
+def run(main: Callable[[list[str]], int], many_processes: bool = False, cached: bool = True) -> None:
     """Run a program on the command line's arguments and exit with its code.
 
     many_processes: join those that were started with this one, by flags or on a cluster.
+    cached: keep what is compiled for the next start.
     Bad input prints one line and exits with 2, a run that failed with 1, Ctrl-C with 130; all processes do if one does.
     """
     _open_streams()
-    if main.__module__ == "__main__":
+    if getattr(sys.modules["__main__"], "main", None) is main:
         restart_with_huge_pages()
     sys.argv = _file_first(sys.argv)  # where config_flags looks too
     try:
-        if many_processes:
-            _join_processes(sys.argv)
-        code = main(sys.argv)
-        distributed.finish()
+        own = _define_flags(many_processes, cached)
+        if {"--help", "-help", "-h"} & set(sys.argv):
+            code = _help(main)
+        else:
+            _start(sys.argv, own)
+            code = main(sys.argv)
+            distributed.finish()
     except (ConfigError, CheckpointError, flags.Error) as error:
         code = _report(error, BAD_INPUT)
     except TrainingFailed as error:
@@ -123,10 +129,9 @@ def parse_config_dict(
     argv: list[str], flag: Any, default: str, adjust: Callable[[Any], None] = lambda config_dict: None
 ) -> Any:
     """The ConfigDict from which `parse_config` makes a Config: settings of all methods, checked for the one in use."""
-    if not config_name(argv, ""):
-        argv = [argv[0], f"--config={default}", *argv[1:]]
-    _check_config_file(next(arg for arg in argv if arg.startswith(_FILE_FLAGS)).split("=", 1)[1])
-    parse_flags(argv)
+    given = [arg for arg in argv if arg.startswith(_FILE_FLAGS)]
+    file = _config_file(given[0].split("=", 1)[1] if given else default)
+    parse_flags([argv[0], f"--config={file}", *(arg for arg in argv[1:] if arg not in given[:1])])
     adjust(flag.value)
     Config.from_config_dict(flag.value)
     return flag.value
@@ -141,7 +146,6 @@ def _unused(config_dict: Any, config: Config) -> list[str]:
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Parse all of the command line. Raises ConfigError on anything that is not right."""
-    app.define_help_flags()
     _check_keys(argv)
     rest = _parse(argv, values)
     if len(rest) > 1:
@@ -150,7 +154,6 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None
 
 def parse_known_flags(argv: list[str]) -> list[str]:
     """Parse the flags that the program defines; returns the others, with the program's name before them."""
-    app.define_help_flags()
     return _parse(argv, flags.FLAGS, known_only=True)
 
 
@@ -209,21 +212,52 @@ def _parse(argv: list[str], values: flags.FlagValues, known_only: bool = False) 
         raise ConfigError(shown(message, 500)) from None
 
 
-def _join_processes(argv: list[str]) -> None:
-    """Start as one of several processes if `argv` or a cluster says so. Raises ConfigError or flags.Error."""
-    # Parsed before all others, so that what is wrong with those in one process can be told to the other processes.
+def _define_flags(many_processes: bool, cached: bool) -> flags.FlagValues:
+    """Define the flags that programs share. Returns them apart from the others too, for `_start`."""
     own = flags.FlagValues()
     for values in (own, flags.FLAGS):
-        to: dict[str, Any] = {"flag_values": values, "module_name": argv[0]}
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, any free port, if no cluster tells it.", **to)
-        flags.DEFINE_integer(
-            "num_processes", None, "How many processes train as one, with --coordinator.", None, 10**6, **to
-        )
-        flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", None, 10**6, **to)
-        flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the others at the start.", 1, 10**6, **to)
+        to: dict[str, Any] = {"flag_values": values, "module_name": __name__}
+        if cached:
+            told = f"Keep compiled programs in {FOLDER}; $JAX_COMPILATION_CACHE_DIR names another place."
+            flags.DEFINE_bool("compilation_cache", True, told, **to)
+        if many_processes:
+            told = "HOST:PORT of process 0, any free port, if no cluster tells it."
+            flags.DEFINE_string("coordinator", None, told, **to)
+            told = "How many processes train as one, with --coordinator."
+            flags.DEFINE_integer("num_processes", None, told, None, 10**6, **to)
+            flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", None, 10**6, **to)
+            flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the others at the start.", 1, 10**6, **to)
     own.set_gnu_getopt(True)
+    return own
+
+
+def _start(argv: list[str], own: flags.FlagValues) -> None:
+    """Join other processes, or else find compiled programs. Raises ConfigError or flags.Error."""
+    # Parsed before all others, so that what is wrong with those in one process can be told to the other processes.
     _parse(argv, own, known_only=True)
-    distributed.start(own.coordinator, own.num_processes, own.process_id, own.start_timeout)
+    if "coordinator" in own:
+        distributed.start(own.coordinator, own.num_processes, own.process_id, own.start_timeout)
+    # Processes that train as one on GPUs tune kernels together: one that need not compile would leave others waiting.
+    if "compilation_cache" in own and own.compilation_cache and not distributed.several():
+        keep_compiled_programs(FOLDER)
+
+
+def _help(main: Callable[[list[str]], int]) -> int:
+    """Print what a program does, its flags and, if it has them all, the settings."""
+    width = min(shutil.get_terminal_size((100, 0)).columns, 120)
+    lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Flags:"]
+    of_module = flags.FLAGS.flags_by_module_dict()
+    for flag in (flag for module in (sys.argv[0], main.__module__, __name__) for flag in of_module.get(module, ())):
+        default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        lines.append(f"  --{flag.name}" + (f"={default}" if default is not None else ""))
+        lines += textwrap.wrap(flag.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    if "config" in flags.FLAGS:
+        lines += ["", "Settings, with the defaults that hold where a config file does not set them:", ""]
+        lines.append(describe_settings(width))
+    else:
+        lines += ["", "`python -m default_moe.train --help` lists the settings, --config.*."]
+    print("\n".join(lines))
+    return 0
 
 
 def _file_first(argv: list[str]) -> list[str]:
@@ -242,15 +276,20 @@ def _check_keys(argv: list[str]) -> None:
     names = [arg.split("=")[0] for arg in argv if re.match(r"--?(no)?config\.", arg)]
     for name in names:
         section: Any = default_config()
+        prefix = ""
         for part in name.split(".")[1:]:
-            known = list(section) if isinstance(section, ConfigDict) else []
-            check(part in known, f"there is no setting {quoted(part)} ({shown(name)}){closest(part, known)}")
-            section = section[part]
+            check_keys({part: None}, list(section) if isinstance(section, ConfigDict) else [], prefix)
+            section, prefix = section[part], f"{prefix}{part}."
 
 
-def _check_config_file(name: str) -> None:
-    """Raises ConfigError if "FILE.py" or "FILE.py:ARGUMENT" gives no config; flags would report it with a traceback."""
+def _config_file(name: str) -> str:
+    """Return "FILE.py" or "FILE.py:ARGUMENT" with the file's path: one of ours is found from any folder.
+
+    Raises ConfigError if it gives no config; flags would report it with a traceback.
+    """
     path, *argument = name.split(":", 1)
+    if not os.path.isfile(path):
+        path = next((str(file) for file in _our_files() if str(file).endswith(f"/{path}") and file.is_file()), path)
     check(os.path.isfile(path), f"there is no config file {quoted(path)} (looked from {Path.cwd()})")
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -263,6 +302,7 @@ def _check_config_file(name: str) -> None:
             raise ConfigError(f"the config file {path} cannot be called with {given}") from None
         config = get_config(*argument)
         check(isinstance(config, ConfigDict), f"get_config() of {path} returns no ConfigDict: {quoted(config)}")
+        return ":".join([path, *argument])
     except ConfigError:
         raise
     except SyntaxError as error:
@@ -276,6 +316,15 @@ def _check_config_file(name: str) -> None:
         line = [frame for frame in frames if "ml_collections" not in frame.filename][-1]
         reason = textwrap.shorten(str(error).replace("\\n", " ") or type(error).__name__, 100)
         raise ConfigError(f"{line.filename}, line {line.lineno}, {line.line!r}: {reason}") from None
+
+
+def _our_files() -> list[Path]:
+    """The config files of the clone that this is, or those that were installed with the package."""
+    here = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.files("default_moe") or ()
+        here += [Path(str(file.locate())) for file in installed if file.parent.name == "configs"]
+    return here
 
 
 def _report(error: BaseException, code: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import pytest
 from helpers.tiny_runs import REPOSITORY, as_flags, content, environment, run_commands, tiny_settings, write_corpus
 
-from default_moe.config import Config
+from default_moe.config import Config, default_config, flat_items
 from default_moe.runs.checkpoint import CheckpointStore
 
 # name: (flags added to a command that would train, words of the error)
@@ -15,7 +15,12 @@ TRAIN = {
     "a mistyped key": (["--config.model.d_modle=16"], "did you mean 'd_model'?"),
     "a mistyped section": (["--config.modle.d_model=16"], "did you mean 'model'?"),
     "a mistyped switch": (["--noconfig.optim.decay_al"], "did you mean 'decay_all'?"),
-    "a setting below a setting": (["--config.train.num_steps.x=3"], "no setting 'x' (--config.train.num_steps.x)"),
+    "a setting below a setting": (["--config.train.num_steps.x=3"], "there is no setting 'train.num_steps.x'"),
+    "a setting of no group": (
+        ["--config.optim.zzz=1"],
+        "no setting 'optim.zzz' (optim.* are b1, b2, clip_norm, ",
+    ),
+    "a group that is none": (["--config.zzz.b=1"], "no setting 'zzz' (there are checkpoint, data, eval, init_from, "),
     "a mistyped key in a config file": (["--config={here}/mistyped.py"], "line 5, 'config.model.d_modle = 16': "),
     "a wrong type in a config file": (["--config={here}/words.py"], "line 5, 'config.model.d_model = \"wide\"': "),
     "an unknown flag": (["--wrkdir=x"], "wrkdir"),
@@ -216,6 +221,33 @@ def test_bad_input_gets_one_line_and_exit_code_2(answers, name, words):
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert words.replace("{here}", str(here)) in errors
     assert len(errors) < 1500
+
+
+def test_help_tells_flags_and_settings_from_any_folder(tmp_path):
+    results = run_commands([[program, "--help"] for program in CASES], tmp_path, environment())
+    texts = dict(zip(CASES, (out for _, out, _ in results), strict=True))
+    for code, out, err in results:
+        assert (code, err) == (0, "")
+        assert "\nFlags:\n  --" in out
+        assert "/work" not in out and str(REPOSITORY) not in out
+        assert max(map(len, out.splitlines())) <= 120
+    for program in ("train.py", "default_moe/compare/__main__.py"):
+        for name in dict(flat_items(default_config().to_dict())):
+            assert f"\n  --config.{name}=" in texts[program]
+    assert "  --step\n      Step to evaluate" in texts["eval.py"]
+    assert "--compilation_cache" not in texts["default_moe/bench/__main__.py"]  # it times compilations
+
+
+def test_our_config_files_are_found_from_any_folder(tmp_path):
+    commands = [["train.py", f"--config={name}:9c1"] for name in ("configs/paper.py", "paper.py")]
+    for code, _, err in run_commands(commands, tmp_path, environment()):
+        assert code == 2 and "9c1 is not one of" in err
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "paper.py").write_text("own = 1")
+    [(_, _, err)] = run_commands(commands[:1], tmp_path, environment())
+    assert "configs/paper.py has no get_config()" in err
+    [(_, _, err)] = run_commands([["train.py", "--config=config/run.py"]], tmp_path, environment())
+    assert "there is no config file 'config/run.py'" in err
 
 
 def test_a_platform_that_is_not_there_is_named():

@@ -139,7 +139,8 @@ def read_command(own_flags, monkeypatch, capfd):
 
     def read(path, arguments):
         own_flags()
-        spec = importlib.util.spec_from_file_location("program_of_a_page", ROOT / path)
+        source = ROOT / "default_moe" / path if path in MANY_PROCESSES else ROOT / path  # where its flags are
+        spec = importlib.util.spec_from_file_location("program_of_a_page", source)
         program = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(program)
         if path.startswith("default_moe/bench/"):
@@ -175,7 +176,8 @@ def problem_of(words: list[str], read) -> str:
     if arguments[:2] == ["-m", "pytest"]:
         return problem_of_pytest(arguments[2:])
     if arguments[0] == "-m":
-        path, arguments = f"{arguments[1].replace('.', '/')}/__main__.py", arguments[2:]
+        module, arguments = arguments[1].replace(".", "/"), arguments[2:]
+        path = Path(f"{module}.py").name if (ROOT / f"{module}.py").is_file() else f"{module}/__main__.py"
     else:
         path, arguments = arguments[0], arguments[1:]
     return read(path, arguments) if (ROOT / path).is_file() else f"there is no {path}"

@@ -113,4 +113,4 @@ def _suite(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cached=False)  # how long compiling takes is measured too

@@ -1,7 +1,8 @@
 """All settings of a run, and what each of them means and may be."""
 
 from default_moe.config.config_dict import default_config, to_config_dict
-from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, flat_items
+from default_moe.config.describe import describe_settings
+from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, check_keys, flat_items
 from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import REMATS, ModelConfig
 from default_moe.config.moe import EXPERT_PARALLEL_FORMS, MATMUL_BACKENDS, MoEConfig
@@ -25,7 +26,9 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
+    "check_keys",
     "default_config",
+    "describe_settings",
     "flat_items",
     "marked",
     "to_config_dict",

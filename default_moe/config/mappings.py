@@ -15,8 +15,10 @@ TUNED = {"tuned": True}  # a comparison may give each method its own best value
 
 
 def check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    names = f"{prefix}* are " if prefix else "there are "
+    group = f" ({names}{', '.join(known)})" if known else ""
     for key in mapping:
-        check(key in known, f"there is no setting {quoted(f'{prefix}{key}')}{closest(str(key), known)}")
+        check(key in known, f"there is no setting {quoted(f'{prefix}{key}')}{closest(str(key), known)}{group}")
 
 
 def section_from_mapping(section: Any, name: str, mapping: Mapping[str, Any]) -> Any:

@@ -1,10 +1,10 @@
 """The settings of the device mesh."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from default_moe.errors import check, closest, quoted
-from default_moe.methods.settings import at_least, check_settings
+from default_moe.methods.settings import at_least, check_settings, setting
 from default_moe.sharding import AXES, DEFAULT_RULES
 
 _LOGICAL_AXES = [name for name, _ in DEFAULT_RULES]
@@ -12,16 +12,14 @@ _LOGICAL_AXES = [name for name, _ in DEFAULT_RULES]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis (-1, once: all that are left), and the mesh axes of each logical axis.
+    """Devices along each mesh axis (-1, once: all that are left). The batch is split over all of them."""
 
-    data: copies of the model.  fsdp: parameters and optimizer state split over it.  expert: experts split over it.
-    The batch is split over all three.
-    """
-
-    data: int = field(default=-1, metadata=at_least(-1))
-    fsdp: int = field(default=1, metadata=at_least(-1))
-    expert: int = field(default=1, metadata=at_least(-1))
-    rules: tuple[tuple[str, Any], ...] = DEFAULT_RULES
+    data: int = setting(-1, "Copies of the model.", at_least(-1))
+    fsdp: int = setting(1, "Devices that parameters and optimizer state are split over.", at_least(-1))
+    expert: int = setting(1, "Devices that experts are split over.", at_least(-1))
+    rules: tuple[tuple[str, Any], ...] = setting(
+        DEFAULT_RULES, "Pairs of a logical axis of arrays and the mesh axes that it is split over."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "mesh")

@@ -1,37 +1,48 @@
 """The settings of the model around the MoE layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from default_moe.config.mappings import MAY_CHANGE, dtype_name
 from default_moe.errors import check
-from default_moe.methods.settings import at_least, check_settings, one_of, positive
+from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
 
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder-only language model around the MoE layers.
+    """The decoder-only language model around the MoE layers."""
 
-    vocab_size: None takes the tokenizer's.  num_dense_layers: leading layers with a dense feed-forward network of
-    width dense_dim (None: as wide as one expert).  attention: "xla", "cudnn" (an NVIDIA GPU and bfloat16), "splash"
-    (a TPU), or "auto", which takes a kernel where it runs.  remat: what the backward pass recomputes, "none", "full" or
-    "dots" (all but products with weights and kernels).  scan_unroll: layers unrolled per step of the scan over layers.
-    """
-
-    vocab_size: int | None = field(default=None, metadata=at_least(1, 2**24))
-    d_model: int = field(default=128, metadata=at_least(1, 2**20))
-    num_layers: int = field(default=4, metadata=at_least(1, 2**12))
-    num_heads: int = field(default=4, metadata=at_least(1, 2**10))
-    num_dense_layers: int = 1
-    dense_dim: int | None = field(default=None, metadata=at_least(1, 2**24))
-    tie_embeddings: bool = False
-    rope_theta: float = field(default=10_000.0, metadata=positive())
-    norm_epsilon: float = field(default=1e-5, metadata=at_least(0))
-    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
-    attention: str = field(default="auto", metadata=one_of("auto", "xla", "cudnn", "splash") | MAY_CHANGE)
-    remat: str = field(default="none", metadata=one_of(*REMATS) | MAY_CHANGE)
-    scan_unroll: int = field(default=1, metadata=at_least(1, 2**12) | MAY_CHANGE)
+    vocab_size: int | None = setting(
+        None, "Tokens that the embeddings know; None takes the tokenizer's.", at_least(1, 2**24)
+    )
+    d_model: int = setting(128, "D, the width of the residual stream.", at_least(1, 2**20))
+    num_layers: int = setting(4, "Layers, each of attention and a feed-forward network.", at_least(1, 2**12))
+    num_heads: int = setting(4, "Heads of attention; they divide d_model.", at_least(1, 2**10))
+    num_dense_layers: int = setting(
+        1, "How many of the layers, the first ones, have a dense network in place of experts."
+    )
+    dense_dim: int | None = setting(
+        None, "Hidden width of the dense networks; None: as wide as one expert.", at_least(1, 2**24)
+    )
+    tie_embeddings: bool = setting(False, "Use the embeddings as the output's weights too.")
+    rope_theta: float = setting(10_000.0, "Base of the rotary embeddings' wavelengths.", positive())
+    norm_epsilon: float = setting(1e-5, "What norms add to the variance.", at_least(0))
+    dtype: str = setting("float32", "What is computed in; parameters are float32.", one_of("float32", "bfloat16"))
+    attention: str = setting(
+        "auto",
+        "How attention is computed: 'cudnn' needs an NVIDIA GPU and bfloat16, 'splash' a TPU; 'auto' takes a kernel "
+        "where it runs.",
+        one_of("auto", "xla", "cudnn", "splash"),
+        MAY_CHANGE,
+    )
+    remat: str = setting(
+        "none",
+        "What the backward pass recomputes to save memory: nothing, all but products with weights and kernels, or all.",
+        one_of(*REMATS),
+        MAY_CHANGE,
+    )
+    scan_unroll: int = setting(1, "Layers unrolled per step of the scan over layers.", at_least(1, 2**12), MAY_CHANGE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

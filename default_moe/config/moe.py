@@ -4,7 +4,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_nam
 from default_moe.errors import check, quoted
 from default_moe.methods import METHODS, Method
 from default_moe.methods.default import DefaultVectorSettings
-from default_moe.methods.settings import at_least, check_settings, one_of, positive
+from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
 
 MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
@@ -20,48 +20,72 @@ EXPERT_PARALLEL_FORMS = ("gather", "exchange")
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One sparse Mixture-of-Experts layer.
+    """One sparse Mixture-of-Experts layer. In a config file a method's settings are a group of its name."""
 
-    num_experts: N.  top_k: K, experts that each token runs.  expert_dim: F, hidden width of one SwiGLU expert.
-    num_shared_experts: experts of the same width that every token runs beside those, whose output is added as it is.
-    router: the method by which the router chooses experts and learns to: the name of one of `methods.METHODS`, or the
-      method itself, with its settings. In a config file a method's settings are a group of its name:
-      `config.moe.default.ema_decay`.
-    score_function: "softmax" or "sigmoid" makes scores of router logits.  normalize_weights: divide the weights of a
-      token's experts by their sum.
-    router_init_std: standard deviation of the router's weights at the start; None takes small
-      init's, sqrt(2 / (5 D)).
-    router_noise_std: standard deviation of Gaussian noise that is added to the logits in training, for all they are
-      used for.
-    capacity_factor: if set, an expert takes at most ceil(capacity_factor K L / N) tokens of each sequence of L in
-      training, the first that choose it. For the others it is dropped: it contributes nothing, or with default vectors
-      its own. At evaluation nothing is dropped.
-    load_balance_weight, sequence_balance_weight, router_z_weight: factors of the auxiliary losses in the training loss:
-      balance over the batch (None: what the method asks for), balance within each sequence, and the z-loss.
-    dtype: compute type of the experts; None stands for model.dtype in a config file, for float32 on its own. The
-      router and the default vectors are float32 always.
-    matmul: how experts are computed, "blocks", "ragged", "mosaic" or "tokamax", see `moe/experts/backends.py`; "auto"
-      picks by platform.
-    expert_parallel: how devices that hold different experts share tokens, "gather" or "exchange", see
-      `moe/experts/parallel.py`; "auto" picks by platform and by what is moved.
-    """
-
-    num_experts: int = field(default=8, metadata=at_least(1, 2**16))
-    top_k: int = 1
-    expert_dim: int = field(default=352, metadata=at_least(1, 2**24))
-    num_shared_experts: int = field(default=0, metadata=at_least(0, 2**16))
-    router: str | Method = "default"
-    score_function: str = field(default="softmax", metadata=one_of("softmax", "sigmoid"))
-    normalize_weights: bool = False
-    router_init_std: float | None = field(default=None, metadata=at_least(0) | TUNED)
-    router_noise_std: float = field(default=0.0, metadata=at_least(0) | TUNED)
-    capacity_factor: float | None = field(default=None, metadata=positive())
-    load_balance_weight: float | None = field(default=None, metadata=at_least(0) | MAY_CHANGE | TUNED)
-    sequence_balance_weight: float = field(default=0.0, metadata=at_least(0) | MAY_CHANGE | TUNED)
-    router_z_weight: float = field(default=0.0, metadata=at_least(0) | MAY_CHANGE | TUNED)
-    dtype: str | None = field(default=None, metadata=one_of("float32", "bfloat16"))
-    matmul: str = field(default="auto", metadata=one_of("auto", *MATMUL_BACKENDS) | MAY_CHANGE)
-    expert_parallel: str = field(default="auto", metadata=one_of("auto", *EXPERT_PARALLEL_FORMS) | MAY_CHANGE)
+    num_experts: int = setting(8, "N, experts of a layer.", at_least(1, 2**16))
+    top_k: int = setting(1, "K, experts that each token runs; from 1 to num_experts.")
+    expert_dim: int = setting(352, "F, hidden width of one SwiGLU expert.", at_least(1, 2**24))
+    num_shared_experts: int = setting(
+        0,
+        "Experts of the same width that every token runs beside those, whose output is added as it is.",
+        at_least(0, 2**16),
+    )
+    router: str | Method = setting(
+        "default",
+        f"The method by which the router chooses experts and learns to: {', '.join(sorted(METHODS))}. In Python also "
+        "the method itself, with its settings.",
+    )
+    score_function: str = setting("softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid"))
+    normalize_weights: bool = setting(False, "Divide the weights of a token's experts by their sum.")
+    router_init_std: float | None = setting(
+        None,
+        "Standard deviation of the router's weights at the start; None takes small init's, sqrt(2 / (5 D)).",
+        at_least(0),
+        TUNED,
+    )
+    router_noise_std: float = setting(
+        0.0,
+        "Standard deviation of Gaussian noise that is added to the logits in training, for all they are used for.",
+        at_least(0),
+        TUNED,
+    )
+    capacity_factor: float | None = setting(
+        None,
+        "If set, an expert takes at most ceil(capacity_factor K L / N) tokens of each sequence of L in training, the "
+        "first that choose it. For the others it is dropped: it contributes nothing, or with default vectors its own. "
+        "At evaluation nothing is dropped.",
+        positive(),
+    )
+    load_balance_weight: float | None = setting(
+        None,
+        "Factor in the loss of the balance loss over the batch; None: what the method asks for.",
+        at_least(0),
+        MAY_CHANGE,
+        TUNED,
+    )
+    sequence_balance_weight: float = setting(
+        0.0, "Factor in the loss of the balance loss within each sequence.", at_least(0), MAY_CHANGE, TUNED
+    )
+    router_z_weight: float = setting(0.0, "Factor in the loss of the router's z-loss.", at_least(0), MAY_CHANGE, TUNED)
+    dtype: str | None = setting(
+        None,
+        "What experts are computed in; None stands for model.dtype in a config file, for float32 on its own. The "
+        "router and the default vectors are float32 always.",
+        one_of("float32", "bfloat16"),
+    )
+    matmul: str = setting(
+        "auto",
+        "How experts are computed, see moe/experts/backends.py; 'auto' picks by platform.",
+        one_of("auto", *MATMUL_BACKENDS),
+        MAY_CHANGE,
+    )
+    expert_parallel: str = setting(
+        "auto",
+        "How devices that hold different experts share tokens, see moe/experts/parallel.py; 'auto' picks by platform "
+        "and by what is moved.",
+        one_of("auto", *EXPERT_PARALLEL_FORMS),
+        MAY_CHANGE,
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

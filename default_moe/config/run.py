@@ -19,32 +19,39 @@ from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import ModelConfig
 from default_moe.config.moe import MoEConfig
 from default_moe.errors import check, quoted
-from default_moe.methods.settings import at_least, between, check_settings, one_of, path, positive
+from default_moe.methods.settings import at_least, between, check_settings, one_of, path, positive, setting
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes sequences.
+    """Where text comes from and how it becomes sequences."""
 
-    name: "python_stdlib" (the standard library's sources), "text_files" (the files that the glob `files` names), or any
-      TFDS text data set, "c4/en" for instance.
-    files: glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for text_files.
-    text_field: the field that holds the text, in .jsonl, .parquet and TFDS data sets.
-    tokenizer: "bytes", "bpe:SIZE" (byte-level BPE trained on the corpus) or the path of a tokenizer.json.
-    validation_fraction: share of documents held out, chosen by a hash of the document's name.
-    mask_documents: no attention across document boundaries.
-    dir: where prepared data is kept; None takes $DEFAULT_MOE_DATA or ~/.cache/default_moe.
-    prefetch: batches read ahead of the training step.
-    """
-
-    name: str = "python_stdlib"
-    files: str | None = field(default=None, metadata=MAY_CHANGE)  # the corpus hash says whether the text is the same
-    text_field: str = "text"
-    tokenizer: str = field(default="bytes", metadata=path())
-    validation_fraction: float = 0.05
-    mask_documents: bool = False
-    dir: str | None = field(default=None, metadata=path() | MAY_CHANGE | NO_EFFECT)
-    prefetch: int = field(default=2, metadata=at_least(0, 1000) | MAY_CHANGE | NO_EFFECT)
+    name: str = setting(
+        "python_stdlib",
+        "'python_stdlib' (the standard library's sources), 'text_files' (what data.files names), or any TFDS text data "
+        "set, 'c4/en' for instance.",
+    )
+    files: str | None = setting(
+        None,
+        "Glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for 'text_files'.",
+        MAY_CHANGE,  # the corpus hash says whether the text is the same
+    )
+    text_field: str = setting("text", "The field that holds the text, in .jsonl, .parquet and TFDS data sets.")
+    tokenizer: str = setting(
+        "bytes", "'bytes', 'bpe:SIZE' (byte-level BPE trained on the corpus) or the path of a tokenizer.json.", path()
+    )
+    validation_fraction: float = setting(
+        0.05, "Share of documents held out, above 0 and below 1; chosen by a hash of the document's name."
+    )
+    mask_documents: bool = setting(False, "No attention across document boundaries.")
+    dir: str | None = setting(
+        None,
+        "Where prepared data is kept; None takes $DEFAULT_MOE_DATA or ~/.cache/default_moe.",
+        path(),
+        MAY_CHANGE,
+        NO_EFFECT,
+    )
+    prefetch: int = setting(2, "Batches read ahead of the training step.", at_least(0, 1000), MAY_CHANGE, NO_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, "data")
@@ -72,21 +79,29 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. batch_size counts sequences over all devices and microbatches; sequence_length counts tokens.
+    """The loop."""
 
-    grad_accum_steps splits each batch into that many microbatches.  max_bad_steps: how many steps with a non-finite
-    loss or gradient may follow each other before the run stops.  logits_per_chunk: logits that a device holds at a
-    time in the loss; more tokens than that are taken in chunks, to the same result.
-    """
-
-    num_steps: int = field(default=400, metadata=at_least(1) | MAY_CHANGE)
-    batch_size: int = field(default=32, metadata=at_least(1))
-    sequence_length: int = field(default=256, metadata=at_least(1, 2**20))
-    grad_accum_steps: int = field(default=1, metadata=at_least(1))
-    seed: int = field(default=0, metadata=at_least(0, 2**32 - 1))
-    log_every_steps: int = field(default=10, metadata=at_least(1) | MAY_CHANGE)
-    max_bad_steps: int = field(default=10, metadata=at_least(1) | MAY_CHANGE | NO_EFFECT)
-    logits_per_chunk: int = field(default=2**28, metadata=at_least(1))
+    num_steps: int = setting(400, "Steps of the run; the learning rate's schedule ends there.", at_least(1), MAY_CHANGE)
+    batch_size: int = setting(32, "Sequences of a step, over all devices and microbatches.", at_least(1))
+    sequence_length: int = setting(256, "Tokens of a sequence.", at_least(1, 2**20))
+    grad_accum_steps: int = setting(1, "Microbatches that each batch is split into.", at_least(1))
+    seed: int = setting(
+        0, "Of the weights, the order of the data and all other random numbers.", at_least(0, 2**32 - 1)
+    )
+    log_every_steps: int = setting(10, "Steps from one line of metrics to the next.", at_least(1), MAY_CHANGE)
+    max_bad_steps: int = setting(
+        10,
+        "How many steps with a non-finite loss or gradient may follow each other before the run stops.",
+        at_least(1),
+        MAY_CHANGE,
+        NO_EFFECT,
+    )
+    logits_per_chunk: int = setting(
+        2**28,
+        "Logits that a device holds at a time in the loss; more tokens than that are taken in chunks, to the same "
+        "result.",
+        at_least(1),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "train")
@@ -99,27 +114,29 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up over warmup_fraction of the steps, then cosine decay to peak_lr * final_lr_fraction.
+    """AdamW, with a learning rate that rises linearly, then falls along a cosine."""
 
-    decay_all: apply weight decay to norms, biases, embeddings and the router too, not only to the other matrices.
-    router_lr_multiplier: what the learning rate of the routers is multiplied by.
-    moment_dtype: what both moments are kept in, "float32" or "bfloat16"; they are computed in float32.
-    factored: keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern
-      2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no first.
-    """
-
-    peak_lr: float = field(default=3e-3, metadata=positive(1e38))
-    warmup_fraction: float = field(default=0.01, metadata=between(0, 1))
-    final_lr_fraction: float = field(default=0.1, metadata=between(0, 1))
-    b1: float = field(default=0.9, metadata=between(0, 1))
-    b2: float = field(default=0.95, metadata=between(0, 1))
-    eps: float = field(default=1e-8, metadata=positive())
-    weight_decay: float = field(default=0.1, metadata=at_least(0))
-    decay_all: bool = False
-    clip_norm: float = field(default=1.0, metadata=positive(math.inf))
-    router_lr_multiplier: float = field(default=1.0, metadata=at_least(0))
-    moment_dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
-    factored: bool = False
+    peak_lr: float = setting(3e-3, "The largest learning rate.", positive(1e38))
+    warmup_fraction: float = setting(0.01, "Share of the steps over which the learning rate rises.", between(0, 1))
+    final_lr_fraction: float = setting(0.1, "The last learning rate, as a share of the largest.", between(0, 1))
+    b1: float = setting(0.9, "Decay of the first moment.", between(0, 1))
+    b2: float = setting(0.95, "Decay of the second moment.", between(0, 1))
+    eps: float = setting(1e-8, "What is added to the root of the second moment.", positive())
+    weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.", at_least(0))
+    decay_all: bool = setting(
+        False, "Apply weight decay to norms, biases, embeddings and the router too, not only to the other matrices."
+    )
+    clip_norm: float = setting(1.0, "Norm of all gradients above which they are scaled down.", positive(math.inf))
+    router_lr_multiplier: float = setting(1.0, "What the learning rate of the routers is multiplied by.", at_least(0))
+    moment_dtype: str = setting(
+        "float32", "What both moments are kept in; they are computed in float32.", one_of("float32", "bfloat16")
+    )
+    factored: bool = setting(
+        False,
+        "Keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern "
+        "2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no "
+        "first.",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "optim")
@@ -136,17 +153,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every every_steps steps and every every_minutes minutes (0: not by the clock) and at the end.
+    """When a run is saved; it is at its end too."""
 
-    With several processes the clock is looked at when a step is logged.
-
-    keep_last: how many of the newest steps stay, beside the one with the lowest held-out loss of those steps that were
-    both evaluated and saved.
-    """
-
-    every_steps: int = field(default=100, metadata=at_least(1))
-    every_minutes: float = field(default=0.0, metadata=at_least(0))
-    keep_last: int = field(default=2, metadata=at_least(1))
+    every_steps: int = setting(100, "Steps from one save to the next.", at_least(1))
+    every_minutes: float = setting(
+        0.0,
+        "Minutes from one save to the next; 0: not by the clock. With several processes the clock is looked at when a "
+        "step is logged.",
+        at_least(0),
+    )
+    keep_last: int = setting(
+        2,
+        "How many of the newest steps stay, beside the one with the lowest held-out loss of those steps that were both "
+        "evaluated and saved.",
+        at_least(1),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "checkpoint")
@@ -154,18 +175,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out text every every_steps steps and at the end, over num_batches (0: the whole split).
+    """Evaluation on held-out text, and the sample generated after training and by eval.py."""
 
-    batch_size: None takes train.batch_size. prompt, sample_tokens, temperature: the text generated after training and
-    by eval.py (temperature 0 takes the likeliest token each time).
-    """
-
-    every_steps: int = field(default=100, metadata=at_least(1))
-    num_batches: int = field(default=8, metadata=at_least(0))
-    batch_size: int | None = field(default=None, metadata=at_least(1))
-    prompt: str = field(default="def ", metadata=NO_EFFECT)
-    sample_tokens: int = field(default=200, metadata=at_least(0, 10**6) | NO_EFFECT)
-    temperature: float = field(default=0.7, metadata=at_least(0) | NO_EFFECT)
+    every_steps: int = setting(100, "Steps from one evaluation to the next; there is one at the end too.", at_least(1))
+    num_batches: int = setting(8, "Batches of an evaluation; 0: the whole split.", at_least(0))
+    batch_size: int | None = setting(None, "Sequences of such a batch; None takes train.batch_size.", at_least(1))
+    prompt: str = setting("def ", "The text that the sample continues.", NO_EFFECT)
+    sample_tokens: int = setting(200, "Tokens of the sample; 0: none is made.", at_least(0, 10**6), NO_EFFECT)
+    temperature: float = setting(0.7, "Of the sample; 0 takes the likeliest token each time.", at_least(0), NO_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, "eval")
@@ -177,13 +194,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run.
+    """All settings of a run."""
 
-    init_from: the work directory of a run with the same model and tokenizer, from whose newest weights this one starts,
-      with another router for instance.
-    """
-
-    init_from: str | None = field(default=None, metadata=path())
+    init_from: str | None = setting(
+        None,
+        "The work directory of a run with the same model and tokenizer, from whose newest weights this one starts, "
+        "with another router for instance.",
+        path(),
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,45 +1,57 @@
 """Default MoE (arXiv:2504.12463): experts that do not run contribute their default vectors."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest
-from default_moe.methods.settings import at_least, between, check_settings, one_of
+from default_moe.methods.settings import at_least, between, check_settings, one_of, setting
 
 
 @dataclass(frozen=True)
 class DefaultVectorSettings:
-    """How default vectors are made and used. A method (`methods/`) that inherits these has default vectors.
+    """How default vectors are made and used. A method (`methods/`) that inherits these has default vectors."""
 
-    ema_decay: beta of the moving average.  ema_weighted: average expert outputs weighted by their weight in the layer's
-      output.  ema_init: "zeros" or "gaussian" (with ema_init_std).
-    ema_update: "before" uses the vectors updated with this very batch, as the paper does, "after" those before it.
-    substitute: "forward" adds the default vectors of the inactive experts to the output, "backward" uses them
-      only for the router's gradient.
-    substitute_ramp_steps: with "forward", the steps over which their share of the output rises from none to all of it.
-      The gradient is dense from the start. 0: all of it at once.
-    substitute_at_eval: with "forward", whether they are added at evaluation and in generated text too. The paper does
-      not say; an earlier code of its authors added them in training only.
-    expert_gradient: with "forward", pass the gradient of what default vectors add to the output on to the experts, as
-      if the vectors were the means of their outputs over the (micro)batch. Not in the paper, where an expert moves its
-      vector with no regard to the tokens that the vector is for.
-    warm_up_batches: batches that the vectors of a model that has none yet are averaged over, before it trains on from
-      another run (`init_from`).
-    """
-
-    ema_decay: float = field(default=0.9, metadata=between(0, 1))
-    ema_weighted: bool = True
-    ema_init: str = field(default="zeros", metadata=one_of("zeros", "gaussian"))
-    ema_init_std: float = field(default=0.02, metadata=at_least(0))
-    ema_update: str = field(default="before", metadata=one_of("before", "after"))
-    substitute: str = field(default="forward", metadata=one_of("forward", "backward"))
-    substitute_ramp_steps: int = field(default=0, metadata=at_least(0))
-    substitute_at_eval: bool = True
-    expert_gradient: bool = False
-    warm_up_batches: int = field(default=8, metadata=at_least(0))
+    ema_decay: float = setting(0.9, "beta of the moving average.", between(0, 1))
+    ema_weighted: bool = setting(True, "Average an expert's outputs weighted by their weight in the layer's output.")
+    ema_init: str = setting("zeros", "What the vectors are at the start.", one_of("zeros", "gaussian"))
+    ema_init_std: float = setting(0.02, "Standard deviation of ema_init='gaussian'.", at_least(0))
+    ema_update: str = setting(
+        "before",
+        "Use the vectors updated with this very batch ('before', as the paper does), or those before it ('after').",
+        one_of("before", "after"),
+    )
+    substitute: str = setting(
+        "forward",
+        "'forward' adds the default vectors of the inactive experts to the output, 'backward' uses them only for the "
+        "router's gradient.",
+        one_of("forward", "backward"),
+    )
+    substitute_ramp_steps: int = setting(
+        0,
+        "With 'forward', the steps over which their share of the output rises from none to all of it. The gradient is "
+        "dense from the start. 0: all of it at once.",
+        at_least(0),
+    )
+    substitute_at_eval: bool = setting(
+        True,
+        "With 'forward', add them at evaluation and in generated text too. The paper does not say; an earlier code of "
+        "its authors added them in training only.",
+    )
+    expert_gradient: bool = setting(
+        False,
+        "With 'forward', pass the gradient of what default vectors add to the output on to the experts, as if the "
+        "vectors were the means of their outputs over the (micro)batch. Not in the paper, where an expert moves its "
+        "vector with no regard to the tokens that the vector is for.",
+    )
+    warm_up_batches: int = setting(
+        8,
+        "Batches that the vectors of a model that has none yet are averaged over, before it trains on from another run "
+        "(init_from).",
+        at_least(0),
+    )
 
     def __post_init__(self) -> None:
         prefix = f"moe.{getattr(self, 'name', 'default')}"

@@ -1,12 +1,12 @@
 """Loss-Free Balancing (Wang et al. 2024): a bias, moved by hand, steers which experts are chosen."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
 
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest, scores
-from default_moe.methods.settings import positive
+from default_moe.methods.settings import positive, setting
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,16 @@ class LossFree(Method):
 
     After each step the bias of an expert that had less than the mean load rises by the update rate, that of one that
     had more falls by it. There is no balance loss unless `moe.load_balance_weight` asks for one.
-
-    bias_update_rate: u. 1e-3 in its paper; 1e-4 was the best for the authors of Default MoE.
     """
 
     name = "loss_free"
     load_balance_weight = 0.0
 
-    bias_update_rate: float = field(default=1e-3, metadata=positive())
+    bias_update_rate: float = setting(
+        1e-3,
+        "u, by which a bias moves. 1e-3 in its paper; 1e-4 was the best for the authors of Default MoE.",
+        positive(),
+    )
 
     def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
         scores_BLN = scores(logits_BLN, config)

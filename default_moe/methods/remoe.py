@@ -1,6 +1,6 @@
 """ReMoE (Wang et al. 2025): gates are ReLUs, so routing is differentiable; a controlled L1 loss keeps it sparse."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array
 from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Load, Method, State
 from default_moe.methods.routing import masked_mean
-from default_moe.methods.settings import positive
+from default_moe.methods.settings import positive, setting
 
 _NO_SOFTMAX = "its gates are ReLUs of the logits, without a softmax"
 _OWN_LOSS = "its own loss balances the experts, and says how many run"
@@ -26,8 +26,6 @@ class ReMoE(Method):
     second without a gradient. After each step lambda is multiplied by `lambda_factor` if the share of closed gates of
     all layers is below 1 - K / N, and divided by it otherwise. Every layer's state holds the same lambda, kept between
     1e-30 and 1e30: float32 would lose it, should the share be on one side for hundreds of steps.
-
-    initial_lambda, lambda_factor: lambda at the start, and by what it changes.
     """
 
     name = "remoe"
@@ -42,8 +40,8 @@ class ReMoE(Method):
         "capacity_factor": "its loss, not a capacity, says how many experts run",
     }
 
-    initial_lambda: float = field(default=1e-8, metadata=positive(1e30))
-    lambda_factor: float = 1.2
+    initial_lambda: float = setting(1e-8, "lambda, the weight of the sparsity loss, at the start.", positive(1e30))
+    lambda_factor: float = setting(1.2, "What lambda is multiplied or divided by after each step; above 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What a setting may be: its type, and a range in the metadata of its field. Checked here, in one place.
+"""What a setting means and may be: its type, and what is in the metadata of its field. Checked here, in one place.
 
 Without a range of its own a number may be anything that 32 bits hold, and a text anything of reasonable length.
 """
@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from default_moe.errors import check, quoted
@@ -21,25 +21,38 @@ _LONGEST_TEXT = 2**16
 Rule = Callable[[Any], str | None]
 
 
-def at_least(least: float, most: float = _MOST) -> dict[str, Rule]:
-    return _rule(lambda value: _bounds(value, least, most, f"be at least {least}"))
+def setting(default: Any, meaning: str, *more: Mapping[str, Any]) -> Any:
+    """Return the dataclass field of a setting.
+
+    meaning: for `--help`.  more: a range, made by one of the functions below, and marks (`config/mappings`).
+    """
+    metadata: dict[str, Any] = {"meaning": meaning}
+    for entry in more:
+        metadata |= entry
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def positive(most: float = _MOST) -> dict[str, Rule]:
+def at_least(least: float, most: float = _MOST) -> dict[str, Any]:
+    return _rule(lambda value: _bounds(value, least, most, f"be at least {least}"), f"at least {least}")
+
+
+def positive(most: float = _MOST) -> dict[str, Any]:
     """Far enough above zero for float32."""
-    return _rule(lambda value: _bounds(value, 1e-30, most, "be positive, and not below 1e-30"))
+    return _rule(lambda value: _bounds(value, 1e-30, most, "be positive, and not below 1e-30"), "positive")
 
 
-def between(least: float, most: float) -> dict[str, Rule]:
-    return _rule(lambda value: None if least <= value <= most else f"lie in [{least}, {most}]")
+def between(least: float, most: float) -> dict[str, Any]:
+    inside = f"in [{least}, {most}]"
+    return _rule(lambda value: None if least <= value <= most else f"lie {inside}", inside)
 
 
-def one_of(*choices: str) -> dict[str, Rule]:
-    return _rule(lambda value: None if value in choices else f"be one of {', '.join(map(repr, choices))}")
+def one_of(*choices: str) -> dict[str, Any]:
+    listed = f"one of {', '.join(map(repr, choices))}"
+    return _rule(lambda value: None if value in choices else f"be {listed}", listed)
 
 
-def path() -> dict[str, Rule]:
-    return _rule(path_fault)
+def path() -> dict[str, Any]:
+    return _rule(path_fault, "a path")
 
 
 def path_fault(value: str) -> str | None:
@@ -83,8 +96,8 @@ def check_settings(settings: Any, prefix: str) -> None:
             object.__setattr__(settings, f.name, float(value))
 
 
-def _rule(rule: Rule) -> dict[str, Rule]:
-    return {"rule": rule}
+def _rule(rule: Rule, description: str) -> dict[str, Any]:
+    return {"rule": rule, "range": description}
 
 
 def _bounds(value: float, least: float, most: float, below: str) -> str | None:

@@ -9,6 +9,7 @@ from jax import Array
 
 from default_moe.errors import check
 from default_moe.methods.method import Decision, LayerSettings, Method, State
+from default_moe.methods.settings import setting
 
 
 class Draws(NamedTuple):
@@ -23,10 +24,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseMixer(Method):
-    """One or two experts, drawn one after the other; Heun's third-order estimate of the gradient of the draw.
-
-    mask_threshold: eps. Experts whose logit is more than 2 eps below the largest, relatively, are never drawn.
-    """
+    """One or two experts, drawn one after the other; Heun's third-order estimate of the gradient of the draw."""
 
     name = "sparsemixer"
     random = True
@@ -36,7 +34,11 @@ class SparseMixer(Method):
         "router_noise_std": "it draws experts at random already",
     }
 
-    mask_threshold: float = 0.1
+    mask_threshold: float = setting(
+        0.1,
+        "eps, above 0 and below 1. Experts whose logit is more than 2 eps below the largest, relatively, are never "
+        "drawn.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
