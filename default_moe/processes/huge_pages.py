@@ -6,6 +6,7 @@ it was told so when the process started.
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -29,6 +30,12 @@ def restart_with_huge_pages() -> None:
     sys.stderr.flush()
     with contextlib.suppress(OSError):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def return_free_memory() -> None:
+    """Give the system back what malloc holds free. Threads that write and draw leave it in pieces, more with time."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _would_help() -> bool:

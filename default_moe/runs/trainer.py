@@ -15,6 +15,7 @@ from default_moe.config import Config, flat_items
 from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
 from default_moe.errors import Diverged, TrainingFailed
 from default_moe.processes import distributed
+from default_moe.processes.huge_pages import return_free_memory
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.evaluation import evaluate
@@ -172,6 +173,7 @@ class _Loop:
                     held_out = self._evaluate(state, step)
                 if finished or stopping or self._save_is_due(step):
                     self._record_pending()
+                    return_free_memory()
                     # What led to a bad step may lie in the weights: it must not push good checkpoints out.
                     if finished or stopping or not self._bad_in_row:
                         self._save(state, step, held_out)
