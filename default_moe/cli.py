@@ -216,7 +216,7 @@ def _define_flags(many_processes: bool, cached: bool) -> flags.FlagValues:
     """Define the flags that programs share. Returns them apart from the others too, for `_start`."""
     own = flags.FlagValues()
     for values in (own, flags.FLAGS):
-        to: dict[str, Any] = {"flag_values": values, "module_name": __name__}
+        to: dict[str, Any] = {"flag_values": values, "module_name": __name__, "allow_override": True}
         if cached:
             told = f"Keep compiled programs in {FOLDER}; $JAX_COMPILATION_CACHE_DIR names another place."
             flags.DEFINE_bool("compilation_cache", True, told, **to)
@@ -245,7 +245,7 @@ def _start(argv: list[str], own: flags.FlagValues) -> None:
 def _help(main: Callable[[list[str]], int]) -> int:
     """Print what a program does, its flags and, if it has them all, the settings."""
     width = min(shutil.get_terminal_size((100, 0)).columns, 120)
-    lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Flags:"]
+    lines = [inspect.cleandoc(getattr(main, "__globals__", {}).get("__doc__") or ""), "", "Flags:"]
     of_module = flags.FLAGS.flags_by_module_dict()
     for flag in (flag for module in (sys.argv[0], main.__module__, __name__) for flag in of_module.get(module, ())):
         default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default

@@ -104,6 +104,12 @@ EVAL |= bad_paths("--workdir") | {
     "a huge step": (["--workdir={here}/trained", f"--step={HUGE}"], f"--step={HUGE}"),
     "a workdir that is a file": (["--workdir={here}/empty.txt"], "empty.txt"),
     "a prompt that is no text": (["--workdir={here}/trained", "--prompt=a\udc80"], "prompt is 'a\\udc80'"),
+    "prompts that are not there": (["--workdir={here}/trained", "--prompts={here}/none"], "No such file"),
+    "prompts in no file": (["--workdir={here}/trained", "--prompts={here}/empty.txt"], "there is no text in it"),
+    "prompts that are no text": (["--workdir={here}/trained", "--prompts={here}/latin"], "can't decode byte"),
+    "a share above all": (["--workdir={here}/trained", "--top_p=1.5"], "--top_p is 1.5, but must be above 0"),
+    "a share that is no number": (["--workdir={here}/trained", "--top_p=nan"], "--top_p is nan"),
+    "fewer than no tokens": (["--workdir={here}/trained", "--top_k=-1"], "--top_k=-1"),
 }
 ANALYSIS = {
     "no analysis": ([], "which analysis is not said"),
@@ -180,6 +186,7 @@ def answers(tmp_path_factory):
     write_corpus(here / "text")
     (here / "records.jsonl").write_text(json.dumps({"body": "some text"}) + "\n")
     (here / "empty.txt").touch()
+    (here / "latin").write_bytes("caf\u00e9".encode("latin-1"))
     (here / "broken.py").write_text("def get_config(:\n")
     (here / "mistyped.py").write_text(MISTYPED)
     (here / "words.py").write_text(MISTYPED.replace("d_modle = 16", 'd_model = "wide"'))

@@ -154,6 +154,8 @@ def read_command(own_flags, monkeypatch, capfd):
         except Read:
             return ""
         except SystemExit as error:
+            if arguments == ["--help"] and error.code == 0:
+                return ""
             return f"exit code {error.code}: {capfd.readouterr().err}"
         raise AssertionError("the program ended without reading its command line to the end")
 

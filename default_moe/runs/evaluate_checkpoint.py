@@ -1,7 +1,7 @@
 """The report of eval.py: a saved checkpoint evaluated."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from default_moe.config import Config
@@ -9,18 +9,27 @@ from default_moe.files import write_report
 from default_moe.processes import distributed
 from default_moe.runs.evaluation import Evaluation, evaluate
 from default_moe.runs.progress import Progress
-from default_moe.runs.sampling import sample_text
+from default_moe.runs.sampling import Sampling, sample_texts
 from default_moe.runs.saved_run import open_saved_run
 
 
-def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[[Config], Config]) -> int:
+def run(
+    workdir: Path,
+    step: int | None,
+    prompts: Sequence[str],
+    override: Callable[[Config], Config],
+    sampling: Sampling = Sampling(),  # noqa: B008, it is immutable
+    stop: Sequence[str] = (),
+) -> int:
     """Evaluate a checkpoint on the whole held-out split, print a table, write `<workdir>/eval/step_N.json`.
 
     Args:
       workdir: of the run.
       step: which checkpoint; None takes the newest that is whole.
-      prompt: text to continue; None takes eval.prompt.
+      prompts: texts to continue; if empty, eval.prompt.
       override: changes the checkpoint's own config.
+      sampling: with the number of tokens and the temperature of the config.
+      stop: texts that end what is generated.
 
     Returns:
       the exit code, 0. Raises ConfigError or CheckpointError on bad input.
@@ -32,16 +41,23 @@ def run(workdir: Path, step: int | None, prompt: str | None, override: Callable[
     def on_whole_split(saved: Config) -> Config:
         return override(dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, num_batches=0)))
 
-    run = open_saved_run(workdir, step, on_whole_split, {"--prompt": prompt}, training=False)
+    asked = {"prompts": list(prompts), "--stop": list(stop), **dataclasses.asdict(sampling)}
+    run = open_saved_run(workdir, step, on_whole_split, asked, training=False)
     config = run.program.config
     rows = run.data.validation_rows(config.train.sequence_length)
     result = evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
-    prompt = config.eval.prompt if prompt is None else prompt
-    text = sample_text(run.program, run.params, run.variables, run.data.tokenizer, prompt)
     say(_table(result, run.step, config))
-    say(f"\nfrom the prompt {prompt!r}:\n{text}")
+    prompts = prompts or [config.eval.prompt]
+    texts, speed = sample_texts(
+        run.program, run.params, run.variables, run.data.tokenizer, prompts, sampling.of(config.eval), stop
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"\nfrom the prompt {prompt!r}:\n{text}")
+    if speed:
+        say(f"\n{len(texts)} x {config.eval.sample_tokens} tokens generated at {speed:,.0f} tokens/s")
     if distributed.process_index() == 0:
-        report = {"step": run.step, **dataclasses.asdict(result), "prompt": prompt, "sample": text}
+        samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+        report = {"step": run.step, **dataclasses.asdict(result), "samples": samples}
         write_report(workdir / "eval", {f"step_{run.step}.json": report})
         say(f"\nwritten to {workdir / 'eval' / f'step_{run.step}.json'}")
     return 0

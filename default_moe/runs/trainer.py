@@ -23,7 +23,7 @@ from default_moe.runs.fine_tuning import Source, check_tokenizer, find_source, f
 from default_moe.runs.measurements import StepMeasurements
 from default_moe.runs.metrics import MetricsWriter
 from default_moe.runs.progress import Progress
-from default_moe.runs.sampling import sample_text
+from default_moe.runs.sampling import Sampling, sample_texts
 from default_moe.runs.workdir import Run, check_ours, open_run
 from default_moe.training.memory import out_of_memory_in_one_line, step_memory
 from default_moe.training.program import Program, mesh_for
@@ -111,7 +111,9 @@ def train(
         progress.message(f"stopped; the same command continues from the last checkpoint in {workdir}")
         return stop.exit_code
     with out_of_memory_in_one_line(TrainingFailed, "sampling", config, program.num_batch_shards):
-        text = sample_text(program, state.params, state.variables, data.tokenizer, config.eval.prompt)
+        [text], _ = sample_texts(
+            program, state.params, state.variables, data.tokenizer, [config.eval.prompt], Sampling().of(config.eval)
+        )
     run.check_there()
     progress.message(f"a sample:\n{text}\n\ndone: everything is in {workdir}")
     return 0

@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path) -> tuple[int, str]:
 
 def evaluate(workdir: Path, step: int | None = None, override: Any = lambda config: config) -> tuple[int, str]:
     """Evaluates in this process as the command does. Returns its exit code, and all it printed."""
-    return _run(lambda argv: evaluate_checkpoint.run(workdir, step, "the ", override))
+    return _run(lambda argv: evaluate_checkpoint.run(workdir, step, ["the "], override))
 
 
 def trained(config: Config, workdir: Path, code: int = 0) -> str:
