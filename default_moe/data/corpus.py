@@ -12,7 +12,7 @@ class Corpus(Protocol):
     """Text documents in a "train" and a "validation" split.
 
     name: for messages and folder names.
-    replaced: in how many places of each file invalid Unicode became U+FFFD, added to while documents are read.
+    replaced: in how many places of each file invalid Unicode became U+FFFD, added to whenever documents are read.
     """
 
     name: str

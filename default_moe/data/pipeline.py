@@ -109,7 +109,6 @@ def open_tokenizer(config: DataConfig, corpus: Corpus, cache: Path, log: Log) ->
     begin = time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = train_bpe(corpus.documents("train"), size)
-    corpus.replaced.clear()  # the train split is read once more
     write_sealed(path, tokenizer.to_dict())
     log(f"Trained a BPE of {tokenizer.vocab_size:,} tokens on {corpus.name} in {time.monotonic() - begin:.1f} s")
     return tokenizer
@@ -134,10 +133,9 @@ def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokeniz
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
     train = open_store(folder / "train", corpus, "train", tokenizer, log)
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
-    if corpus.replaced:
-        places, files = corpus.replaced.total(), len(corpus.replaced)
-        example = shown(next(iter(corpus.replaced)))
-        log(f"Replaced invalid Unicode in {places:,} places of {files:,} files, {example} for one")
+    if places := train.info.replaced + validation.info.replaced:
+        example = f", {shown(next(iter(corpus.replaced)))} for one" if corpus.replaced else ""
+        log(f"note: invalid Unicode in {places:,} places of the text became U+FFFD{example}")
     _check_has_documents(config, train.info, validation.info)
     hashes = train.info.content_hash + validation.info.content_hash
     return Data(tokenizer, hashlib.sha256(hashes.encode()).hexdigest(), train, validation)

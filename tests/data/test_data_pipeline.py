@@ -83,13 +83,14 @@ def test_bpe_learns_only_from_train(texts):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_replaced_bytes_are_reported_once(texts, tokenizer):
+def test_replaced_bytes_are_reported_at_every_start(texts, tokenizer):
     for name in ("00.txt", "01.txt", "02.txt"):
         (texts / name).write_bytes(b"bad \xff and \xfe")
     data, lines = opened(texts, tokenizer=tokenizer)
-    (report,) = (line for line in lines if line.startswith("Replaced"))
-    assert report.startswith("Replaced invalid Unicode in 6 places of 3 files, ")
+    said = "note: invalid Unicode in 6 places of the text became U+FFFD"
+    assert lines[-1].startswith(f"{said}, {texts}/0") and sum("Unicode" in line for line in lines) == 1
     assert data.train.info.replaced + data.validation.info.replaced == 6
+    assert opened(texts, tokenizer=tokenizer)[1] == [said]
 
 
 @pytest.mark.parametrize(
