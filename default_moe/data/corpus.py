@@ -28,6 +28,24 @@ class Corpus(Protocol):
         """Hexadecimal key of the documents and their split, found without reading large files."""
 
 
+class EvenlySplit:
+    """A corpus of `count` documents, all of which are in its split `full`, split at even distances instead."""
+
+    def __init__(self, corpus: Corpus, full: Split, count: int, validation_fraction: float) -> None:
+        self.name, self.replaced = corpus.name, corpus.replaced
+        self.num_held_out = min(max(round(count * validation_fraction), 1), count - 1)
+        self._held_out = {(2 * i + 1) * count // (2 * self.num_held_out) for i in range(self.num_held_out)}
+        self._corpus, self._full = corpus, full
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"evenly split {self._corpus.fingerprint()}".encode()).hexdigest()
+
+    def documents(self, split: Split) -> Iterator[str]:
+        for index, text in enumerate(self._corpus.documents(self._full)):
+            if (index in self._held_out) == (split == "validation"):
+                yield text
+
+
 def in_split(document: str, split: Split, validation_fraction: float) -> bool:
     """Whether the document of that name falls in `split`: about validation_fraction of all names are held out."""
     digest = hashlib.sha256(document.encode("utf-8", "surrogateescape")).digest()

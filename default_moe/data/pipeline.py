@@ -9,7 +9,7 @@ from pathlib import Path
 
 from default_moe.config import DataConfig
 from default_moe.data import packing
-from default_moe.data.corpus import Corpus, Split
+from default_moe.data.corpus import Corpus, EvenlySplit, Split
 from default_moe.data.packing import Rows
 from default_moe.data.paths import expanded
 from default_moe.data.sealed import Damaged, read_sealed, write_sealed
@@ -128,31 +128,40 @@ def measure_reading(data: Data, sequence_length: int, batch_size: int, seconds: 
 
 def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokenizer | None) -> Data:
     corpus = open_corpus(config, log)
+    data = _prepared(config, corpus, directory, log, tokenizer)
+    documents = data.train.info.documents + data.validation.info.documents
+    if documents > 1 and not (data.train.info.documents and data.validation.info.documents):  # by chance, if few
+        full: Split = "train" if data.train.info.documents else "validation"
+        corpus = EvenlySplit(corpus, full, documents, config.validation_fraction)
+        log(
+            f"note: by their names all {documents:,} documents fall in the {full} split; {corpus.num_held_out:,}, at "
+            "even distances, are held out instead"
+        )
+        data = _prepared(config, corpus, directory, log, tokenizer)
+    _check_has_documents(config, documents)
+    if places := data.train.info.replaced + data.validation.info.replaced:
+        example = f", {shown(next(iter(corpus.replaced)))} for one" if corpus.replaced else ""
+        log(f"note: invalid Unicode in {places:,} places of the text became U+FFFD{example}")
+    return data
+
+
+def _prepared(config: DataConfig, corpus: Corpus, directory: Path, log: Log, tokenizer: Tokenizer | None) -> Data:
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
     tokenizer = tokenizer or open_tokenizer(config, corpus, cache, log)
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
     train = open_store(folder / "train", corpus, "train", tokenizer, log)
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
-    if places := train.info.replaced + validation.info.replaced:
-        example = f", {shown(next(iter(corpus.replaced)))} for one" if corpus.replaced else ""
-        log(f"note: invalid Unicode in {places:,} places of the text became U+FFFD{example}")
-    _check_has_documents(config, train.info, validation.info)
     hashes = train.info.content_hash + validation.info.content_hash
     return Data(tokenizer, hashlib.sha256(hashes.encode()).hexdigest(), train, validation)
 
 
-def _check_has_documents(config: DataConfig, train: StoreInfo, validation: StoreInfo) -> None:
+def _check_has_documents(config: DataConfig, documents: int) -> None:
     setting, value = ("files", config.files) if config.name == "text_files" else ("name", config.name)
-    where = f"data.{setting} = {shown(repr(value))}"
-    documents = train.documents + validation.documents
-    if not documents:
-        raise ConfigError(f"{where} holds no text, but must have documents to train on and to hold out")
-    for split, info, change in (("train", train, "lower"), ("validation", validation, "raise")):
-        if not info.documents:
-            raise ConfigError(
-                f"the {split} split is empty: {where} has {documents} documents and data.validation_fraction is "
-                f"{config.validation_fraction}; {change} it, or give more documents"
-            )
+    held = "no text" if not documents else "one document"
+    if documents < 2:
+        raise ConfigError(
+            f"data.{setting} = {shown(repr(value))} holds {held}, but must have documents to train on and to hold out"
+        )
 
 
 def _check_long_enough(split: Split, info: StoreInfo, sequence_length: int) -> None:

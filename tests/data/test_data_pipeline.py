@@ -13,6 +13,7 @@ from helpers.refusals import refused
 
 from default_moe.config import DataConfig
 from default_moe.data import data_directory, measure_reading, open_data, token_store
+from default_moe.data.corpus import EvenlySplit
 
 
 def config(texts, **changes):
@@ -93,16 +94,32 @@ def test_replaced_bytes_are_reported_at_every_start(texts, tokenizer):
     assert opened(texts, tokenizer=tokenizer)[1] == [said]
 
 
-@pytest.mark.parametrize(
-    ("fraction", "words"),
-    [
-        (1e-9, r"validation split is empty: data\.files = .* has 40 documents .*; raise it"),
-        (1 - 1e-9, r"train split is empty: data\.files = .* has 40 documents .*; lower it"),
-    ],
-)
-def test_an_empty_split(texts, fraction, words):
-    with refused(words):
-        opened(texts, validation_fraction=fraction)
+@pytest.mark.parametrize(("fraction", "train", "validation"), [(1e-9, 39, 1), (1 - 1e-9, 1, 39)])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_both_splits_have_documents(texts, fraction, train, validation, tokenizer):
+    data, lines = opened(texts, validation_fraction=fraction, tokenizer=tokenizer)
+    assert (data.train.info.documents, data.validation.info.documents) == (train, validation)
+    assert data.train.info.bytes + data.validation.info.bytes == sum(path.stat().st_size for path in texts.iterdir())
+    again, said = opened(texts, validation_fraction=fraction, tokenizer=tokenizer)
+    assert again.corpus_hash == data.corpus_hash and said == [line for line in lines if line.startswith("note: ")]
+
+
+def test_what_is_held_out_of_a_split_that_has_all(list_corpus):
+    corpus = EvenlySplit(list_corpus([str(number) for number in range(40)]), "train", 40, 0.1)
+    assert list(corpus.documents("validation")) == ["5", "15", "25", "35"]
+    assert len(list(corpus.documents("train"))) == 36
+
+
+def test_a_split_that_has_documents_stays_as_it_was(texts):
+    """As the first version split these."""
+    assert opened(texts)[0].corpus_hash == "f52cd628dad55da98d49c8d04ff9e37a4d22b63a6bc6bfb666a6a84e978c8a6a"
+
+
+def test_one_document_is_too_few(texts):
+    for path in sorted(texts.iterdir())[1:]:
+        path.unlink()
+    with refused(r"data\.files = .* holds one document, but must have documents to train on and to hold out"):
+        opened(texts)
 
 
 def test_too_little_text(texts):
