@@ -1,8 +1,8 @@
 """Text as batches: `open_data` gives a run's tokenizer and the rows of its two splits.
 
 corpus.py, stdlib.py, text_files.py, tfds_text.py give documents; tokenizer.py makes them ids; token_store.py keeps the
-ids on the disk, sealed.py what is known of them; packing.py cuts them into rows; pipeline.py puts these together;
-prefetch.py works ahead.
+ids on the disk, sealed.py and sources.py what is known of them; packing.py cuts them into rows; pipeline.py puts these
+together; prefetch.py works ahead.
 """
 
 from default_moe.data.packing import Batch, Rows

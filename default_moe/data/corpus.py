@@ -27,6 +27,9 @@ class Corpus(Protocol):
     def fingerprint(self) -> str:
         """Hexadecimal key of the documents and their split, found without reading large files."""
 
+    def sources(self) -> dict[str, Any]:
+        """What the documents are read from, as `sources.describe` gives it."""
+
 
 class EvenlySplit:
     """A corpus of `count` documents, all of which are in its split `full`, split at even distances instead."""
@@ -39,6 +42,9 @@ class EvenlySplit:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"evenly split {self._corpus.fingerprint()}".encode()).hexdigest()
+
+    def sources(self) -> dict[str, Any]:
+        return self._corpus.sources()
 
     def documents(self, split: Split) -> Iterator[str]:
         for index, text in enumerate(self._corpus.documents(self._full)):

@@ -13,6 +13,7 @@ from default_moe.data.corpus import Corpus, EvenlySplit, Split
 from default_moe.data.packing import Rows
 from default_moe.data.paths import expanded
 from default_moe.data.sealed import Damaged, read_sealed, write_sealed
+from default_moe.data.sources import RECORD, differences, find_record
 from default_moe.data.token_store import StoreInfo, TokenStore, open_store
 from default_moe.data.tokenizer import (
     Tokenizer,
@@ -24,6 +25,7 @@ from default_moe.data.tokenizer import (
 from default_moe.errors import ConfigError, shown
 
 Log = Callable[[str], None]
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Data:
     """A corpus, tokenized. corpus_hash: SHA-256 over the text of both splits, wherever the files lie.
 
     train, validation: the splits' streams of tokens; their `info` has the counts of tokens, documents and bytes.
+    changes_since: tells how the corpus of another hash differed, as far as that is recorded in the same data directory.
     """
 
     tokenizer: Tokenizer
     corpus_hash: str
     train: TokenStore
     validation: TokenStore
+    changes_since: Callable[[str], list[str]]
 
     def train_rows(self, sequence_length: int, seed: int) -> Rows:
         """Endless rows of the train split, reshuffled each epoch. Raises ConfigError if it fills no sequence."""
@@ -149,10 +153,27 @@ def _prepared(config: DataConfig, corpus: Corpus, directory: Path, log: Log, tok
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
     tokenizer = tokenizer or open_tokenizer(config, corpus, cache, log)
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
+    recorded = all((folder / f"{split}.json").exists() for split in SPLITS)  # else what is read now
     train = open_store(folder / "train", corpus, "train", tokenizer, log)
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
-    hashes = train.info.content_hash + validation.info.content_hash
-    return Data(tokenizer, hashlib.sha256(hashes.encode()).hexdigest(), train, validation)
+    if not recorded:
+        write_sealed(folder / RECORD, corpus.sources())
+
+    def changes_since(corpus_hash: str) -> list[str]:
+        before = find_record(directory, lambda folder: _hash_of_stored(folder) == corpus_hash)
+        return differences(before, corpus.sources())
+
+    return Data(tokenizer, _corpus_hash(train.info, validation.info), train, validation, changes_since)
+
+
+def _corpus_hash(train: StoreInfo, validation: StoreInfo) -> str:
+    return hashlib.sha256((train.content_hash + validation.content_hash).encode()).hexdigest()
+
+
+def _hash_of_stored(folder: Path) -> str | None:
+    """The corpus hash of prepared tokens, None if they are not there. Raises Damaged."""
+    train, validation = (StoreInfo.from_json(read_sealed(folder / f"{split}.json") or {}) for split in SPLITS)
+    return _corpus_hash(train, validation) if train and validation else None
 
 
 def _check_has_documents(config: DataConfig, documents: int) -> None:

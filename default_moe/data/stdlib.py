@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -16,8 +17,10 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
+from default_moe.data.sources import describe
 from default_moe.errors import ConfigError, shown
 from default_moe.files import find_damage, write_manifest
 
@@ -82,6 +85,9 @@ class StdlibCorpus:
             digest.update(repr((name, len(data))).encode())
             digest.update(data)
         return digest.hexdigest()
+
+    def sources(self) -> dict[str, Any]:
+        return describe(self._files, Python=platform.python_version())
 
     def documents(self, split: Split) -> Iterator[str]:
         from default_moe.data import stdlib_builder

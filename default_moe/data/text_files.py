@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
 from default_moe.data.paths import expanded
+from default_moe.data.sources import describe
 from default_moe.errors import ConfigError, closest, shown
 from default_moe.files import open_regular
 
@@ -63,6 +64,9 @@ class TextFiles:
             known = path.stat()
             digest.update(repr((name, str(path.resolve()), known.st_size, known.st_mtime_ns)).encode())
         return digest.hexdigest()
+
+    def sources(self) -> dict[str, Any]:
+        return describe(self._files)
 
     def documents(self, split: Split) -> Iterator[str]:
         for name, path in self._files:

@@ -14,6 +14,7 @@ from typing import Any
 
 from default_moe.data.corpus import Split, decode_utf8, in_split
 from default_moe.data.paths import expanded
+from default_moe.data.sources import describe
 from default_moe.errors import ConfigError, closest, shown
 from default_moe.files import read_json
 
@@ -65,6 +66,10 @@ class TfdsText:
             stat = path.stat()
             digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
         return digest.hexdigest()
+
+    def sources(self) -> dict[str, Any]:
+        files = ((path.name, path) for path in sorted(self._path.iterdir()) if path.is_file())
+        return describe(files, **{"data set": self._path.name})
 
     def documents(self, split: Split) -> Iterator[str]:
         source = self._held_out if split == "validation" and self._held_out else "train"

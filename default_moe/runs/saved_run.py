@@ -65,7 +65,8 @@ def open_saved_run(
         data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
         distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
         if data.corpus_hash != meta.get("corpus_hash"):
-            say("note: this is not the text that the run was trained on, or another version of it")
+            changes = "; ".join(data.changes_since(str(meta.get("corpus_hash")))) or "no record of that text is left"
+            say(f"note: this is not the text that the run was trained on, or another version of it ({changes})")
         program = Program(config, tokenizer.vocab_size, training=training)
         state = program.abstract_state
         wanted = {"params": state.params, "variables": state.variables}

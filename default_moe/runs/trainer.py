@@ -69,7 +69,7 @@ def train(
     distributed.check_same(identity, "data must be the same on every host")
 
     with (
-        open_run(workdir, config, **identity) as run,
+        open_run(workdir, config, **identity, changes_since=data.changes_since) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
         contextlib.nullcontext(stop) if stop else StopRequest() as stop,
         out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),

@@ -13,7 +13,7 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,14 @@ def open_run(
     corpus_hash: str,
     vocab_size: int,
     tokenizer_hash: str | None = None,
+    changes_since: Callable[[str], list[str]] = lambda corpus_hash: [],
 ) -> Iterator[Run]:
     """A new run in an empty or absent `workdir`, or the same run there; while entered, no other process has it.
 
     A run that never saved a checkpoint has nothing to go on from: any other takes its place.
 
     tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
+    changes_since: tells how a corpus of another hash differed.
     Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
     trains in it, or if it cannot be written. With several processes only the first one locks and writes; the others
     raise it if they do not see what that one wrote.
@@ -108,13 +110,14 @@ def open_run(
         yield _join_run(folder)
         return
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
-    _compare(folder, config, identity)
+    _compare(folder, config, identity, changes_since)
     lock = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
-            run = _compare(folder, config, identity)  # another process may have started it before the lock
+            # Another process may have started it before the lock.
+            run = _compare(folder, config, identity, changes_since)
             content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
             content |= {"config": config.to_dict(), "versions": _versions(), "history": _history(folder, run)}
             write_run(folder, content)
@@ -157,7 +160,9 @@ def _join_run(folder: Path) -> Run:
     )
 
 
-def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> Run:
+def _compare(
+    folder: Path, config: Config, identity: Mapping[str, Any], changes_since: Callable[[str], list[str]]
+) -> Run:
     """The run that these settings begin or continue in `folder`. Raises ConfigError where they must not."""
     new = Run(folder, uuid.uuid4().hex, resumed=False, notes=[])
     try:
@@ -186,11 +191,11 @@ def _compare(folder: Path, config: Config, identity: Mapping[str, Any]) -> Run:
     changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if not _may_change(name, before, now)]
     if refused:
-        differences = "; ".join(
-            f"{name}: {shown(before[name], 60)} there, {shown(now[name], 60)} here" for name in refused
-        )
+        differences = [f"{name}: {shown(before[name], 60)} there, {shown(now[name], 60)} here" for name in refused]
+        if "corpus_hash" in refused:
+            differences += changes_since(str(before["corpus_hash"]))
         raise ConfigError(
-            f"the work directory {folder} holds a run that these settings cannot continue ({differences}): "
+            f"the work directory {folder} holds a run that these settings cannot continue ({'; '.join(differences)}): "
             "choose another --workdir, or set them back"
         )
     notes = [f"{name} was {shown(before[name], 60)}, is now {shown(now[name], 60)}" for name in changed]

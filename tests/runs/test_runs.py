@@ -97,6 +97,7 @@ def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp
         "train.seed: 1 there, 2 here",
         "data.validation_fraction: 0.2 there, 0.3 here",
         "corpus_hash: ",
+        "text changed: '0.txt', '1.txt', '2.txt' and 1 more",
     ):
         assert difference in error
     assert content(workdir) == before
