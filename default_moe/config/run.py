@@ -19,7 +19,7 @@ from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import ModelConfig
 from default_moe.config.moe import MoEConfig
 from default_moe.errors import check, quoted
-from default_moe.methods.settings import at_least, between, check_settings, one_of, path, positive, setting
+from default_moe.methods.settings import at_least, between, check_settings, names_of_files, one_of, path, positive, setting
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class DataConfig:
     files: str | None = setting(
         None,
         "Glob or globs (separated by commas) of .txt, .md, .jsonl, .jsonl.gz or .parquet files, for 'text_files'.",
+        names_of_files(),
         MAY_CHANGE,  # the corpus hash says whether the text is the same
     )
     text_field: str = setting("text", "The field that holds the text, in .jsonl, .parquet and TFDS data sets.")

@@ -1,6 +1,7 @@
 """What a corpus is: documents in two splits, and the few rules that every kind of corpus shares."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
@@ -54,7 +55,7 @@ class EvenlySplit:
 
 def in_split(document: str, split: Split, validation_fraction: float) -> bool:
     """Whether the document of that name falls in `split`: about validation_fraction of all names are held out."""
-    digest = hashlib.sha256(document.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(os.fsencode(document)).digest()
     held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
     return held_out == (split == "validation")
 

@@ -128,7 +128,9 @@ def _find_files(patterns: str) -> list[tuple[str, Path]]:
                 f"data.files: {shown(path)} is no {', '.join(SUFFIXES)} file; narrow the glob to one of these"
             )
     once: dict[tuple[int, int], tuple[str, Path]] = {}  # by what they are: links may lead to a file in many ways
-    for name, path in sorted((name, path) for path, name in found.items()):
+    for name, path in sorted(
+        ((name, path) for path, name in found.items()), key=lambda file: (os.fsencode(file[0]), file[1])
+    ):
         once.setdefault((path.stat().st_dev, path.stat().st_ino), (name, path))
     return list(once.values())
 
@@ -263,14 +265,13 @@ def _read_parquet(path: Path, field: str, wanted: Wanted) -> Iterator[tuple[str,
 
     where = f"data.files: {shown(path)}"
     unreadable = (pa.ArrowException, OSError, MemoryError, ValueError)  # UnicodeDecodeError, of names, among the last
-    try:
-        with open_regular(path):
-            file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        names = schema.names
-    except unreadable as error:
-        raise ConfigError(f"{where} is not a parquet file, or damaged ({_first_line(error)})") from error
-    with file:
+    with open_regular(path) as source:
+        try:
+            file = pq.ParquetFile(source)  # which takes a path only if that is UTF-8
+            schema = file.schema_arrow
+            names = schema.names
+        except unreadable as error:
+            raise ConfigError(f"{where} is not a parquet file, or damaged ({_first_line(error)})") from error
         if field not in names:
             raise _no_field(field, shown(path), names)
         if names.count(field) > 1:
@@ -297,6 +298,7 @@ def _parquet_text(value: Any) -> tuple[str, int]:
     try:
         return value.as_py() or "", 0
     except UnicodeDecodeError:
+        value = getattr(value, "value", value)  # of a dictionary
         return decode_utf8(value.as_buffer().to_pybytes())
 
 

@@ -51,6 +51,11 @@ def one_of(*choices: str) -> dict[str, Any]:
     return _rule(lambda value: None if value in choices else f"be {listed}", listed)
 
 
+def names_of_files() -> dict[str, Any]:
+    """Of any bytes: those that are not UTF-8 are the surrogates U+DC80 to U+DCFF in Python's text."""
+    return _rule(lambda value: _text_fault(re.sub("[\udc80-\udcff]", "", value)), "names of files")
+
+
 def path() -> dict[str, Any]:
     return _rule(path_fault, "a path")
 

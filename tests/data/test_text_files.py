@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.refusals import refused
 
+from default_moe.config import DataConfig
 from default_moe.data import text_files
 from default_moe.data.text_files import TextFiles
 
@@ -100,6 +101,40 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     corpus = TextFiles(f"{tmp_path}/*", "text", 0.5)
     assert sorted(documents(corpus)) == ["a\ufffdb", "good \ufffd \ufffd bad \ufffd cut", "surrogate \ufffd!"]
     assert {Path(name).name: n for name, n in corpus.replaced.items()} == {"a.txt": 2, "b.jsonl": 1, "c.parquet": 1}
+
+
+def test_invalid_utf8_in_a_dictionary_of_parquet(tmp_path):
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    values = pa.Array.from_buffers(pa.string(), 1, buffers)
+    for kind in (pa.string(), pa.large_string()):
+        column = pa.DictionaryArray.from_arrays(pa.array([0, None, 0], pa.int32()), values.cast(kind, safe=False))
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        corpus = TextFiles(f"{tmp_path}/*", "text", 0.5)
+        assert documents(corpus) == ["a\ufffdb"] * 2 and corpus.replaced.total() == 2
+
+
+@pytest.mark.parametrize("suffix", text_files.SUFFIXES)
+def test_names_that_are_not_utf8(tmp_path, suffix):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    texts = {os.fsdecode(name): name.hex() for name in (b"\xff", b"\xfc", "\U0001f600".encode())}
+    for name, text in texts.items():
+        path = folder / f"{name}{suffix}"
+        if suffix == ".parquet":
+            with path.open("wb") as file:
+                pq.write_table(pa.table({"text": [text]}), file)
+        else:
+            write_lines(path, [{"text": text}]) if "json" in suffix else path.write_text(text)
+    config = DataConfig(name="text_files", files=f"{folder}/*{suffix}", validation_fraction=1e-9)
+    assert config.files
+    corpus = TextFiles(config.files, "text", config.validation_fraction)
+    assert list(corpus.documents("train")) == ["f09f9880", "fc", "ff"]  # in the order of their names' bytes
+    assert json.loads(json.dumps(corpus.sources()))["files"].keys() == {f"{name}{suffix}" for name in texts}
+    assert len(corpus.fingerprint()) == 64
+    (folder / f"\udcfd{suffix}").symlink_to("nowhere")
+    with refused(r"caf\\udce9/\\udcfd\..* is a link to nothing") as error:
+        TextFiles(config.files, "text", 0.5)
+    assert str(error.value).isprintable()
 
 
 def test_empty_and_null_texts_are_no_documents(tmp_path):
