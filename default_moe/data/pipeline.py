@@ -68,7 +68,11 @@ def open_data(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None 
         return _open_data(config, directory, log, tokenizer)
     except OSError as error:
         reason = shown(error.strerror or error, 400)
-        raise ConfigError(f"data.dir: {shown(directory)} cannot be used for prepared data: {reason}") from error
+        which = f" ({shown(error.filename)})" if error.filename else ""
+        raise ConfigError(
+            f"data.dir: {shown(directory)} cannot be used for prepared data: {reason}{which}; data.dir or "
+            "$DEFAULT_MOE_DATA may name another place"
+        ) from error
 
 
 def data_directory(config: DataConfig) -> Path:

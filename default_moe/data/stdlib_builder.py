@@ -1,5 +1,7 @@
 """The TFDS builder of the standard library's text, written as array_record and read without TensorFlow."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +38,14 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def write(documents: Documents, directory: Path) -> Path:
-    """Prepares the data set under `directory` and returns the folder that holds it."""
-    with quiet_tfds():
-        builder = PythonStdlib(documents=documents, data_dir=str(directory), file_format="array_record")
-        builder.download_and_prepare()
+    """Prepares the data set under `directory` and returns the folder that holds it. Raises OSError."""
+    try:
+        with quiet_tfds():
+            builder = PythonStdlib(documents=documents, data_dir=str(directory), file_format="array_record")
+            builder.download_and_prepare()
+    except Exception as error:  # array_record raises RuntimeErrors that hold the system's words
+        reasons = (os.strerror(code) for code in errno.errorcode)
+        raise OSError(next((reason for reason in reasons if reason in str(error)), str(error))) from error
     return Path(builder.data_dir)
 
 

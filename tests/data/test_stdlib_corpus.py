@@ -1,6 +1,7 @@
 """The standard library as text."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_declared_encodings():
 def test_no_sources(tmp_path: Path):
     with refused(r"no standard library sources in .*text_files"):
         StdlibCorpus(0.3, tmp_path, tmp_path / "missing")
+
+
+def test_a_full_disk_takes_one_line(library: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    config = DataConfig(dir=str(tmp_path / "data"), validation_fraction=0.3)
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 1000, 100_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, whole[1]))
+        try:
+            with refused(r"data\.dir: .* prepared data: File too large.*; data\.dir or \$DEFAULT_MOE_DATA may name"):
+                open_data(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
+    assert open_data(config).train.info.documents
 
 
 def test_output_is_lines_of_ours_alone(library: Path, tmp_path: Path, monkeypatch, capfd):
