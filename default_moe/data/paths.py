@@ -12,5 +12,8 @@ def expanded(setting: str, path: str) -> Path:
         if b"\0" in os.fsencode(path):
             raise ValueError("it holds a null character")
         return Path(path).expanduser().absolute()
-    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: no such user, or one without a folder
+    except RuntimeError as error:
+        reason = "no home directory is known for it; set HOME, or give a path without ~"
+        raise ConfigError(f"{setting} is {shown(repr(path))}, which cannot be a path: {reason}") from error
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{setting} is {shown(repr(path))}, which cannot be a path: {shown(error)}") from error

@@ -79,7 +79,9 @@ def data_directory(config: DataConfig) -> Path:
     """Where prepared data is kept. It need not exist yet. Raises ConfigError if it cannot be a path."""
     if config.dir:
         return expanded("data.dir", config.dir)
-    return expanded("$DEFAULT_MOE_DATA", os.environ.get("DEFAULT_MOE_DATA") or "~/.cache/default_moe")
+    if path := os.environ.get("DEFAULT_MOE_DATA"):
+        return expanded("$DEFAULT_MOE_DATA", path)
+    return expanded("the default of $DEFAULT_MOE_DATA", "~/.cache/default_moe")
 
 
 def open_corpus(config: DataConfig, log: Log) -> Corpus:

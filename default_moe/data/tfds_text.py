@@ -178,7 +178,8 @@ def _find_prepared(name: str, directory: Path) -> Path:
     if len(name) > 200 or not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*(:[\w.*]+)?", name):
         raise ConfigError(f"data.name is {shown(repr(name))}, but must be called as 'c4/en' or 'c4/en:3.1.0' is")
     full, _, version = name.partition(":")
-    own = expanded("$TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)
+    asked = os.environ.get("TFDS_DATA_DIR")
+    own = expanded("$TFDS_DATA_DIR", asked) if asked else Path(constants.DATA_DIR)  # a user may have no home
     places = f"{shown(directory)} or {shown(own)}"
     for root in (directory, own):
         found = list((root / full).glob(f"{version or '*.*.*'}/dataset_info.json"))

@@ -69,7 +69,8 @@ def path_fault(value: str) -> str | None:
     encoded = os.fsencode(value)
     if len(encoded) > 4000 or max(map(len, encoded.split(b"/"))) > 255:
         return "be a path of at most 4000 bytes, and 255 in each name"
-    return "begin with the home directory of a known user" if os.path.expanduser(value).startswith("~") else None
+    homeless = os.path.expanduser(value).startswith("~")
+    return "begin with the home directory of a known user (is HOME set?), or without ~" if homeless else None
 
 
 def optional_type(annotation: Any) -> type | None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets  # noqa: F401  (it keeps the $TFDS_DATA_DIR that it was imported with)
 from helpers.refusals import refused
+from tensorflow_datasets.core import constants
 
 from default_moe.config import DataConfig
 from default_moe.data import open_data, text_files
@@ -118,6 +119,23 @@ def test_paths_that_no_file_has(tmp_path: Path, monkeypatch, path: str):
                 open_data(DataConfig(name=name))
             monkeypatch.delenv(variable)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch):
+    for variable in ("HOME", "DEFAULT_MOE_DATA", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # whom no file of passwords knows
+    monkeypatch.setattr(constants, "DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
+    with refused(
+        r"^the default of \$DEFAULT_MOE_DATA is '~/\.cache/default_moe', .*; set HOME, or give a path without ~"
+    ):
+        open_data(DataConfig())
+    with refused(r"^data\.files is '~/\*\.txt', .*; set HOME, or give a path without ~"):
+        open_data(DataConfig(name="text_files", files="~/*.txt", dir=str(tmp_path)))
+    with refused(r"data\.dir is '~/x', but must .* \(is HOME set\?\)"):
+        DataConfig(dir="~/x")
+    with refused(rf"data set 'c4/en' is not prepared in {tmp_path} or ~/tensorflow_datasets; "):
+        open_data(DataConfig(name="c4/en", dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
