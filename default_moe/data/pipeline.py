@@ -149,6 +149,9 @@ def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokeniz
         )
         data = _prepared(config, corpus, directory, log, tokenizer)
     _check_has_documents(config, documents)
+    if lost := data.train.info.lost + data.validation.info.lost:
+        share = 100 * lost / (data.train.info.sampled + data.validation.info.sampled)
+        log(f"note: the tokenizer loses {share:.2g} % of the characters in a sample of the text")
     if places := data.train.info.replaced + data.validation.info.replaced:
         example = f", {shown(next(iter(corpus.replaced)))} for one" if corpus.replaced else ""
         log(f"note: invalid Unicode in {places:,} places of the text became U+FFFD{example}")

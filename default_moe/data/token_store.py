@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,11 +21,12 @@ import numpy as np
 from default_moe.data.corpus import Corpus, Split
 from default_moe.data.sealed import Damaged, read_sealed, replacing, write_sealed
 from default_moe.data.tokenizer import Tokenizer
-from default_moe.errors import shown
+from default_moe.errors import check, shown
 from default_moe.files import open_regular
 
 BATCH_CHARACTERS = 1 << 20  # text that is encoded at a time
 BATCH_DOCUMENTS = 1024
+SAMPLE_CHARACTERS = 1 << 17  # that are decoded again, or a few more: to the end of a document
 CHECKED_BYTES = 1 << 30  # stores up to this size are read through for their digest, larger ones checked by size
 REPORT_SECONDS = 30
 
@@ -36,6 +38,7 @@ class StoreInfo:
     tokens: how many, separators included.  documents, bytes: of the text, bytes in UTF-8.
     content_hash: SHA-256 of the documents, whatever their tokenizer.  replaced: places of invalid Unicode.
     dtype: "uint16" or "uint32".  tokens_hash: SHA-256 of the file of tokens.
+    sampled, lost: characters of text that were decoded again, and how many of them were missing; 0 in earlier versions.
     """
 
     tokens: int
@@ -45,11 +48,14 @@ class StoreInfo:
     replaced: int
     dtype: str
     tokens_hash: str
+    sampled: int = 0
+    lost: int = 0
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "StoreInfo | None":
         """What `asdict` of an info gives, read again, or None if the values are no such thing."""
-        counts = ("tokens", "documents", "bytes", "replaced")
+        counts = ("tokens", "documents", "bytes", "replaced", "sampled", "lost")
+        values = {"sampled": 0, "lost": 0, **values}
         if (
             values.keys() == {field.name for field in fields(cls)}
             and all(type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in counts)
@@ -125,7 +131,7 @@ def _open_whole(path: Path) -> TokenStore | None:
 def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     digest, tokens_digest = hashlib.sha256(), hashlib.sha256()
-    tokens = documents = size = 0
+    tokens = documents = size = sampled = lost = 0
     replaced_before = corpus.replaced.total()
     reported = time.monotonic()
     tokens_path, info_path = _paths(path)
@@ -136,11 +142,19 @@ def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: 
                 digest.update(len(data).to_bytes(8, "little"))
                 digest.update(data)
                 size += len(data)
-            for ids in tokenizer.encode_batch(texts):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                if sampled < SAMPLE_CHARACTERS:
+                    lost += _lost(tokenizer, text, ids)
+                    sampled += len(text)
                 stored = np.append(ids, tokenizer.separator).astype(dtype).tobytes()
                 file.write(stored)
                 tokens_digest.update(stored)
                 tokens += len(ids) + 1
+            check(
+                2 * lost <= sampled,
+                f"data.tokenizer: {tokenizer.name!r} loses {100 * lost / sampled:.0f} % of the characters in a sample "
+                "of the text, but must keep half: 'bytes' and 'bpe:4096' keep all",
+            )
             documents += len(texts)
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
@@ -153,8 +167,15 @@ def _write(path: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, log: 
         replaced=corpus.replaced.total() - replaced_before,
         dtype=dtype.name,
         tokens_hash=tokens_digest.hexdigest(),
+        sampled=sampled,
+        lost=lost,
     )
     write_sealed(info_path, asdict(info))
+
+
+def _lost(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> int:
+    """How many characters of a text do not come back from its tokens."""
+    return (Counter(text) - Counter(tokenizer.decode(ids))).total()
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

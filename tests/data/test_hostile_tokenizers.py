@@ -103,6 +103,33 @@ def test_training_data_that_a_tokenizer_cannot_encode(texts: Path):
     assert not list(texts.parent.glob("data/**/*.t*"))
 
 
+@pytest.mark.parametrize("how", ["dropped", "unknown"])
+def test_a_tokenizer_that_loses_text(texts: Path, monkeypatch, how: str):
+    config = DataConfig(name="text_files", files=f"{texts}/*", dir=f"{texts.parent}/data", tokenizer="lossy.json")
+    monkeypatch.chdir(texts.parent)
+    for path in texts.iterdir():
+        path.write_text("abcdefghij" * 500)
+
+    def notes(kept: str) -> list[str]:
+        """What is told of a tokenizer that knows these characters."""
+        values = words("?", **{"?": 1, **{character: 2 + index for index, character in enumerate(kept)}})
+        values["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+        values["decoder"] = {"type": "Fuse"}
+        if how == "dropped":
+            values["normalizer"] = {"type": "Replace", "pattern": {"Regex": f"[^{kept}]"}, "content": ""}
+        Path("lossy.json").write_text(json.dumps(values))
+        lines: list[str] = []
+        open_data(config, lines.append)
+        return [line for line in lines if line.startswith("note: ")]
+
+    assert notes("abcdefghij") == []
+    share = "note: the tokenizer loses 10 % of the characters in a sample of the text"
+    assert notes("abcdefghi") == notes("abcdefghi") == [share]  # told again where nothing is prepared
+    with refused(r"data\.tokenizer: 'json' loses 60 % of the characters in .*, but must keep half"):
+        notes("abcd")
+    assert len(list(texts.parent.glob("data/*/*/train.json"))) == 2
+
+
 def test_ids_that_cannot_be_decoded():
     slow = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
     tokenizer = tokenizer_from_dict(stored({**words("x", **{"a" * 40 + "!": 1}), "decoder": slow}))

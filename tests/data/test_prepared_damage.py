@@ -121,6 +121,7 @@ def test_of_a_large_store_the_description_is_checked_and_each_id_when_it_is_read
         {"tokens": True},
         {"documents": -1},
         {"bytes": 1 << 64},
+        {"lost": -1},
         {"content_hash": "x"},
         {"tokens_hash": int("1" * 64)},
         {"another": 1},
