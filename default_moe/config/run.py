@@ -19,7 +19,16 @@ from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import ModelConfig
 from default_moe.config.moe import MoEConfig
 from default_moe.errors import check, quoted
-from default_moe.methods.settings import at_least, between, check_settings, names_of_files, one_of, path, positive, setting
+from default_moe.methods.settings import (
+    at_least,
+    between,
+    check_settings,
+    names_of_files,
+    one_of,
+    path,
+    positive,
+    setting,
+)
 
 
 @dataclass(frozen=True)

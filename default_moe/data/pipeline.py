@@ -144,8 +144,8 @@ def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokeniz
         full: Split = "train" if data.train.info.documents else "validation"
         corpus = EvenlySplit(corpus, full, documents, config.validation_fraction)
         log(
-            f"note: by their names all {documents:,} documents fall in the {full} split; {corpus.num_held_out:,}, at "
-            "even distances, are held out instead"
+            f"note: all {documents:,} documents fall in the {full} split; {corpus.num_held_out:,} of them, at even "
+            "distances, are held out instead"
         )
         data = _prepared(config, corpus, directory, log, tokenizer)
     _check_has_documents(config, documents)
@@ -169,8 +169,9 @@ def _prepared(config: DataConfig, corpus: Corpus, directory: Path, log: Log, tok
         write_sealed(folder / RECORD, corpus.sources())
 
     def changes_since(corpus_hash: str) -> list[str]:
-        before = find_record(directory, lambda folder: _hash_of_stored(folder) == corpus_hash)
-        return differences(before, corpus.sources())
+        before = find_record(directory, lambda found: _hash_of_stored(found) == corpus_hash)
+        now = find_record(directory, lambda found: found == folder) or corpus.sources()
+        return differences(before, now)
 
     return Data(tokenizer, _corpus_hash(train.info, validation.info), train, validation, changes_since)
 

@@ -50,8 +50,10 @@ def splits(corpus: TfdsText) -> list[list[str]]:
 
 @pytest.mark.parametrize("file_format", ["array_record", "parquet"])
 def test_reads_its_splits(tmp_path, file_format):
-    prepare(tmp_path, file_format, train=TRAIN, test=["held out"])
+    prepared = prepare(tmp_path, file_format, train=TRAIN, test=["held out"])
     assert splits(open_tiny(tmp_path)) == [sorted(TRAIN), ["held out"]]
+    known = open_tiny(tmp_path).sources()
+    assert known["versions"] == {"data set": "1.0.0"} and known["files"].keys() == set(os.listdir(prepared))
 
 
 def test_holds_out_where_there_is_no_such_split(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from default_moe.data import token_store
+from default_moe.data.sealed import read_sealed, write_sealed
 from default_moe.data.token_store import open_store
 from default_moe.data.tokenizer import ByteTokenizer, train_bpe
 
@@ -62,6 +64,16 @@ def test_tokenized_once(tmp_path, list_corpus, documents):
         store = open_list(tmp_path / "train", corpus)
     assert corpus.reads == 1
     assert store.info.documents == len(documents) and len(store.tokens) == store.info.tokens
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path, list_corpus):
+    corpus, path = list_corpus(DOCUMENTS), tmp_path / "train.json"
+    before = open_list(tmp_path / "train", corpus)
+    values = read_sealed(path)
+    assert (values.pop("sampled"), values.pop("lost")) == (sum(map(len, DOCUMENTS)), 0)
+    write_sealed(path, values)
+    assert open_list(tmp_path / "train", corpus).info == replace(before.info, sampled=0)
+    assert corpus.reads == 1
 
 
 def flip_a_bit(data):
