@@ -162,10 +162,10 @@ def _prepared(config: DataConfig, corpus: Corpus, directory: Path, log: Log, tok
     cache = directory / f"{corpus.name}-{corpus.fingerprint()[:16]}-tokens"
     tokenizer = tokenizer or open_tokenizer(config, corpus, cache, log)
     folder = cache / f"{tokenizer.name}-{tokenizer_fingerprint(tokenizer)[:16]}"
-    recorded = all((folder / f"{split}.json").exists() for split in SPLITS)  # else what is read now
+    prepared_before = all((folder / f"{split}.json").exists() for split in SPLITS)
     train = open_store(folder / "train", corpus, "train", tokenizer, log)
     validation = open_store(folder / "validation", corpus, "validation", tokenizer, log)
-    if not recorded:
+    if not prepared_before:
         write_sealed(folder / RECORD, corpus.sources())
 
     def changes_since(corpus_hash: str) -> list[str]:
