@@ -19,7 +19,7 @@ from default_moe.files import read_file, read_json
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs import trainer
 from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.identity import RUN_FILE
+from default_moe.runs.identity import RUN_FILE, same_source
 from default_moe.runs.progress import Progress
 from default_moe.training.program import Program
 
@@ -103,11 +103,15 @@ def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
     for entry in entries:
         path = workdir / RUNS / entry.folder / RUN_FILE
         try:
-            saved = Config.from_mapping(read_json(path)["config"])
+            run = read_json(path)
+            saved = Config.from_mapping(run["config"])
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): choose another --workdir") from None
+        init_from = entry.config.init_from
+        if same_source(run, saved.init_from, init_from):
+            saved = dataclasses.replace(saved, init_from=init_from)
         differences = same_run(entry.config, saved)
         if differences:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """A new run that starts from the weights of another one, with another method for instance (`init_from`)."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
         return None
     folder = Path(config.init_from).expanduser()
     check(
-        folder.resolve() != workdir.resolve(),
+        os.path.realpath(folder) != os.path.realpath(workdir),
         f"init_from is {config.init_from!r}, the work directory of this run itself: give the run that starts from it "
         "another --workdir",
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,32 @@ def has_saved(folder: Path, run: Mapping[str, Any]) -> bool:
     return False
 
 
+def source_of(init_from: str | None) -> dict[str, Any] | None:
+    """The run that another starts from, as `run.json` keeps it: its id (None if it cannot be read) and its place."""
+    if init_from is None:
+        return None
+    place = os.path.realpath(os.path.expanduser(init_from))
+    run_id = None
+    with contextlib.suppress(OSError, ValueError):
+        run_id = read_json(Path(place) / RUN_FILE).get("run_id")
+    return {"run_id": run_id, "path": place}
+
+
+def same_source(run: Mapping[str, Any], before: str | None, now: str | None) -> bool:
+    """Whether `init_from` names the run that it named before: spelt otherwise, moved or deleted it is no other.
+
+    run: the `run.json` of the run that started from it.
+    """
+    there, here = source_of(before), source_of(now)
+    if before == now or there is None or here is None:
+        return before == now
+    recorded = run.get("source")
+    started = {**there, **recorded} if isinstance(recorded, dict) else there
+    if started["run_id"] and here["run_id"]:
+        return started["run_id"] == here["run_id"]
+    return here["path"] in (started["path"], there["path"])
+
+
 def why_foreign(folder: Path, step: int, meta: Mapping[str, Any]) -> str | None:
     """Return why a checkpoint with this `meta.json` is not the step `step` of the run in `folder`; None if it is."""
     if meta.get("step", step) != step:
@@ -56,6 +83,8 @@ def why_foreign(folder: Path, step: int, meta: Mapping[str, Any]) -> str | None:
     except (KeyError, ConfigError):
         return None
     for name in ours:
+        if name == "init_from" and same_source(run, theirs[name], ours[name]):
+            continue
         if theirs.get(name) != ours[name] and not marked(name, MAY_CHANGE):
             return (
                 f"it is of another run: its {name} is {shown(theirs.get(name), 60)}, but {shown(ours[name], 60)} here"

@@ -24,7 +24,7 @@ from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.errors import ConfigError, TrainingFailed, check, shown
 from default_moe.files import read_json
 from default_moe.processes import distributed
-from default_moe.runs.identity import RUN_FILE, flat_config, has_saved, write_run
+from default_moe.runs.identity import RUN_FILE, flat_config, has_saved, same_source, source_of, write_run
 from default_moe.runs.step_folders import StepFolders
 
 _FORMAT = 1
@@ -119,7 +119,10 @@ def open_run(
             # Another process may have started it before the lock.
             run = _compare(folder, config, identity, changes_since)
             content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
-            content |= {"config": config.to_dict(), "versions": _versions(), "history": _history(folder, run)}
+            saved = read_json(folder / RUN_FILE) if run.resumed else {}
+            source = saved.get("source") or source_of(config.init_from)
+            content |= {"config": config.to_dict(), "source": source, "versions": _versions()}
+            content["history"] = _history(folder, run, saved)
             write_run(folder, content)
             distributed.share((folder / RUN_FILE).read_text())
         except OSError as error:
@@ -132,11 +135,9 @@ def open_run(
             os.close(lock)
 
 
-def _history(folder: Path, run: Run) -> list[Any]:
+def _history(folder: Path, run: Run, saved: Mapping[str, Any]) -> list[Any]:
     """What changed when the run went on with other settings: from which step on, when, and what."""
-    if not run.resumed:
-        return []
-    before = read_json(folder / RUN_FILE).get("history")
+    before = saved.get("history")
     now = {
         "from_step": max(StepFolders(folder).steps(), default=0),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -189,7 +190,7 @@ def _compare(
         ) from error
     now = {**dict(flat_items(config.to_dict())), **identity}
     changed = [name for name in now if name in before and now[name] != before[name]]
-    refused = [name for name in changed if not _may_change(name, before, now)]
+    refused = [name for name in changed if not _may_change(name, before, now, saved)]
     if refused:
         differences = [f"{name}: {shown(before[name], 60)} there, {shown(now[name], 60)} here" for name in refused]
         if "corpus_hash" in refused:
@@ -202,7 +203,9 @@ def _compare(
     return Run(folder, str(saved.get("run_id") or new.id), resumed=True, notes=notes)
 
 
-def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    if name == "init_from":
+        return same_source(run, before[name], now[name])
     if name == "data.tokenizer":  # a tokenizer file may move, if its content is known to be the same
         return now["tokenizer_hash"] is not None and now["tokenizer_hash"] == before["tokenizer_hash"]
     return marked(name, MAY_CHANGE)

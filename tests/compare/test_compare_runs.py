@@ -176,6 +176,22 @@ def test_other_settings_are_refused_before_anything_is_trained(folder, done):
     assert content(done) == before
 
 
+def test_a_source_that_is_spelt_otherwise_is_no_other_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def entry(init_from):
+        config = Config.from_mapping({**settings(tmp_path), "init_from": init_from})
+        return matrix.entries(to_config_dict(config), TWO, [0], [])[0]
+
+    begun, again, other = map(entry, ("a", str(tmp_path / "a"), "b"))
+    run = tmp_path / "runs" / begun.folder / "run.json"
+    run.parent.mkdir(parents=True)
+    run.write_text(json.dumps({"config": begun.config.to_dict()}))
+    runs.check_runs([again], tmp_path)
+    with pytest.raises(ConfigError, match="init_from: a there, b here"):
+        runs.check_runs([other], tmp_path)
+
+
 def test_the_other_runs_go_on_when_one_diverges(folder, monkeypatch):
     def train(config, workdir, make_program, stop):
         if config.moe.method.name == "default" and config.train.seed == 0:

@@ -244,6 +244,7 @@ def test_vectors_that_are_not_warmed_are_initial(source, folder, rows):
 
 REFUSED = {
     "no such run": ("none", {}, "init_from: there is no work directory {folder}/none"),
+    "a link to itself": ("loop", {}, "init_from: the checkpoints in {folder}/loop/checkpoints cannot be read"),
     "no checkpoint": ("text", {}, "init_from: there is no checkpoint in {folder}/text/checkpoints"),
     "only damaged ones": ("damaged", {}, "init_from: no checkpoint in {folder}/damaged/checkpoints is whole"),
     "another width": (
@@ -273,6 +274,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "sections", "words"), REFUSED.values(), ids=REFUSED)
 def test_a_source_that_does_not_serve(source, folder, tmp_path, name, sections, words):
+    if name == "loop":
+        (folder / name).symlink_to(name)
     if name == "damaged":
         shutil.copytree(source[0], folder / name)
         for path in (folder / name / "checkpoints").glob("*/meta.json"):

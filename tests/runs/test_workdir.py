@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,11 @@ def test_settings_that_may_change_are_noted(tmp_path):
     assert "train.num_steps was 400, is now 900" in change["changed"] and len(change["changed"]) == 9
     with start(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"})) as run:
         assert "train.num_steps was 900, is now 400" in run.notes
-    assert len(json.loads((tmp_path / RUN_FILE).read_text())["history"]) == 2
+    begin(tmp_path, changed(data={"name": "text_files", "files": "texts/*.txt"}, train={"num_steps": 500}))
+    history = json.loads((tmp_path / RUN_FILE).read_text())["history"]
+    steps = [note for entry in history for note in entry["changed"] if "num_steps" in note]
+    assert steps == [f"train.num_steps was {a}, is now {b}" for a, b in ((400, 900), (900, 400), (400, 500))]
+    assert history[0] == change
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,34 @@ def test_a_tokenizer_file_may_move_but_not_change(tmp_path):
         assert run.notes == ["data.tokenizer was a/t.json, is now b/t.json"]
     with refused("tokenizer_hash: 1 there, 2 here"):
         begin(tmp_path, there, tokenizer_hash="2")
+
+
+def test_the_run_that_another_starts_from_is_known_by_its_id(tmp_path, monkeypatch):
+    """However it is spelt, wherever it is moved; by its place where it is gone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    begin(tmp_path / "runs" / "a")
+    begin(tmp_path / "runs" / "other")
+    run, recorded = tmp_path / "run", None
+    begin(run, changed(init_from="runs/a"))
+    for spelt in ("./runs/a", "runs/a/", "~/runs/a", str(tmp_path / "runs" / "a"), "link", "moved", "moved/", "runs/a"):
+        if spelt == "link":
+            Path("link").symlink_to("runs/a")
+        if spelt == "moved":
+            Path("runs/a").rename("moved")
+        if spelt == "moved/":
+            shutil.rmtree("moved")
+        begin(run, changed(init_from=spelt))
+        source = json.loads((run / RUN_FILE).read_text())["source"]
+        assert source == (recorded := recorded or source) and source["run_id"]
+    begin(tmp_path / "runs" / "a")  # a new run in its place
+    for spelt in ("runs/other", "./runs/a", "nowhere", None):
+        with refused(rf"init_from: runs/a there, {spelt} here"):
+            begin(run, changed(init_from=spelt))
+    begin(run, changed(init_from="runs/a"))  # the same command continues, for which no source is read
+    saved = json.loads((run / RUN_FILE).read_text())
+    (run / RUN_FILE).write_text(json.dumps({**saved, "source": "runs/a"}))  # or none, as in runs of before
+    begin(run, changed(init_from="./runs/a"))
 
 
 def test_other_peoples_directories_are_left_alone(tmp_path):
