@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from default_moe.config import Config, flat_items
 from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
-from default_moe.errors import Diverged, TrainingFailed
+from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import return_free_memory
 from default_moe.processes.stopping import StopRequest
@@ -26,9 +26,12 @@ from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import Sampling, sample_texts
 from default_moe.runs.workdir import Run, check_ours, open_run
 from default_moe.training.memory import out_of_memory_in_one_line, step_memory
+from default_moe.training.optimizer import learning_rate_schedule
 from default_moe.training.program import Program, mesh_for
 from default_moe.training.state import TrainState
 from default_moe.training.step import Batch
+
+_SCHEDULE = ("train.num_steps", "optim.peak_lr", "optim.warmup_fraction", "optim.final_lr_fraction")
 
 
 def train(
@@ -75,7 +78,7 @@ def train(
         out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
     ):
         for note in run.notes:
-            progress.message(f"changed since the run began: {note}")
+            progress.message(f"changed since the last start: {note}")
         try:
             progress.message(_description(program, data))
             saved = store.steps()
@@ -91,6 +94,8 @@ def train(
                     f"nothing to do: the run is at step {start}; a larger train.num_steps would continue it"
                 )
                 return 0
+            if restored and (jump := learning_rate_jump(restored[1], config, int(state.step - state.bad_steps))):
+                progress.message(jump)
             train_step = train_step or _compile(program, train_rows, progress)
             state = state or _first_state(program, source, train_rows, progress)
         except BaseException:
@@ -127,6 +132,18 @@ def _compile(program: Program, rows: Rows, progress: Progress) -> Any:
     seconds = time.monotonic() - began
     progress.message(f"compiled the training step in {seconds:.1f} s; it takes {step_memory(train_step)}")
     return train_step
+
+
+def learning_rate_jump(meta: Mapping[str, Any], config: Config, updates: int) -> str | None:
+    """Return a line if after so many updates the learning rate is another than with the checkpoint's own settings."""
+    with contextlib.suppress(KeyError, ConfigError):  # what nobody can read may still be continued
+        saved = Config.from_mapping(meta["config"])
+        before, now = (f"{learning_rate_schedule(c.optim, c.train.num_steps)(updates):.3g}" for c in (saved, config))
+        if before != now:
+            old, new = (dict(flat_items(c.to_dict())) for c in (saved, config))
+            changed = ", ".join(f"{name} {old[name]} -> {new[name]}" for name in _SCHEDULE if old[name] != new[name])
+            return f"the learning rate of the next step is {now}; with the settings before it was {before} ({changed})"
+    return None
 
 
 def _first_state(program: Program, source: Source | None, rows: Rows, progress: Progress) -> TrainState:

@@ -23,7 +23,7 @@ from helpers.tiny_runs import (
 
 from default_moe.config import Config
 from default_moe.data import open_data
-from default_moe.runs import checkpoint, evaluation
+from default_moe.runs import checkpoint, evaluation, trainer
 
 # Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
 # to these.
@@ -75,9 +75,32 @@ def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
     assert "nothing to do: the run is at step 30" in trained(tiny_config(folder, **LEARNING), copy)
     assert content(copy) == before
     output = trained(tiny_config(folder, **{**LEARNING, "train": {"num_steps": 32}}), copy)
-    assert "changed since the run began: train.num_steps was 30, is now 32" in output
+    assert "changed since the last start: train.num_steps was 30, is now 32" in output
     assert "continuing from step 30" in output
     assert steps(copy)[-1] == 32
+    rate = next(line["train/learning_rate"] for line in metrics(copy) if line["step"] == 31)
+    before = "with the settings before it was 0.001 (train.num_steps 30 -> 32)\n"
+    assert f"the learning rate of the next step is {rate:.3g}; {before}" in output
+
+
+def test_a_jump_of_the_learning_rate_is_told_with_its_causes():
+    """Warm-up is 1 % of 400 steps: after 2 updates 3/4 of the peak; of 800, 3/8. It ends alike with any decay after."""
+
+    def told(updates, before=None, **sections):
+        meta = {"config": Config.from_mapping(before or {}).to_dict()}
+        return trainer.learning_rate_jump(meta, Config.from_mapping(sections), updates)
+
+    start = "the learning rate of the next step is"
+    changed = {"train": {"num_steps": 800}, "optim": {"peak_lr": 4e-3, "clip_norm": 2.0}}
+    causes = "(train.num_steps 400 -> 800, optim.peak_lr 0.003 -> 0.004)"
+    assert told(2, **changed) == f"{start} 0.0015; with the settings before it was 0.00225 {causes}"
+    assert told(2, changed, **changed) is None and told(100, optim={"clip_norm": 2.0}) is None
+    final = {"optim": {"final_lr_fraction": 0.5}}
+    assert told(3, **final) is None
+    assert told(400, **final).startswith(f"{start} 0.0015; with the settings before it was 0.0003 (optim.final_lr_f")
+    assert "(optim.warmup_fraction 0.01 -> 0.5)" in told(50, optim={"warmup_fraction": 0.5})
+    assert trainer.learning_rate_jump({}, Config(), 1) is None
+    assert trainer.learning_rate_jump({"config": {"wings": 2}}, Config(), 1) is None
 
 
 def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp_path):
