@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from default_moe.config.mappings import MAY_CHANGE, dtype_name
 from default_moe.errors import check
-from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
+from default_moe.methods.settings import at_least, between, check_settings, one_of, positive, setting
 
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
 
@@ -27,7 +27,7 @@ class ModelConfig:
     )
     tie_embeddings: bool = setting(False, "Use the embeddings as the output's weights too.")
     rope_theta: float = setting(10_000.0, "Base of the rotary embeddings' wavelengths.", positive())
-    norm_epsilon: float = setting(1e-5, "What norms add to the variance.", at_least(0))
+    norm_epsilon: float = setting(1e-5, "What norms add to the variance.", between(0, 1))
     dtype: str = setting("float32", "What is computed in; parameters are float32.", one_of("float32", "bfloat16"))
     attention: str = setting(
         "auto",

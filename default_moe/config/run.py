@@ -126,12 +126,14 @@ class TrainConfig:
 class OptimConfig:
     """AdamW, with a learning rate that rises linearly, then falls along a cosine."""
 
-    peak_lr: float = setting(3e-3, "The largest learning rate.", positive(1e38))
+    peak_lr: float = setting(
+        3e-3, "The largest learning rate.", positive(1e38, 1e-12)
+    )  # below, no float32 weight moves
     warmup_fraction: float = setting(0.01, "Share of the steps over which the learning rate rises.", between(0, 1))
     final_lr_fraction: float = setting(0.1, "The last learning rate, as a share of the largest.", between(0, 1))
     b1: float = setting(0.9, "Decay of the first moment.", between(0, 1))
     b2: float = setting(0.95, "Decay of the second moment.", between(0, 1))
-    eps: float = setting(1e-8, "What is added to the root of the second moment.", positive())
+    eps: float = setting(1e-8, "What is added to the root of the second moment.", positive(1))
     weight_decay: float = setting(0.1, "Decoupled weight decay, times the learning rate.", at_least(0))
     decay_all: bool = setting(
         False, "Apply weight decay to norms, biases, embeddings and the router too, not only to the other matrices."
@@ -158,6 +160,16 @@ class OptimConfig:
             self.moment_dtype == "float32" or (self.b1 <= 0.99 and self.b2 <= 0.985),
             f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but with optim.moment_dtype='bfloat16' they must be at most "
             "0.99 and 0.985: above, rounding makes the moments wrong by more than 1 %",
+        )
+        check(
+            self.peak_lr * self.weight_decay < 1,
+            f"optim.weight_decay is {self.weight_decay}, but must be below 1 / optim.peak_lr = {1 / self.peak_lr:.3g}: "
+            "a step takes the learning rate times the decay off each weight",
+        )
+        check(
+            self.clip_norm >= self.eps,
+            f"optim.clip_norm is {self.clip_norm}, but must not be below optim.eps = {self.eps}, beside which no "
+            "gradient would count",
         )
 
 

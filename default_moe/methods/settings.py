@@ -36,9 +36,9 @@ def at_least(least: float, most: float = _MOST) -> dict[str, Any]:
     return _rule(lambda value: _bounds(value, least, most, f"be at least {least}"), f"at least {least}")
 
 
-def positive(most: float = _MOST) -> dict[str, Any]:
+def positive(most: float = _MOST, least: float = 1e-30) -> dict[str, Any]:
     """Far enough above zero for float32."""
-    return _rule(lambda value: _bounds(value, 1e-30, most, "be positive, and not below 1e-30"), "positive")
+    return _rule(lambda value: _bounds(value, least, most, f"be positive, and not below {least}"), "positive")
 
 
 def between(least: float, most: float) -> dict[str, Any]:

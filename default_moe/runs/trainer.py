@@ -87,17 +87,18 @@ def train(
                 # Before anything of the state's size is read or made: it may not fit.
                 train_step = _compile(program, train_rows, progress)
             restored = store.restore_latest(program.abstract_state)
-            state, start = (restored[0], restored[2]) if restored else (None, 0)
+            state, meta, start = restored or (None, {}, 0)
             progress.message(f"workdir: {workdir}, " + (f"continuing from step {start}" if start else "a new run"))
             if start >= config.train.num_steps:
                 progress.message(
                     f"nothing to do: the run is at step {start}; a larger train.num_steps would continue it"
                 )
                 return 0
-            if restored and (jump := learning_rate_jump(restored[1], config, int(state.step - state.bad_steps))):
-                progress.message(jump)
             train_step = train_step or _compile(program, train_rows, progress)
-            state = state or _first_state(program, source, train_rows, progress)
+            if state is None:
+                state = _first_state(program, source, train_rows, progress)
+            elif jump := learning_rate_jump(meta, config, int(state.step - state.bad_steps)):
+                progress.message(jump)
         except BaseException:
             run.discard()
             raise
@@ -305,11 +306,14 @@ def _description(program: Program, data: Data) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     rows = min(config.train.batch_size, 64)  # a whole batch might not end
     reading = measure_reading(data, config.train.sequence_length, rows, seconds=0.2)
+    routing = "no MoE layers, as model.num_dense_layers is model.num_layers: moe.* is not used"
+    if config.model.num_moe_layers:
+        routing = (
+            f"router {config.moe.method.name!r}, {config.moe.num_experts} experts, top {config.moe.experts_per_token}"
+        )
     form = f" over devices by {program.expert_parallel!r}" if program.expert_parallel else ""
     return (
-        f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, "
-        f"router {config.moe.method.name!r}, {config.moe.num_experts} experts, "
-        f"top {config.moe.experts_per_token}\n"
+        f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active, {routing}\n"
         f"data: {config.data.name}, {data.train.info.tokens:,} training and {data.validation.info.tokens:,} held-out "
         f"tokens, read at {reading:,.0f} tokens/s\n"
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}, experts by {program.matmul!r}{form}, "

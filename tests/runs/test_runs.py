@@ -103,6 +103,12 @@ def test_a_jump_of_the_learning_rate_is_told_with_its_causes():
     assert trainer.learning_rate_jump({"config": {"wings": 2}}, Config(), 1) is None
 
 
+def test_a_model_without_moe_layers_is_called_one(folder):
+    config = tiny_config(folder, model={"num_dense_layers": 2})
+    told = trainer._description(Program(config, 257), open_data(config.data, lambda line: None))
+    assert "no MoE layers, as model.num_dense_layers is model.num_layers: moe.* is not used\n" in told
+
+
 def test_settings_that_cannot_continue_a_run_are_all_named(folder, finished, tmp_path):
     workdir, _ = finished
     before = content(workdir)
@@ -167,7 +173,11 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(folder, tmp_path, monkeyp
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint_intact(folder, tmp_path):
     # Adam moves each weight by the learning rate: 1e38 a step overflows the activations at once.
-    wild = {"train": {"max_bad_steps": 3}, "optim": {"peak_lr": 1e38}, "checkpoint": {"every_steps": 1}}
+    wild = {
+        "train": {"max_bad_steps": 3},
+        "optim": {"peak_lr": 1e38, "weight_decay": 0},
+        "checkpoint": {"every_steps": 1},
+    }
     error = refused_training(tiny_config(folder, **wild), tmp_path, code=1)
     assert error.startswith("error: 3 steps in a row had a loss or gradient that is not finite")
     assert "is intact" in error
