@@ -136,6 +136,20 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines]
 
 
+def read_events(workdir: Path) -> list[Any]:
+    """Every event of every file, oldest file first, with TFRecord's framing (length, 2 checksums) taken off."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[12 + size + 4 :]
+    return events
+
+
 def steps(workdir: Path) -> list[int]:
     """The steps in checkpoints/, where there is nothing else."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())

@@ -11,6 +11,7 @@ import types
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers.tiny_runs import read_events
 
 from default_moe.hardware import peak_flops
 from default_moe.runs.metrics import MetricsWriter
@@ -26,20 +27,6 @@ def write_losses(writer, steps) -> None:
     for step in steps:
         writer.write(step, {"train/loss": 1 / (step + 1)})
     writer.close()
-
-
-def read_events(workdir) -> list:
-    """Every event of every file, oldest file first, with TFRecord's framing (length, 2 checksums) taken off."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    events = []
-    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            events.append(Event.FromString(data[12 : 12 + size]))
-            data = data[12 + size + 4 :]
-    return events
 
 
 def test_lines_and_scalars(tmp_path):

@@ -2,18 +2,23 @@
 
 import errno
 import json
+import re
 import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from helpers.layers import moe_config
 from helpers.tiny_runs import (
+    REPOSITORY,
     assert_same_state,
     at_step,
     content,
     evaluated,
     metrics,
+    read_events,
     refused_training,
     steps,
     tiny_config,
@@ -21,9 +26,14 @@ from helpers.tiny_runs import (
     write_corpus,
 )
 
-from default_moe.config import Config
+from default_moe.config import Config, ModelConfig
 from default_moe.data import open_data
-from default_moe.runs import checkpoint, evaluation, trainer
+from default_moe.methods import METHODS
+from default_moe.model.attention import Tokens
+from default_moe.model.language_model import Block
+from default_moe.runs import checkpoint, evaluation, measurements, trainer
+from default_moe.runs.measurements import StepMeasurements
+from default_moe.training.program import Program
 
 # Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
 # to these.
@@ -68,6 +78,39 @@ def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert steps(workdir) == [24, 28, 30]
     assert "a sample:\ndef " in output and "compiled the training step in" in output
+
+
+def tags_of_layers(moe):
+    """What is logged of a model's second layer, from the shapes of what it reports in training."""
+    model = ModelConfig(d_model=16, num_heads=2, attention="xla")
+    block = Block(model, moe, 16, True, None)
+    x, tokens = jnp.zeros((2, 4, 16)), Tokens(jnp.zeros((2, 4), jnp.int32), None, None)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x, tokens)
+    (_, stats), _ = jax.eval_shape(
+        lambda v: block.apply(v, x, tokens, mutable=True, rngs={"router": jax.random.key(0)}), variables
+    )
+    program = SimpleNamespace(config=Config(), vocab_size=257)
+    return StepMeasurements(program, 0).scalars(1, {"layers": jax.tree.map(lambda a: np.zeros((1, *a.shape)), stats)})
+
+
+def test_the_page_lists_every_tag_and_no_other(finished, monkeypatch):
+    """Those of the step and of evaluation in a whole run, those of each method's layers from its shapes."""
+    monkeypatch.setattr(measurements, "peak_flops", lambda device: 1e12)
+    lines = map(json.loads, (finished[0] / "metrics.jsonl").read_text().splitlines())
+    written = {name for line in lines for name in line} - {"step"}
+    assert written | {"expert_load"} == {v.tag for e in read_events(finished[0]) for v in e.summary.value}
+    written |= {"expert_load"}
+    more = [
+        {"router": "topk", "sequence_balance_weight": 0.1, "capacity_factor": 1.0},
+        {"router": "default", "substitute_ramp_steps": 2},
+    ]
+    for fields in [*({"router": name} for name in METHODS), *more]:
+        written |= tags_of_layers(moe_config(num_experts=4, expert_dim=8, **fields)).keys()
+    section = (REPOSITORY / "default_moe/runs/README.md").read_text().split("## Metrics\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    listed = [tag for row in rows for tag in re.findall(r"`(.*?)`", row)]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {re.sub(r"^layer_\d+", "layer_*", tag) for tag in written}
 
 
 def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
