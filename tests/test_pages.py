@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -272,10 +273,27 @@ def test_rows_of_the_comparisons_page_are_flags_of_compare(read_command):
 
 @pytest.mark.parametrize("page", ["README.md", "default_moe/moe/README.md"])
 def test_the_layer_in_code_can_be_traced(page):
-    (code,) = (text for language, text in blocks(ROOT / page) if language == "python")
+    code = next(text for language, text in blocks(ROOT / page) if language == "python")
     names: dict = {}
     jax.eval_shape(lambda: exec(compile(code, page, "exec"), names))
     assert names["y"].shape == names["x"].shape
+
+
+def test_the_layer_under_a_mesh_in_code_trains_as_on_one_device():
+    page = ROOT / "default_moe" / "moe" / "README.md"
+    _, code = (text for language, text in blocks(page) if language == "python")
+    names: dict = {}
+    exec(compile(code, page, "exec"), names)
+    experts = names["state"]["variables"]["params"]["experts"]["up"]
+    assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 32, 64)}  # of 8 experts
+    assert len(experts.sharding.device_set) == 8
+    state, step = names["init"](jax.random.key(0)), jax.jit(names["train_step"])
+    for index in range(5):
+        state, loss = step(state, *names["batch"](index))
+    assert names["loss"] == pytest.approx(float(loss), rel=1e-5)
+    for ours, alone in zip(jax.tree.leaves(names["state"]), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-6)
+    assert np.any(names["state"]["variables"]["default_vectors"]["ema"], axis=1).all()
 
 
 def test_the_config_file_in_code_is_one():

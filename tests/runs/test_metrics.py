@@ -144,7 +144,9 @@ def test_plain_lines_when_there_is_no_terminal():
     assert third == "saved"
 
 
-def test_a_bar_on_a_terminal():
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
