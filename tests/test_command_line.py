@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
+import sys
 
 import jax
 import pytest
 from helpers.tiny_runs import REPOSITORY, as_flags, content, environment, run_commands, tiny_settings, write_corpus
 
+from default_moe import cli
 from default_moe.config import Config, default_config, flat_items
 from default_moe.runs.checkpoint import CheckpointStore
 
@@ -262,3 +265,20 @@ def test_a_platform_that_is_not_there_is_named():
     [(code, _, err)] = run_commands([["train.py", "--workdir=/nowhere/run"]], REPOSITORY, env)
     assert code == 2
     assert err.startswith("error: JAX finds no device with JAX_PLATFORMS='nonsense': ") and err.count("\n") == 1
+
+
+def test_help_that_nobody_reads_ends_quietly():
+    """As in `train.py --help | head -1`."""
+    results = run_commands([[program, "--help"] for program in CASES], REPOSITORY, environment(), "pipe")
+    assert {(code, errors) for code, _, errors in results} == {(128 + signal.SIGPIPE, "")}
+
+
+def test_what_nobody_reads_is_lost_when_a_program_ends(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print("a line", end="")  # stays in the stream
+        cli._flush_streams()
+        print("and more", flush=True)
+        monkeypatch.undo()

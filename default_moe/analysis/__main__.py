@@ -35,10 +35,10 @@ _BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the
 
 def main(argv: list[str]) -> int:
     kinds = [arg for arg in argv[1:2] if not arg.startswith("-")]
+    overrides = cli.parse_known_flags([argv[0], *argv[1 + len(kinds) :]])  # --help among them
     if not kinds or kinds[0] not in _KINDS:
         asked = f"there is no analysis {quoted(kinds[0])}" if kinds else "which analysis is not said"
         raise ConfigError(f"{asked}: python -m default_moe.analysis {' or '.join(_KINDS)} --workdir=...")
-    overrides = cli.parse_known_flags([argv[0], *argv[2:]])
     if not _WORKDIR.value:
         raise ConfigError("--workdir is missing: the work directory of a run")
     workdir = cli.path(_WORKDIR)

@@ -52,6 +52,14 @@ def test_a_run_that_cannot_print_goes_on(folder, settings, finished, output):
     assert_same_state(workdir, finished, LAST)
 
 
+def test_an_evaluation_that_nobody_reads_ends_quietly(finished, tmp_path):
+    """As in `eval.py --workdir=... | head -1`: its report is written all the same."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    [(code, _, errors)] = run_commands([["eval.py", f"--workdir={workdir}"]], REPOSITORY, environment(), "pipe")
+    assert (code, errors) == (0, "")
+    assert (workdir / "eval" / f"step_{LAST}.json").is_file()
+
+
 def test_what_cannot_be_printed_is_lost_and_no_more(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.layers import moe_config
