@@ -6,6 +6,7 @@ says what true is.
 """
 
 import re
+from typing import Any
 
 from absl import flags
 
@@ -16,6 +17,7 @@ from default_moe.config import Config
 from default_moe.errors import ConfigError, quoted
 from default_moe.files import write_report
 from default_moe.hardware import machine
+from default_moe.runs.pictures import picture_file
 from default_moe.runs.progress import Progress
 from default_moe.runs.saved_run import open_saved_run
 
@@ -70,10 +72,11 @@ def main(argv: list[str]) -> int:
     for method in methods[1:]:
         say(gradients_report.verdict(found, method, methods[0]))
     folder, name = workdir / "analysis", f"gradients_{_REFERENCE.value}"
-    picture = gradients_report.picture(found, _REFERENCE.value, config.model.num_dense_layers)
-    content = gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())
-    write_report(folder, {f"{name}.json": content, f"{name}.png": picture})
-    say(f"written to {folder}: {name}.json, {name}.png")
+    files: dict[str, Any] = {f"{name}.json": gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())}
+    first = config.model.num_dense_layers
+    files |= picture_file(f"{name}.png", lambda: gradients_report.picture(found, _REFERENCE.value, first), say)
+    write_report(folder, files)
+    say(f"written to {folder}: {', '.join(files)}")
     return 0
 
 

@@ -104,8 +104,9 @@ def measure(
 
     def gradients(config: Config, state: TrainState | None = None) -> tuple[np.ndarray, TrainState]:
         program = Program(config, checkpoint.vocab_size)
-        state = state or _state(checkpoint, program, rows)
-        return _gradients(program, state, rows, starts), state
+        with out_of_memory_in_one_line(TrainingFailed, "computing gradients", config, program.num_batch_shards):
+            state = state or _state(checkpoint, program, rows)
+            return _gradients(program, state, rows, starts), state
 
     true = gradients(config_for(checkpoint.config, "dense", 1))[0] if reference == "dense" else None
     found = []
@@ -178,14 +179,13 @@ def _gradients(program: Program, state: TrainState, rows: Rows, starts: Sequence
 
     compiled = program.jit(router_gradient, out_shardings=program.replicated)
     found = []
-    with out_of_memory_in_one_line(TrainingFailed, "computing gradients", config, program.num_batch_shards):
-        for index, start in enumerate(starts):
+    for index, start in enumerate(starts):
 
-            def load(first: int, count: int, start: int = start) -> Batch:
-                return rows.batch(start + first, count)
+        def load(first: int, count: int, start: int = start) -> Batch:
+            return rows.batch(start + first, count)
 
-            batch = program.put_batch(load, config.train.batch_size)
-            found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
+        batch = program.put_batch(load, config.train.batch_size)
+        found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
     return np.stack(found)
 
 

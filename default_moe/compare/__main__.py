@@ -6,6 +6,7 @@ on where it was stopped, and adds what is new to what is done: more seeds, anoth
 """
 
 import os
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,6 +18,7 @@ from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
 from default_moe.runs.identity import RUN_FILE
+from default_moe.runs.pictures import picture_file
 from default_moe.runs.progress import Progress
 
 _DEFAULT_CONFIG = "configs/compare_small.py"
@@ -65,9 +67,10 @@ def main(argv: list[str]) -> int:
     vocab_sizes = {entry.task: runs.vocab_size(entry, workdir) for entry in entries if entry.folder in results}
     text = report.markdown(tasks, vocab_sizes, failures)
     say(f"\n{text}")
-    content = report.as_json(tasks, entries, base.to_dict(), failures)
-    write_report(workdir, {"report.json": content, "report.md": text, "report.png": plot.picture(tasks)})
-    say(f"written to {workdir}: report.md, report.json, report.png")
+    files: dict[str, Any] = {"report.md": text, "report.json": report.as_json(tasks, entries, base.to_dict(), failures)}
+    files |= picture_file("report.png", lambda: plot.picture(tasks), say)
+    write_report(workdir, files)
+    say(f"written to {workdir}: {', '.join(files)}")
     if failures:
         raise TrainingFailed(f"{len(failures)} of {len(entries)} runs failed: {', '.join(failures)}")
     return 0

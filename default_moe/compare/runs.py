@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
 from default_moe.config import Config
-from default_moe.errors import ConfigError, Diverged
+from default_moe.errors import ConfigError, Diverged, check
 from default_moe.files import read_file, read_json
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs import trainer
@@ -24,6 +25,7 @@ from default_moe.runs.progress import Progress
 from default_moe.training.program import Program
 
 RUNS = "runs"
+_TEXT = ("corpus_hash", "vocab_size", "tokenizer_hash")  # what run.json says of the text that was read
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def _check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
     """Raises ConfigError if runs that are to be compared read different text: it may have changed between them."""
     first: dict[Settings, tuple[Entry, Any]] = {}
     for entry in entries:
-        run = read_json(workdir / RUNS / entry.folder / RUN_FILE)
-        text = [run["corpus_hash"], run["vocab_size"], run["tokenizer_hash"]]
+        run = _run_file(entry, workdir)
+        text = [run[name] for name in _TEXT]
         other, before = first.setdefault(entry.task, (entry, text))
         if text != before:
             raise ConfigError(
@@ -101,23 +103,31 @@ def _check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
 def check_runs(entries: Sequence[Entry], workdir: Path) -> None:
     """Raises ConfigError if one has been begun with settings on which its result would depend."""
     for entry in entries:
-        path = workdir / RUNS / entry.folder / RUN_FILE
-        try:
-            run = read_json(path)
-            saved = Config.from_mapping(run["config"])
-        except FileNotFoundError:
+        folder = workdir / RUNS / entry.folder
+        if not os.path.lexists(folder / RUN_FILE):
             continue
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): choose another --workdir") from None
-        init_from = entry.config.init_from
+        run = _run_file(entry, workdir)
+        saved, init_from = run["config"], entry.config.init_from
         if same_source(run, saved.init_from, init_from):
             saved = dataclasses.replace(saved, init_from=init_from)
         differences = same_run(entry.config, saved)
         if differences:
             raise ConfigError(
-                f"{path.parent} holds a run with other settings ({'; '.join(differences[:3])}): choose another "
+                f"{folder} holds a run with other settings ({'; '.join(differences[:3])}): choose another "
                 "--workdir, or set them back"
             )
+
+
+def _run_file(entry: Entry, workdir: Path) -> dict[str, Any]:
+    """The `run.json` of a run that has begun, its config a Config. Raises ConfigError if it is none of ours."""
+    path = workdir / RUNS / entry.folder / RUN_FILE
+    try:
+        run = read_json(path)
+        missing = [name for name in ("config", *_TEXT) if name not in run]
+        check(not missing, f"it has no {', '.join(missing)}")
+        return {**run, "config": Config.from_mapping(run["config"])}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): choose another --workdir") from None
 
 
 def read_result(entry: Entry, workdir: Path) -> Result:
@@ -140,7 +150,7 @@ def checkpoints(workdir: Path) -> set[Path]:
 
 def vocab_size(entry: Entry, workdir: Path) -> int:
     """Return that of a run that has begun."""
-    return int(read_json(workdir / RUNS / entry.folder / RUN_FILE)["vocab_size"])
+    return int(_run_file(entry, workdir)["vocab_size"])
 
 
 def _finished(entry: Entry, workdir: Path) -> bool:

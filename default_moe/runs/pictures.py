@@ -2,9 +2,12 @@
 
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from default_moe.errors import shown
 
 _LARGEST = 4.0  # colours go from a quarter of the mean to four times, so that pictures of different steps compare
 
@@ -26,6 +29,15 @@ def as_png(figure: Any) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def picture_file(name: str, draw: Callable[[], bytes], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Return the picture by its file's name; say so in a line, and return none, if it cannot be drawn."""
+    try:
+        return {name: draw()}
+    except Exception as error:  # whatever a library for pictures may raise: no figures are to be lost of it
+        say(f"{name} cannot be drawn ({shown(f'{type(error).__name__}: {error}')}): the figures are written without it")
+        return {}
 
 
 def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", first_layer: int = 0) -> bytes:

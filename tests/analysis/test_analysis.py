@@ -10,12 +10,14 @@ import pytest
 from helpers import reference
 from helpers.layers import moe_config, settings_of, variables_of
 from helpers.reference import assert_close
+from helpers.refusals import refused
 from helpers.tiny_runs import REPOSITORY, environment, run_commands, tiny_config
 
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity, config_for, measure, similarity
 from default_moe.config import Config
 from default_moe.data import open_data
+from default_moe.errors import TrainingFailed
 from default_moe.methods import METHODS
 from default_moe.moe import MoELayer
 from default_moe.moe.layer import DEFAULT_VECTORS
@@ -184,6 +186,16 @@ def test_the_verdict_says_for_which_k_and_for_which_not():
 def test_a_picture_of_many_layers_shows_six(tmp_path):
     many = [Fidelity("topk", k, np.full((2, 24), 0.5), np.ones((2, 24))) for k in (1, 2)]
     assert gradients_report.picture(many, "exact", 1).startswith(b"\x89PNG")
+
+
+def test_out_of_memory_is_one_line_wherever_it_happens(trained, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    for name in ("_gradients", "_state"):  # the second comes first
+        monkeypatch.setattr(gradients, name, fail)
+        with refused("out of memory while computing gradients", TrainingFailed):
+            measure(*trained, ["topk"], [1], 1, "exact", print, print)
 
 
 def test_the_command_from_end_to_end_and_bad_input(folder, trained):

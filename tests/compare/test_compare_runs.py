@@ -10,6 +10,7 @@ from threading import current_thread, main_thread
 import jax
 import numpy as np
 import pytest
+from helpers.refusals import refused
 from helpers.tiny_runs import (
     REPOSITORY,
     as_flags,
@@ -186,10 +187,26 @@ def test_a_source_that_is_spelt_otherwise_is_no_other_setting(tmp_path, monkeypa
     begun, again, other = map(entry, ("a", str(tmp_path / "a"), "b"))
     run = tmp_path / "runs" / begun.folder / "run.json"
     run.parent.mkdir(parents=True)
-    run.write_text(json.dumps({"config": begun.config.to_dict()}))
+    text = {"corpus_hash": "abc", "vocab_size": 257, "tokenizer_hash": None}
+    run.write_text(json.dumps({"config": begun.config.to_dict(), **text}))
     runs.check_runs([again], tmp_path)
     with pytest.raises(ConfigError, match="init_from: a there, b here"):
         runs.check_runs([other], tmp_path)
+
+
+def test_a_run_file_that_is_none_of_ours_is_named(tmp_path):
+    [entry] = entries_for(tmp_path, seeds=[0])[:1]
+    run = tmp_path / "runs" / entry.folder / "run.json"
+    run.parent.mkdir(parents=True)
+    config = json.dumps(entry.config.to_dict())
+    for text, words in (
+        ("{", "it is not JSON"),
+        ("{}", "it has no config, corpus_hash, vocab_size, tokenizer_hash"),
+        (f'{{"config": {config}, "corpus_hash": "abc", "vocab_size": 257}}', "it has no tokenizer_hash"),
+    ):
+        run.write_text(text)
+        with refused(rf"topk/seed_0/run.json cannot be read \({words}.*choose another --workdir"):
+            runs.check_runs([entry], tmp_path)
 
 
 def test_the_other_runs_go_on_when_one_diverges(folder, monkeypatch):

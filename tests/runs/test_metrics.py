@@ -15,7 +15,7 @@ from helpers.tiny_runs import read_events
 
 from default_moe.hardware import peak_flops
 from default_moe.runs.metrics import MetricsWriter
-from default_moe.runs.pictures import load_heat_map
+from default_moe.runs.pictures import load_heat_map, picture_file
 from default_moe.runs.progress import Progress
 
 
@@ -200,10 +200,18 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     ]
 
 
+def test_a_report_is_written_without_a_picture_that_cannot_be_drawn():
+    said = []
+    assert picture_file("report.png", lambda: b"drawn", said.append) == {"report.png": b"drawn"} and said == []
+    assert picture_file("report.png", lambda: load_heat_map(np.zeros(3)), said.append) == {}
+    [line] = said
+    assert line.startswith("report.png cannot be drawn (ValueError: ") and line.endswith("are written without it")
+
+
 def test_pictures_are_drawn_where_a_notebook_has_left_its_backend():
     code = """
 import os, numpy as np
-from default_moe.runs.pictures import load_heat_map
+from default_moe.runs.pictures import load_heat_map, picture_file
 assert load_heat_map(np.ones((1, 2))).startswith(b"\\x89PNG")
 assert os.environ["MPLBACKEND"] == "module://nowhere"
 """
