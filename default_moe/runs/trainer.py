@@ -97,7 +97,7 @@ def train(
             train_step = train_step or _compile(program, train_rows, progress)
             if state is None:
                 state = _first_state(program, source, train_rows, progress)
-            elif jump := learning_rate_jump(meta, config, int(state.step - state.bad_steps)):
+            elif jump := learning_rate_jump(meta, config, int(state.step) - int(state.bad_steps)):
                 progress.message(jump)
         except BaseException:
             run.discard()
