@@ -25,6 +25,7 @@ DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
     ("expert", "expert"),
     ("embed", "fsdp"),
     ("heads", None),
+    ("kv_heads", None),
     ("mlp", None),
     ("vocab", None),
 )
@@ -34,8 +35,10 @@ _TOGETHER = (
     ("expert", "mlp"),
     ("embed", "mlp"),
     ("embed", "heads"),
+    ("embed", "kv_heads"),
     ("embed", "vocab"),
     ("batch", "heads"),
+    ("batch", "kv_heads"),
 )
 _annotating = contextvars.ContextVar("annotating", default=False)
 

@@ -60,6 +60,7 @@ SLOW = {
     "test_moe_variables": ("test_rematerialisation_",),
     "test_exchange": ("test_exchanged_",),
     "test_bench": ("test_the_step_suite_", "test_the_scaling_suite_"),
+    "test_architecture": ("test_eight_",),
     "test_model": ("test_the_embedding_learns_", "test_unrolling_"),
     "test_moe_sharded": ("test_",),
     "test_mesh_rules": ("test_what_",),

@@ -18,7 +18,20 @@ class ModelConfig:
     )
     d_model: int = setting(128, "D, the width of the residual stream.", at_least(1, 2**20))
     num_layers: int = setting(4, "Layers, each of attention and a feed-forward network.", at_least(1, 2**12))
-    num_heads: int = setting(4, "Heads of attention; they divide d_model.", at_least(1, 2**10))
+    num_heads: int = setting(4, "Heads of attention; they divide d_model unless head_dim is set.", at_least(1, 2**10))
+    num_kv_heads: int | None = setting(
+        None,
+        "Heads of keys and values, which divide num_heads (grouped-query attention; 1: multi-query); None: num_heads.",
+        at_least(1, 2**10),
+    )
+    head_dim: int | None = setting(
+        None, "E, the width of a head, an even number; None: d_model / num_heads.", at_least(2, 2**16)
+    )
+    attention_window: int | None = setting(
+        None,
+        "Tokens that a token sees, itself and the latest before it (sliding window); None: all before it.",
+        at_least(1, 2**20),
+    )
     num_dense_layers: int = setting(
         1, "How many of the layers, the first ones, have a dense network in place of experts."
     )
@@ -27,7 +40,16 @@ class ModelConfig:
     )
     tie_embeddings: bool = setting(False, "Use the embeddings as the output's weights too.")
     rope_theta: float = setting(10_000.0, "Base of the rotary embeddings' wavelengths.", positive())
+    norm: str = setting(
+        "layer", "LayerNorm, or RMSNorm without bias, before each part and the output.", one_of("layer", "rms")
+    )
     norm_epsilon: float = setting(1e-5, "What norms add to the variance.", between(0, 1))
+    qk_norm: str = setting(
+        "none",
+        "RMSNorm of queries and keys before the rotary embedding: of each 'head' with one scale for all (Qwen3), or of "
+        "the 'full' projection (OLMoE).",
+        one_of("none", "head", "full"),
+    )
     dtype: str = setting("float32", "What is computed in; parameters are float32.", one_of("float32", "bfloat16"))
     attention: str = setting(
         "auto",
@@ -48,18 +70,33 @@ class ModelConfig:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         check_settings(self, "model")
         check(
-            self.d_model % self.num_heads == 0,
-            f"model.num_heads is {self.num_heads}, but must divide model.d_model = {self.d_model}",
+            self.head_dim is not None or self.d_model % self.num_heads == 0,
+            f"model.num_heads is {self.num_heads}, but must divide model.d_model = {self.d_model}, or model.head_dim "
+            "must be set",
         )
         check(
-            (self.d_model // self.num_heads) % 2 == 0,
-            f"model.d_model / model.num_heads is {self.d_model // self.num_heads}, but rotary embeddings need it even",
+            self.head_size % 2 == 0,
+            f"{'model.head_dim' if self.head_dim else 'model.d_model / model.num_heads'} is {self.head_size}, but "
+            "rotary embeddings need it even",
+        )
+        check(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads is {self.kv_heads}, but must divide model.num_heads = {self.num_heads}",
         )
         check(
             0 <= self.num_dense_layers <= self.num_layers,
             f"model.num_dense_layers is {self.num_dense_layers}, but must lie between 0 and model.num_layers = "
             f"{self.num_layers}",
         )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """E, the width of a head."""
+        return self.head_dim or self.d_model // self.num_heads
 
     @property
     def num_moe_layers(self) -> int:

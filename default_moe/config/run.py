@@ -249,7 +249,7 @@ class Config:
         """XLA ends the process where the bytes of arrays do not fit 64 bits: no message could follow."""
         model, moe, length = self.model, self.moe, self.train.sequence_length
         tokens = self.train.batch_size * length
-        width = max(model.d_model, moe.expert_dim, model.dense_dim or 1)
+        width = max(model.d_model, moe.expert_dim, model.dense_dim or 1, model.num_heads * model.head_size)
         experts = moe.num_experts + moe.num_shared_experts
         for what, size in (
             ("model.d_model, moe.expert_dim, moe.num_experts", model.num_layers * experts * model.d_model * width),

@@ -11,6 +11,7 @@ from jax import Array
 from default_moe.config import ModelConfig
 from default_moe.errors import choose
 from default_moe.hardware import is_nvidia, platform
+from default_moe.model.norms import make_rms_norm
 from default_moe.model.splash_attention import LENGTH_MULTIPLE, splash_attention
 from default_moe.moe.feed_forward import small_init_std
 from default_moe.sharding import with_axes
@@ -49,13 +50,15 @@ def resolve_attention(config: ModelConfig, length: int, masked: bool) -> str:
 
 
 def _why_no_cudnn(config: ModelConfig, length: int, masked: bool) -> str | None:
-    size = config.d_model // config.num_heads
+    size = config.head_size
     if not is_nvidia():
         return f"it runs on NVIDIA GPUs, but this is {platform()!r}"
     if config.dtype != "bfloat16":
         return f"it takes bfloat16, but model.dtype is {config.dtype!r}"
     if size % 8 or size > 128:
-        return f"it takes heads of 8, 16, ... 128, but model.d_model / model.num_heads is {size}"
+        return f"it takes heads of 8, 16, ... 128, but these are of {size}"
+    if masked and config.attention_window:
+        return "with model.attention_window it keeps no documents apart, as data.mask_documents asks"
     if masked and length % 2:
         return f"with data.mask_documents it takes sequences of even length, but this is {length}"
     if float(getattr(jax.devices()[0], "compute_capability", 8)) < 8:
@@ -82,7 +85,7 @@ def rotary_embedding(x_BLHE: Array, positions_BL: Array, theta: float) -> Array:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions, without biases.
+    """Causal attention with rotary positions, without biases. Groups of heads may share their keys and values.
 
     With `cache_length` set it decodes: keys and values are kept in the collection "cache", and each call continues
     where the last one ended, up to that many tokens in all.
@@ -94,21 +97,21 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array, tokens: Tokens) -> Array:
         config = self.config
-        heads, size = config.num_heads, config.d_model // config.num_heads
+        heads, kv_heads, size = config.num_heads, config.kv_heads, config.head_size
         init = nn.initializers.normal(small_init_std(config.d_model))
         dtype = jnp.dtype(config.dtype)
         q, k, v = (
             nn.DenseGeneral(
-                (heads, size),
+                (num, size),
                 use_bias=False,
                 dtype=dtype,
-                kernel_init=with_axes(init, "embed", "heads", None),
+                kernel_init=with_axes(init, "embed", "heads" if num == heads else "kv_heads", None),
                 name=name,
             )(x_BLD)
-            for name in ("query", "key", "value")
+            for name, num in (("query", heads), ("key", kv_heads), ("value", kv_heads))
         )
-        q = rotary_embedding(q, tokens.positions, config.rope_theta)
-        k = rotary_embedding(k, tokens.positions, config.rope_theta)
+        q = rotary_embedding(self._normed(q, "query_norm"), tokens.positions, config.rope_theta)
+        k = rotary_embedding(self._normed(k, "key_norm"), tokens.positions, config.rope_theta)
         if self.cache_length is None:
             out = self._attend(q, k, v, tokens.segment_ids)
         else:
@@ -124,20 +127,38 @@ class Attention(nn.Module):
             name="out",
         )(out)
 
+    def _normed(self, x_BLHE: Array, name: str) -> Array:
+        """Queries or keys, normed as `model.qk_norm` says."""
+        if self.config.qk_norm == "none":
+            return x_BLHE
+        norm: Any = make_rms_norm(self.config, name)
+        if self.config.qk_norm == "head":
+            return norm(x_BLHE)
+        return norm(x_BLHE.reshape(*x_BLHE.shape[:2], -1)).reshape(x_BLHE.shape)
+
     def _attend(self, q: Array, k: Array, v: Array, segment_ids_BL: Array | None) -> Array:
         """Attend within whole sequences."""
         implementation: Any = "xla"
+        window = self.config.attention_window
         if not self.is_initializing():  # then only shapes matter, of sequences that are too short for kernels
             implementation = resolve_attention(self.config, q.shape[1], segment_ids_BL is not None)
         if implementation == "splash":
-            return splash_attention(q, k, v, segment_ids_BL)
+            return splash_attention(q, k, v, segment_ids_BL, window)
         mask = None
         if segment_ids_BL is not None:
             mask = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=True,
+            local_window_size=window and (window - 1, 0),
+            implementation=implementation,
+        )
 
     def _extend_cache(self, k: Array, v: Array, cache_length: int) -> tuple[Array, Array, Array]:
-        """Return all keys and values so far, [B, cache_length, H, E], and the mask of what a new token may see."""
+        """Return all keys and values so far, [B, cache_length, kv heads, E], and the mask of what new tokens see."""
         shape = (k.shape[0], cache_length, *k.shape[2:])
         keys = self.variable(CACHE, "cached_key", jnp.zeros, shape, k.dtype)
         values = self.variable(CACHE, "cached_value", jnp.zeros, shape, v.dtype)
@@ -147,5 +168,8 @@ class Attention(nn.Module):
             keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, k, start, axis=1)
             values.value = jax.lax.dynamic_update_slice_in_dim(values.value, v, start, axis=1)
             filled.value = start + k.shape[1]
-        visible = jnp.arange(cache_length)[None, :] <= (start + jnp.arange(k.shape[1]))[:, None]
+        behind = (start + jnp.arange(k.shape[1]))[:, None] - jnp.arange(cache_length)[None, :]
+        visible = behind >= 0
+        if self.config.attention_window:
+            visible &= behind < self.config.attention_window
         return keys.value, values.value, visible[None, None]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from default_moe.config import Config, ModelConfig, MoEConfig
 from default_moe.model.attention import CACHE, Attention, Tokens, residual_init_std
+from default_moe.model.norms import make_norm
 from default_moe.model.splash_attention import ATTENTION_OUTPUT
 from default_moe.moe import MoELayer
 from default_moe.moe.default_vectors import USED_VECTORS
@@ -46,20 +47,6 @@ class Unembedding(NamedTuple):
 
     x_BLD: Array
     head_DV: Array
-
-
-def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, its result in the compute dtype. In a loop over layers, backward keeps only the input."""
-    dtype = jnp.dtype(config.dtype)
-    norm: Any = nn.LayerNorm if dtype == jnp.float32 else nn.remat(nn.LayerNorm, prevent_cse=False)
-    return norm(
-        epsilon=config.norm_epsilon,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 is rounding alone where the mean is large
-        dtype=dtype,
-        scale_init=with_axes(nn.initializers.ones, None),
-        bias_init=with_axes(nn.initializers.zeros, None),
-        name=name,
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -98,8 +85,8 @@ class Block(nn.Module):
         config = self.config
         x_BLD = constrain(x_BLD, "batch", None, None)
         attention = Attention(config, self.cache_length, name="attention")
-        x_BLD += attention(layer_norm(config, "attention_norm")(x_BLD), tokens)
-        hidden_BLD = layer_norm(config, "ffn_norm")(x_BLD)
+        x_BLD += attention(make_norm(config, "attention_norm")(x_BLD), tokens)
+        hidden_BLD = make_norm(config, "ffn_norm")(x_BLD)
         if self.moe is None:
             dense = FeedForward(self.dense_dim, jnp.dtype(config.dtype), residual_init_std(config), name="ffn")
             return x_BLD + dense(hidden_BLD), None
@@ -170,7 +157,7 @@ class LanguageModel(nn.Module):
             if length:
                 layers = _stack_of_blocks(config, length)
                 x_BLD, stats = layers(config, moe, dense_dim, train, cache_length, name=name)(x_BLD, tokens)
-        x_BLD = layer_norm(config, "final_norm")(x_BLD)
+        x_BLD = make_norm(config, "final_norm")(x_BLD)
         if config.tie_embeddings:
             kernel_DV = embedding_VD.T
         else:

@@ -38,10 +38,11 @@ def _parameter_counts(model: LanguageModel) -> ParameterCounts:
 def train_flops_per_token(config: Config, vocab_size: int) -> float:
     """Floating-point operations of the model per trained token, forward and backward, recomputation not counted.
 
-    6 per active parameter that takes part in a matrix product (the embedding is a look-up), and for attention 12 D
-    per layer and position of the sequence, the causal half not deducted (Chowdhery et al. 2022, appendix B).
+    6 per active parameter that takes part in a matrix product (the embedding is a look-up), and for attention 12 H E
+    per layer and position that a token may see, the causal half not deducted (Chowdhery et al. 2022, appendix B).
     """
     model = config.model
     lookup = 0 if model.tie_embeddings else (model.vocab_size or vocab_size) * model.d_model
     matmul_params = parameter_counts(config, vocab_size).active - lookup
-    return 6 * matmul_params + 12 * model.num_layers * model.d_model * config.train.sequence_length
+    seen = min(config.train.sequence_length, model.attention_window or math.inf)
+    return 6 * matmul_params + 12 * model.num_layers * model.num_heads * model.head_size * seen

@@ -1,5 +1,6 @@
 """Causal attention by JAX's Pallas kernel for TPUs, splash attention, which never holds the [H, L, L] scores."""
 
+import functools
 import math
 from typing import Any
 
@@ -20,28 +21,37 @@ _LARGEST_BLOCK = 512
 ATTENTION_OUTPUT = "attention_output"
 
 
-def splash_attention(q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None) -> Array:
+def splash_attention(
+    q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None, window: int | None = None
+) -> Array:
     """Compute `jax.nn.dot_product_attention` with is_causal=True, in the dtype of q: [B, L, H, E].
 
-    segment_ids_BL: int32, if given, tokens attend to those of equal ids. L is a multiple of LENGTH_MULTIPLE.
+    Keys and values may have fewer heads, of which each counts for a group. L is a multiple of LENGTH_MULTIPLE.
+    segment_ids_BL: int32, if given, tokens attend to those of equal ids.  window: tokens that a token sees.
     On other platforms than TPUs the kernel is interpreted, which is slow. Under a mesh each device takes its sequences,
     and its heads if these are split.
     """
+    on_device = functools.partial(_on_device, window=window)
     axes = (sharding.mesh_axes("batch"), sharding.mesh_axes("heads"))
     if not any(axes):
-        return _on_device(q_BLHE, k_BLHE, v_BLHE, segment_ids_BL)
+        return on_device(q_BLHE, k_BLHE, v_BLHE, segment_ids_BL)
     sequences, heads = (axis or None for axis in axes)
+    if k_BLHE.shape[2] % sharding.num_shards("heads"):  # a device's heads need keys and values of their own
+        group = q_BLHE.shape[2] // k_BLHE.shape[2]
+        k_BLHE, v_BLHE = (jnp.repeat(a, group, axis=2) for a in (k_BLHE, v_BLHE))
     spec = P(sequences, None, heads)
     # Kernels do not say over which axes their results vary.
-    mapped = jax.shard_map(_on_device, in_specs=(spec, spec, spec, P(sequences)), out_specs=spec, check_vma=False)
+    mapped = jax.shard_map(on_device, in_specs=(spec, spec, spec, P(sequences)), out_specs=spec, check_vma=False)
     return mapped(q_BLHE, k_BLHE, v_BLHE, segment_ids_BL)
 
 
-def _on_device(q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None) -> Array:
+def _on_device(q_BLHE: Array, k_BLHE: Array, v_BLHE: Array, segment_ids_BL: Array | None, window: int | None) -> Array:
     _, length, num_heads, size = q_BLHE.shape
     block = math.gcd(length, _LARGEST_BLOCK)
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     kernel: Any = splash.make_splash_mha(
-        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
+        mask=masks.MultiHeadMask([mask] * num_heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

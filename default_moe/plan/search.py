@@ -132,7 +132,8 @@ def _rough_temporaries(config: Config, program: Program, num_devices: int) -> fl
     sequences = train.batch_size // train.grad_accum_steps / num_devices
     tokens = sequences * train.sequence_length
     scores = 6 * sequences * model.num_heads * train.sequence_length**2 if program.attention == "xla" else 0
-    products = 2 * tokens * (5 * model.d_model + moe.most_experts_per_token * (2 * moe.expert_dim + model.d_model))
+    attention = 2 * model.d_model + 2 * (model.num_heads + model.kv_heads) * model.head_size
+    products = 2 * tokens * (attention + moe.most_experts_per_token * (2 * moe.expert_dim + model.d_model))
     kept = {"full": 2 * tokens * model.d_model, "dots": products, "none": 2 * products + scores}[model.remat]
     logits = 6 * min(tokens * program.vocab_size, train.logits_per_chunk)
     gradients = 4 * parameter_counts(config, program.vocab_size).total / (config.mesh.fsdp * config.mesh.expert)

@@ -15,7 +15,8 @@ from helpers.layers import with_settings
 from configs import paper
 from default_moe.config import Config, ModelConfig, MoEConfig
 from default_moe.model.attention import rotary_embedding
-from default_moe.model.language_model import LanguageModel, layer_norm, look_up
+from default_moe.model.language_model import LanguageModel, look_up
+from default_moe.model.norms import make_norm
 from default_moe.model.size import parameter_counts, train_flops_per_token
 from default_moe.moe.experts.swiglu import swiglu_hidden
 
@@ -275,7 +276,7 @@ def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
         return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(function, *args)[1]))
 
     assert kept(swiglu_hidden, x, up) == x.nbytes + up.nbytes
-    norm = layer_norm(dataclasses.replace(MODEL, dtype="bfloat16"), "norm")
+    norm = make_norm(dataclasses.replace(MODEL, dtype="bfloat16"), "norm")
     variables = unbox(norm.init(jax.random.key(2), x))
     assert kept(norm.apply, variables, x) <= x.nbytes + 2 * 4 * 32 + 64  # and a few numbers such as epsilon
 
@@ -284,7 +285,7 @@ def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
 def test_a_norm_of_a_large_mean_is_that_in_float64(dtype):
     """Of numbers 1000 + noise the difference of means of squares would be off by about 1e6 * 2^-24 = 0.06 of 1."""
     x = jnp.asarray(1000 + np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
-    norm = layer_norm(dataclasses.replace(MODEL, dtype=dtype), "norm")
+    norm = make_norm(dataclasses.replace(MODEL, dtype=dtype), "norm")
     x64 = np.asarray(x, np.float64)
     centred = x64 - x64.mean(axis=-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + MODEL.norm_epsilon)
@@ -320,6 +321,20 @@ def test_training_flops_are_six_per_active_parameter_and_attention():
     norms = (2 * 3 + 1) * 2 * d
     matrices = 3 * 4 * d * d + 3 * d * f + 2 * (d * n + k * 3 * d * f) + d * v
     assert train_flops_per_token(config, VOCAB) == 6 * (matrices + norms) + 12 * 3 * d * length
+
+
+def test_grouped_heads_of_a_size_of_their_own_are_counted():
+    """And a window: a token sees as many positions."""
+    model = dataclasses.replace(
+        MODEL, norm="rms", qk_norm="full", num_heads=4, num_kv_heads=2, head_dim=6, attention_window=5
+    )
+    config = Config(model=model, moe=MOE)
+    d, f, n, k, v, heads = 16, 24, 4, 2, VOCAB, 4 * 6
+    norms = (2 * 3 + 1) * d + 3 * (heads + heads // 2)
+    attention = d * (heads + 2 * heads // 2 + heads)
+    matrices = 3 * attention + 3 * d * f + 2 * (d * n + k * 3 * d * f) + d * v
+    assert parameter_counts(config, VOCAB).active == matrices + norms + v * d
+    assert train_flops_per_token(config, VOCAB) == 6 * (matrices + norms) + 12 * 3 * heads * 5
 
 
 def test_rematerialising_all_but_products_runs_no_expert_again():

@@ -6,6 +6,7 @@ import re
 import warnings
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,6 +232,16 @@ def test_cudnn_is_not_asked_for_a_mask_of_odd_length(on):
     assert chosen == ["cudnn", "xla"]
 
 
+def test_a_window_and_documents_are_too_much_for_cudnn(on):
+    on("gpu", nvidia=True)
+    config = ModelConfig(dtype="bfloat16", attention_window=8)
+    chosen = [attention.resolve_attention(config, 16, masked) for masked in (False, True)]
+    assert chosen == ["cudnn", "xla"]
+    with refused(r"model\.attention is 'cudnn', but with model\.attention_window it keeps no documents apart"):
+        asked = ModelConfig(dtype="bfloat16", attention_window=8, attention="cudnn")
+        attention.resolve_attention(asked, 16, masked=True)
+
+
 def test_the_choice_of_attention_on_a_tpu(on):
     on("tpu")
     chosen = [attention.resolve_attention(ModelConfig(), length, masked=True) for length in (128, 640, 200)]
@@ -239,23 +250,31 @@ def test_the_choice_of_attention_on_a_tpu(on):
         attention.resolve_attention(ModelConfig(attention="splash"), 200, masked=False)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_splash_attention_is_attention(masked):
+@pytest.mark.parametrize(("masked", "kv_heads", "window"), [(False, 4, None), (True, 2, 100)])
+def test_splash_attention_is_attention(masked, kv_heads, window):
     """The kernel, interpreted, on two meshes and none: its value and gradients."""
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, (4, 256, 2, 8)) for key in keys)
+    heads = (4, kv_heads, kv_heads, 4)
+    q, k, v, g = (jax.random.normal(key, (4, 256, num, 8)) for key, num in zip(keys, heads, strict=True))
     documents = jnp.cumsum(jax.random.bernoulli(keys[0], 0.02, (4, 256)), axis=1) if masked else None
 
     def expected(q, k, v):
-        mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
-        return (g * jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)).sum()
+        behind = jnp.subtract.outer(jnp.arange(256), jnp.arange(256))
+        mask = ((behind >= 0) & (behind < (window or 256)))[None, None]
+        if documents is not None:
+            mask &= (documents[:, :, None] == documents[:, None, :])[:, None]
+        return (g * jax.nn.dot_product_attention(q, k, v, mask=mask)).sum()
 
     def actual(q, k, v):
-        return (g * splash_attention(q, k, v, documents)).sum()
+        return (g * splash_attention(q, k, v, documents, window)).sum()
 
     wanted = jax.value_and_grad(expected, argnums=(0, 1, 2))(q, k, v)
-    for mesh in (None, (2, 2, 1)):
-        with jax.set_mesh(make_mesh(*mesh, jax.devices()[:4])) if mesh else contextlib.nullcontext():
+    # Each device takes its sequences; or its head, for which it needs keys and values that another one needs too.
+    for mesh, rules in ((None, ()), ((2, 2, 1), ()), ((1, 1, 4), (("heads", "expert"),))):
+        with (
+            jax.set_mesh(make_mesh(*mesh, jax.devices()[:4])) if mesh else contextlib.nullcontext(),
+            nn.logical_axis_rules(rules),
+        ):
             got = jax.jit(jax.value_and_grad(actual, argnums=(0, 1, 2)))(q, k, v)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
 
