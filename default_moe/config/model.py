@@ -39,6 +39,12 @@ class ModelConfig:
         None, "Hidden width of the dense networks; None: as wide as one expert.", at_least(1, 2**24)
     )
     tie_embeddings: bool = setting(False, "Use the embeddings as the output's weights too.")
+    output_z_weight: float = setting(
+        0.0,
+        "Factor in the loss of the output's z-loss, the mean over tokens of log(sum(exp(logits)))^2.",
+        at_least(0),
+        MAY_CHANGE,
+    )
     rope_theta: float = setting(10_000.0, "Base of the rotary embeddings' wavelengths.", positive())
     norm: str = setting(
         "layer", "LayerNorm, or RMSNorm without bias, before each part and the output.", one_of("layer", "rms")

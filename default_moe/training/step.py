@@ -93,8 +93,9 @@ def make_gradient(model: LanguageModel, config: Config) -> Gradient:
             rngs={"router": rng},
             **model_inputs(batch, config),
         )
-        sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
-        loss = sums.nll / num_tokens + auxiliary_loss(stats) * (sums.tokens / num_tokens)
+        chunk, z_weight = config.train.logits_per_chunk, config.model.output_z_weight
+        loss_sum, sums = token_sums(unembedding, batch, chunk, z_weight)
+        loss = loss_sum / num_tokens + auxiliary_loss(stats) * (sums.tokens / num_tokens)
         return loss, StepResult(sums, stats, variables)
 
     def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
@@ -154,7 +155,7 @@ def make_eval_step(model: LanguageModel, config: Config) -> Callable[[Any, Any, 
     def eval_step(params: Any, variables: Any, batch: Batch) -> tuple[TokenSums, LayerStats | None]:
         output: Any = model.apply({"params": params, **variables}, train=False, **model_inputs(batch, config))
         unembedding, stats = output
-        return token_sums(unembedding, batch, config.train.logits_per_chunk), stats
+        return token_sums(unembedding, batch, config.train.logits_per_chunk)[1], stats
 
     return eval_step
 
@@ -170,10 +171,16 @@ def model_inputs(batch: Batch, config: Config) -> dict[str, Any]:
 
 
 def _loss_metrics(sums: TokenSums) -> Metrics:
-    """Mean loss in nats per token, perplexity, and bits per byte of text."""
-    loss = sums.nll / jnp.maximum(sums.tokens, 1)
+    """Mean loss in nats per token, perplexity, bits per byte of text, and the output's z-loss, unweighted."""
+    tokens = jnp.maximum(sums.tokens, 1)
+    loss = sums.nll / tokens
     bits_per_byte = sums.nll / jnp.log(2.0) / jnp.maximum(sums.target_bytes, 1)
-    return {"loss": loss, "perplexity": jnp.exp(loss), "bits_per_byte": bits_per_byte}
+    return {
+        "loss": loss,
+        "perplexity": jnp.exp(loss),
+        "bits_per_byte": bits_per_byte,
+        "output_z_loss": sums.output_z / tokens,
+    }
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

@@ -77,8 +77,8 @@ def test_the_reference_is_the_slope_of_the_dense_models_loss(trained):
         params = {**checkpoint.params, "moe_layers": {**layers, "moe": {**layers["moe"], "router": {"kernel": moved}}}}
         inputs = {"positions": batch["positions"], "mask": batch["loss_mask"], "project": False}
         unembedding, _ = program.model.apply({"params": params}, batch["inputs"], train=False, **inputs)
-        sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
-        return sums.nll / sums.tokens
+        nll, sums = token_sums(unembedding, batch, config.train.logits_per_chunk)
+        return nll / sums.tokens
 
     step = 2e-2
     with program.context():

@@ -23,7 +23,7 @@ BASE = ModelConfig(d_model=16, num_layers=2, num_heads=4, dense_dim=8)
 
 # As in Mixtral, Qwen3 and OLMoE, and what is in none of these.
 MODELS = {
-    "grouped heads": {"norm": "rms", "num_kv_heads": 2, "attention_window": 3},
+    "grouped heads": {"norm": "rms", "num_kv_heads": 2, "attention_window": 2},
     "norm per head": {"norm": "rms", "qk_norm": "head", "num_kv_heads": 2, "head_dim": 6},
     "norm of all": {"norm": "rms", "qk_norm": "full", "num_kv_heads": 1, "tie_embeddings": True},
     "layer norms": {"qk_norm": "full", "head_dim": 2, "attention_window": 5},
@@ -55,7 +55,7 @@ def params_of(name: str) -> Any:
 
 def inputs_of(name: str) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    segments = np.sort(rng.integers(1, 4, (BATCH, LENGTH))) if name in DOCUMENTS else None
+    segments = np.sort(rng.integers(1, 3, (BATCH, LENGTH))) if name in DOCUMENTS else None
     return {"tokens_BL": rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32), "segment_ids": segments}
 
 

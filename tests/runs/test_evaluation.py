@@ -42,7 +42,7 @@ def program(batch_size):
         more = {"default_vector_norm": np.array([7.0])}
         zero, entropy = np.zeros(1), mean(ENTROPY[rows][counted])
         stats = LayerStats(zero, balance, zero, entropy, mean(probs), chosen[None], np.array([tokens]), more)
-        return TokenSums(NLL[rows][counted].sum(), tokens, 2 * tokens), stats
+        return TokenSums(NLL[rows][counted].sum(), tokens, 2 * tokens, tokens), stats
 
     config = SimpleNamespace(eval=SimpleNamespace(batch_size=batch_size))
     parts = {"eval_step": eval_step, "put_batch": lambda load, count: load(0, count)}

@@ -28,31 +28,36 @@ def factors(dtype=jnp.float32):
     return jnp.asarray(rng.normal(size=(B, L, D)), dtype), jnp.asarray(rng.normal(size=(D, V)), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def value_and_gradients(x, head, batch, logits_per_chunk):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def value_and_gradients(x, head, batch, logits_per_chunk, z_weight=0.0):
     def mean(x, head):
-        sums = token_sums(Unembedding(x, head), batch, logits_per_chunk)
-        return sums.nll / sums.tokens
+        loss, sums = token_sums(Unembedding(x, head), batch, logits_per_chunk, z_weight)
+        return loss / sums.tokens
 
     return jax.value_and_grad(mean, argnums=(0, 1))(x, head)
 
 
 # 14 tokens of 11 logits: whole, 2 chunks of 7, 3 chunks of 5 (the last one padded), and one token at a time.
-@pytest.mark.parametrize("logits_per_chunk", [10**9, 77, 60, 1])
-def test_value_and_gradients_equal_float64(logits_per_chunk):
+@pytest.mark.parametrize(
+    ("logits_per_chunk", "z_weight"), [(10**9, 0.0), (77, 0.0), (60, 0.25), (1, 0.0), (10**9, 0.25)]
+)
+def test_value_and_gradients_equal_float64(logits_per_chunk, z_weight):
     batch, (x, head) = make_batch(), factors()
     x64, head64 = (np.asarray(a, np.float64) for a in (x, head))
     counted, is_target = np.asarray(batch["loss_mask"]) != 0, np.eye(V)[batch["targets"]]
     logits = x64 @ head64
-    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    value = -(log_probs * is_target).sum(axis=-1)[counted].mean()
-    d_logits = (np.exp(log_probs) - is_target) * counted[..., None] / counted.sum()
-    got, (got_x, got_head) = value_and_gradients(x, head, batch, logits_per_chunk)
-    assert float(got) == pytest.approx(value, rel=1e-6)
+    log_partition = np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    log_probs = logits - log_partition
+    nll, z = -(log_probs * is_target).sum(axis=-1)[counted].mean(), (log_partition[counted] ** 2).mean()
+    d_logits = np.exp(log_probs) * (1 + 2 * z_weight * log_partition) - is_target
+    d_logits *= counted[..., None] / counted.sum()
+    got, (got_x, got_head) = value_and_gradients(x, head, batch, logits_per_chunk, z_weight)
+    assert float(got) == pytest.approx(nll + z_weight * z, rel=1e-6)
     assert_close(got_x, d_logits @ head64.T, "gradient of x")
     assert_close(got_head, np.einsum("bld,blv->dv", x64, d_logits), "gradient of the head")
-    sums = token_sums(Unembedding(x, head), batch, logits_per_chunk)  # not differentiated
-    assert float(sums.nll / sums.tokens) == pytest.approx(value, rel=1e-6)
+    loss, sums = token_sums(Unembedding(x, head), batch, logits_per_chunk, z_weight)  # not differentiated
+    means = [float(a / sums.tokens) for a in (loss, sums.nll, sums.output_z)]
+    assert means == pytest.approx([nll + z_weight * z, nll, z], rel=1e-6)
 
 
 def test_sums_by_hand():
@@ -64,8 +69,9 @@ def test_sums_by_hand():
         "target_bytes": jnp.array([[1, 3, 7]]),
     }
     for logits_per_chunk in (10**9, 1):
-        sums = token_sums(Unembedding(x, jnp.ones((D, V))), batch, logits_per_chunk)
+        loss, sums = token_sums(Unembedding(x, jnp.ones((D, V))), batch, logits_per_chunk, 0.5)
         assert float(sums.nll) == pytest.approx(2 * np.log(11), rel=1e-6)
+        assert float(loss) == pytest.approx(2 * np.log(11) + np.log(11) ** 2, rel=1e-6)
         assert (float(sums.tokens), float(sums.target_bytes)) == (2, 4)
 
 

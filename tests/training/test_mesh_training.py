@@ -14,7 +14,12 @@ from helpers.steps import VOCAB, WITH_DENSE_LAYER, change, ema_of, make_batch
 from default_moe.config import MeshConfig
 from default_moe.training.program import Program
 
-BASE = change(WITH_DENSE_LAYER, moe={"num_experts": 8, "top_k": 2}, model={"d_model": 32}, optim={"peak_lr": 3e-3})
+BASE = change(
+    WITH_DENSE_LAYER,
+    moe={"num_experts": 8, "top_k": 2},
+    model={"d_model": 32, "output_z_weight": 0.01},
+    optim={"peak_lr": 3e-3},
+)
 
 
 def train(*sizes, steps=20, **sections):

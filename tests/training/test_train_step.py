@@ -135,7 +135,7 @@ def unequal_microbatches():
 
 
 BALANCED = change(TOPK, moe={"load_balance_weight": 0.5, "router_z_weight": 0.25, "sequence_balance_weight": 0.125})
-Z_LOSS = change(TOPK, moe={"router_z_weight": 0.25})
+Z_LOSS = change(TOPK, moe={"router_z_weight": 0.25}, model={"output_z_weight": 0.125})
 SPARSE = change(CONFIG, moe={"router": "remoe", "initial_lambda": 0.5})
 
 
@@ -147,8 +147,10 @@ SPARSE = change(CONFIG, moe={"router": "remoe", "initial_lambda": 0.5})
 def test_accumulated_losses_of_layers_weigh_every_token_alike(config, batch):
     """Equal microbatches have the balance of the whole. The z-loss is a mean over tokens, however they are split."""
     (state, metrics), (expected_state, expected) = (step_of(one, batch=batch) for one in (accumulated(config), config))
-    assert float(expected["total_loss"] - expected["loss"]) > 0.1
-    for name in ("loss", "total_loss", "grad_norm"):
+    weighted = expected["layers"].auxiliary_loss.sum(), config.model.output_z_weight * expected["output_z_loss"]
+    assert weighted[0] > 0.1 and (weighted[1] > 0.1) == (config == Z_LOSS)
+    assert float(expected["total_loss"]) == pytest.approx(float(expected["loss"] + sum(weighted)), rel=1e-6)
+    for name in ("loss", "total_loss", "output_z_loss", "grad_norm"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
     left_out = ["load_balance_loss"] if config == Z_LOSS else []  # of means, which differ by microbatch
     for name in {"auxiliary_loss", "router_z_loss", "router_entropy", "load_balance_loss"}.difference(left_out):
