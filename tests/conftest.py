@@ -54,6 +54,7 @@ SLOW = {
     "test_mesh_training": ("test_losses_", "test_accumulation_", "test_state_"),
     "test_accelerator_bench": ("test_every_part_", "test_the_training_part_", "test_the_report_", "test_results_are_"),
     "test_fine_tuning": ("test_",),
+    "test_convert": ("test_an_imported_",),
     "test_memory": ("test_the_memory_", "test_a_program_starts_", "test_what_runs_the_program_"),
     "test_train_step": ("test_accumulated_", "test_default_vectors_are_", "test_backward_"),
     "test_methods": ("test_every_method_equals_the_loops_on_a_mesh", "test_random_numbers_"),
@@ -78,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.name.startswith(SLOW.get(item.path.stem, ())):
             item.add_marker("slow")
-    for name in ("tpu", "campaign"):  # another environment, an hour: only who asks for it gets it
+    for name in ("tpu", "hf", "campaign"):  # another environment, an hour: only who asks for it gets it
         if name not in config.getoption("markexpr"):
             left_out = [item for item in items if item.get_closest_marker(name)]
             items[:] = [item for item in items if item not in left_out]

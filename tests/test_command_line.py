@@ -164,6 +164,24 @@ COMPARE = {
     **bad_paths("--workdir"),
 }
 
+CONVERT = {
+    "nothing to do": ([], "what to do is not said"),
+    "something else to do": (["upload"], "there is no 'upload'"),
+    "no model": (["import", "--workdir={here}/new"], "--model is missing"),
+    "no place": (["import", "--model={here}/foreign"], "--workdir is missing"),
+    "a folder of something else": (
+        ["import", "--model={here}/foreign", "--workdir={here}/new"],
+        "config.json cannot be",
+    ),
+    "a flag of the other": (["import", "--model=a", "--workdir=b", "--out=c"], "--out does not go with import"),
+    "nowhere to go": (["export", "--workdir={here}/trained"], "--out is missing"),
+    "no run": (["export", "--workdir={here}/none", "--out={here}/new"], "there is no work directory"),
+    "a model of our own": (["export", "--workdir={here}/trained", "--out={here}/new"], "this model cannot be written"),
+    "a type that is none": (["export", "--workdir=a", "--out=b", "--dtype=int8"], "--dtype=int8"),
+    **bad_paths("--workdir", "import", "--model={here}"),
+    **bad_paths("--out", "export", "--workdir={here}/trained"),
+}
+
 CASES = {
     "train.py": TRAIN,
     "eval.py": EVAL,
@@ -171,6 +189,7 @@ CASES = {
     "default_moe/bench/__main__.py": BENCH,
     "default_moe/plan/__main__.py": PLAN,
     "default_moe/compare/__main__.py": COMPARE,
+    "default_moe/convert/__main__.py": CONVERT,
 }
 WORDS = {f"{program}: {name}": words for program, cases in CASES.items() for name, (_, words) in cases.items()}
 MISTYPED = """from default_moe.config import default_config

@@ -113,6 +113,19 @@ def train_byte_level_bpe(texts: Iterable[str], size: int) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
+def byte_level_json() -> dict[str, Any]:
+    """The tokenizer.json whose ids are those of `ByteTokenizer`: the bytes, and 256 that separates documents."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    # The letters that stand for bytes in such files (Radford et al. 2019): printable ones for themselves.
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters | {SEPARATORS[1]: 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([SEPARATORS[1]])
+    return json.loads(tokenizer.to_str())
+
+
 @contextlib.contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
     """Turns what the library raises into a ConfigError that begins with `what`: panics of its are no Exceptions."""

@@ -1,0 +1,78 @@
+"""Small random models of transformers, and what ours make of them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from default_moe.convert.folders import write_json
+from default_moe.data.json_tokenizer import byte_level_json
+from default_moe.model.language_model import build_model, traced_init
+from default_moe.runs.checkpoint import CheckpointStore
+from default_moe.runs.saved_run import parse_meta
+from default_moe.sharding import unboxed
+
+SHAPE = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 8, "intermediate_size": 24, "rope_theta": 10_000.0},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 40,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 1,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 24, "sliding_window": 8, "rope_theta": 1_000_000.0},
+}
+
+
+def hf_model(family: str) -> Any:
+    """A model with random weights, norms among them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**SHAPE, **FAMILIES[family]}
+    theta = settings.pop("rope_theta")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    write_json(folder / "tokenizer.json", byte_level_json())
+
+
+def our_params(workdir: Path) -> tuple[Any, Any]:
+    """The model of a run's newest checkpoint, and its parameters."""
+    with CheckpointStore(workdir, read_only=True) as store:
+        step = store.newest_whole()
+        config, tokenizer = parse_meta(store.read_meta(step))
+        model = build_model(config, tokenizer.vocab_size)
+        shapes = unboxed(traced_init(model).boxed_shapes)["params"]
+        restored, _, _ = store.restore_for_eval({"params": shapes}, step)
+    return model, restored["params"]
+
+
+def our_logits(workdir: Path, tokens: np.ndarray) -> np.ndarray:
+    model, params = our_params(workdir)
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, train=False)[0])
+    return np.asarray(apply(params, tokens))
