@@ -276,9 +276,10 @@ def test_what_the_backward_pass_keeps_is_in_the_compute_dtype():
         return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(function, *args)[1]))
 
     assert kept(swiglu_hidden, x, up) == x.nbytes + up.nbytes
-    norm = make_norm(dataclasses.replace(MODEL, dtype="bfloat16"), "norm")
-    variables = unbox(norm.init(jax.random.key(2), x))
-    assert kept(norm.apply, variables, x) <= x.nbytes + 2 * 4 * 32 + 64  # and a few numbers such as epsilon
+    for kind in ("layer", "rms"):
+        norm = make_norm(dataclasses.replace(MODEL, dtype="bfloat16", norm=kind), "norm")
+        variables = unbox(norm.init(jax.random.key(2), x))
+        assert kept(norm.apply, variables, x) <= x.nbytes + 2 * 4 * 32 + 64  # and a few numbers such as epsilon
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

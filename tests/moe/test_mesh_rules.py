@@ -71,6 +71,7 @@ def test_experts_and_batch_share_all_axes_of_the_experts_or_none(batch, experts)
         ({"heads": "fsdp"}, "'embed' and 'heads' both over mesh.fsdp"),
         ({"vocab": ("data", "fsdp")}, "'embed' and 'vocab' both over mesh.fsdp"),
         ({"heads": "data"}, "'batch' and 'heads' both over mesh.data"),
+        ({"kv_heads": "data"}, "'batch' and 'kv_heads' both over mesh.data"),
         ({"batch": ("data", "fsdp"), "expert": ("fsdp", "expert"), "embed": None}, "over all axes that experts are"),
     ],
     ids=str,

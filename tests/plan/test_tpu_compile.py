@@ -130,7 +130,17 @@ def test_exchanged_tokens_are_all_that_moves(devices):
 def test_the_training_step_compiles(devices, monkeypatch):
     monkeypatch.setattr(memory, "memory_bytes", lambda device: 16 * 2**30)
     config = Config(
-        model=ModelConfig(d_model=256, num_layers=3, num_heads=4, vocab_size=1024, dtype="bfloat16", remat="dots"),
+        model=ModelConfig(
+            d_model=256,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=128,
+            attention_window=100,
+            vocab_size=1024,
+            dtype="bfloat16",
+            remat="dots",
+        ),
         moe=MoEConfig(num_experts=8, expert_dim=512),
         train=TrainConfig(batch_size=16, sequence_length=256, grad_accum_steps=2),
         mesh=MeshConfig(data=1, fsdp=2, expert=2),
