@@ -124,13 +124,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, with a learning rate that rises linearly, then falls along a cosine."""
+    """The optimizer, and a learning rate that rises linearly, then follows a schedule."""
 
     peak_lr: float = setting(
         3e-3, "The largest learning rate.", positive(1e38, 1e-12)
     )  # below, no float32 weight moves
     warmup_fraction: float = setting(0.01, "Share of the steps over which the learning rate rises.", between(0, 1))
-    final_lr_fraction: float = setting(0.1, "The last learning rate, as a share of the largest.", between(0, 1))
+    schedule: str = setting(
+        "cosine",
+        "The learning rate after it has risen: it falls along a cosine ('cosine') or a line ('linear'), stays "
+        "('constant'), or stays and then falls along a line ('wsd': warm-up, stable, decay).",
+        one_of("cosine", "linear", "constant", "wsd"),
+    )
+    decay_fraction: float = setting(0.2, "Share of the steps, the last ones, over which 'wsd' falls.", between(0, 1))
+    final_lr_fraction: float = setting(
+        0.1, "The last learning rate, as a share of the largest; 'constant' has no use for it.", between(0, 1)
+    )
     b1: float = setting(0.9, "Decay of the first moment.", between(0, 1))
     b2: float = setting(0.95, "Decay of the second moment.", between(0, 1))
     eps: float = setting(1e-8, "What is added to the root of the second moment.", positive(1))
@@ -152,6 +161,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "optim")
+        check(
+            self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction < 1 + 1e-9,
+            f"optim.warmup_fraction, optim.decay_fraction are {self.warmup_fraction}, {self.decay_fraction}, but with "
+            "optim.schedule='wsd' their sum must be at most 1",
+        )
         check(
             max(self.b1, self.b2) < 1 - 2**-24,
             f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1, in float32 too",

@@ -13,11 +13,25 @@ _DECAYED = ("kernel", "gate", "up", "down", "head")
 
 
 def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Peak (s + 1) / w in step s of a warm-up of w steps (at least one), then cosine to the final fraction of it."""
+    """Peak (s + 1) / w in step s of a warm-up of w steps (at least one), then as optim.schedule says.
+
+    What falls reaches the final fraction of the peak at `num_steps`, one step after the last.
+    """
     peak, warmup_steps = config.peak_lr, max(1, round(config.warmup_fraction * num_steps))
+    decay_steps = num_steps - warmup_steps
+    if config.schedule == "wsd":
+        decay_steps = min(decay_steps, round(config.decay_fraction * num_steps))
+    decay_steps = max(decay_steps, 1)
     warmup = optax.linear_schedule(peak / warmup_steps, peak + peak / warmup_steps, warmup_steps)
-    decay = optax.cosine_decay_schedule(peak, max(num_steps - warmup_steps, 1), config.final_lr_fraction)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
+    linear = optax.linear_schedule(peak, config.final_lr_fraction * peak, decay_steps)
+    constant = optax.constant_schedule(peak)
+    then = {
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_lr_fraction),
+        "linear": linear,
+        "constant": constant,
+        "wsd": optax.join_schedules([constant, linear], [num_steps - decay_steps - warmup_steps]),
+    }
+    return optax.join_schedules([warmup, then[config.schedule]], [warmup_steps])
 
 
 def decay_mask(params: Any) -> Any:

@@ -216,11 +216,25 @@ def test_weight_decay_spares_norms_biases_embeddings_and_router():
 
 
 def test_the_schedule_warms_up_and_ends_at_its_fraction():
-    schedule = learning_rate_schedule(OptimConfig(peak_lr=1.0, warmup_fraction=0.1, final_lr_fraction=0.1), 100)
-    for step in range(10):
-        assert float(schedule(step)) == pytest.approx((step + 1) / 10)
-    assert float(schedule(10)) == pytest.approx(1.0)
-    assert float(schedule(55)) == pytest.approx(0.55)  # half the cosine: 0.1 + 0.9 / 2
-    assert float(schedule(100)) == pytest.approx(0.1)
-    short = learning_rate_schedule(OptimConfig(peak_lr=1.0, warmup_fraction=0.01), 20)
-    assert float(short(0)) == pytest.approx(1.0)
+    """Warm-up in steps 0 to 9, the last step is 99. wsd is at its peak up to step 80, and falls by 0.9 in 20 steps."""
+    falling = {
+        "cosine": {10: 1.0, 55: 0.55, 100: 0.1},  # half the cosine: 0.1 + 0.9 / 2
+        "linear": {10: 1.0, 11: 1 - 0.9 / 90, 55: 0.55, 99: 0.11, 100: 0.1},
+        "constant": {10: 1.0, 99: 1.0, 100: 1.0},
+        "wsd": {10: 1.0, 79: 1.0, 80: 1.0, 81: 1 - 0.9 / 20, 90: 0.55, 99: 0.145, 100: 0.1},
+    }
+    for name, values in falling.items():
+        config = OptimConfig(peak_lr=1.0, warmup_fraction=0.1, final_lr_fraction=0.1, schedule=name)
+        schedule = learning_rate_schedule(config, 100)
+        for step, value in {**{step: (step + 1) / 10 for step in range(10)}, **values}.items():
+            assert float(schedule(step)) == pytest.approx(value), (name, step)
+        one_step = learning_rate_schedule(dataclasses.replace(config, warmup_fraction=0.01), 20)
+        assert float(one_step(0)) == pytest.approx(1.0), name
+        assert float(learning_rate_schedule(config, 1)(0)) == pytest.approx(1.0), name
+
+
+@pytest.mark.parametrize(("decay_fraction", "values"), [(0.0, [1, 1, 1, 1]), (0.75, [1, 1, 2 / 3, 1 / 3])])
+def test_wsd_without_a_decay_and_without_a_stable_part(decay_fraction, values):
+    config = OptimConfig(1.0, 0.25, schedule="wsd", decay_fraction=decay_fraction, final_lr_fraction=0.0)
+    schedule = learning_rate_schedule(config, 4)
+    assert [float(schedule(step)) for step in range(4)] == pytest.approx(values)
