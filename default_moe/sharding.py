@@ -162,6 +162,24 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def whole_matrices(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Ask for a stack of matrices to be laid out so that none is split over devices; nothing without a mesh.
+
+    The devices that held parts of each share out the matrices instead, where their number allows.
+    logical_axes: of the leading axes, those of the stack.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    split = [list(mesh_axes(axis)) if axis else [] for axis in logical_axes]
+    for axis in mesh_axes("embed"):
+        for size, axes in zip(x.shape, split, strict=False):
+            if size % math.prod(mesh.shape[name] for name in [*axes, axis]) == 0:
+                axes.append(axis)
+                break
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(tuple(axes) or None for axes in split)))
+
+
 def with_axes(init: Callable[..., Any], *logical_axes: str | None) -> Callable[..., Any]:
     """`init`, its result annotated with logical axes while shardings are being worked out, and plain otherwise.
 
@@ -205,6 +223,12 @@ def abstract_arrays(annotated: Any, mesh: Mesh, mesh_rules: tuple) -> Any:
 
     Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
     """
+    # Optax puts an empty node in the place of a parameter that is not an optimizer's: a box without an array.
+    annotated = jax.tree.map(
+        lambda leaf: leaf if jax.tree.leaves(leaf) else unboxed(leaf),
+        annotated,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    )
     shapes = unboxed(annotated)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(annotated), mesh, mesh_rules)
     # What an optimizer derives from a parameter by leaving out axes has its names, but not its axes. It is small.

@@ -126,6 +126,12 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer, and a learning rate that rises linearly, then follows a schedule."""
 
+    name: str = setting(
+        "adamw",
+        "'adamw', or 'muon' (Jordan 2024, its updates as large as AdamW's) for attention's projections and the "
+        "matrices of experts and dense networks, each by itself, and AdamW for all other parameters.",
+        one_of("adamw", "muon"),
+    )
     peak_lr: float = setting(
         3e-3, "The largest learning rate.", positive(1e38, 1e-12)
     )  # below, no float32 weight moves
@@ -140,6 +146,7 @@ class OptimConfig:
     final_lr_fraction: float = setting(
         0.1, "The last learning rate, as a share of the largest; 'constant' has no use for it.", between(0, 1)
     )
+    momentum: float = setting(0.95, "Of Muon: decay of its Nesterov momentum.", between(0, 1))
     b1: float = setting(0.9, "Decay of the first moment.", between(0, 1))
     b2: float = setting(0.95, "Decay of the second moment.", between(0, 1))
     eps: float = setting(1e-8, "What is added to the root of the second moment.", positive(1))
@@ -150,13 +157,13 @@ class OptimConfig:
     clip_norm: float = setting(1.0, "Norm of all gradients above which they are scaled down.", positive(math.inf))
     router_lr_multiplier: float = setting(1.0, "What the learning rate of the routers is multiplied by.", at_least(0))
     moment_dtype: str = setting(
-        "float32", "What both moments are kept in; they are computed in float32.", one_of("float32", "bfloat16")
+        "float32", "What moments and momentum are kept in; they are computed in float32.", one_of("float32", "bfloat16")
     )
     factored: bool = setting(
         False,
         "Keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern "
         "2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no "
-        "first.",
+        "first. Muon's matrices have none.",
     )
 
     def __post_init__(self) -> None:
@@ -167,13 +174,15 @@ class OptimConfig:
             "optim.schedule='wsd' their sum must be at most 1",
         )
         check(
-            max(self.b1, self.b2) < 1 - 2**-24,
-            f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but must be below 1, in float32 too",
+            max(self.b1, self.b2, self.momentum) < 1 - 2**-24,
+            f"optim.b1, optim.b2, optim.momentum are {self.b1}, {self.b2}, {self.momentum}, but must be below 1, in "
+            "float32 too",
         )
         check(
-            self.moment_dtype == "float32" or (self.b1 <= 0.99 and self.b2 <= 0.985),
-            f"optim.b1, optim.b2 are {self.b1}, {self.b2}, but with optim.moment_dtype='bfloat16' they must be at most "
-            "0.99 and 0.985: above, rounding makes the moments wrong by more than 1 %",
+            self.moment_dtype == "float32" or (max(self.b1, self.momentum) <= 0.99 and self.b2 <= 0.985),
+            f"optim.b1, optim.b2, optim.momentum are {self.b1}, {self.b2}, {self.momentum}, but with "
+            "optim.moment_dtype='bfloat16' they must be at most 0.99, 0.985 and 0.99: above, rounding makes the "
+            "moments wrong by more than 1 %",
         )
         check(
             self.peak_lr * self.weight_decay < 1,

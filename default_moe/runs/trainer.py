@@ -31,7 +31,10 @@ from default_moe.training.program import Program, mesh_for
 from default_moe.training.state import TrainState
 from default_moe.training.step import Batch
 
-_SCHEDULE = ("train.num_steps", "optim.peak_lr", "optim.warmup_fraction", "optim.final_lr_fraction")
+_SCHEDULE = (
+    "train.num_steps",
+    *(f"optim.{name}" for name in ("peak_lr", "warmup_fraction", "schedule", "decay_fraction", "final_lr_fraction")),
+)
 
 
 def train(

@@ -1,15 +1,18 @@
-"""AdamW with warm-up and cosine decay, and what takes less memory than its moments, from optax."""
+"""AdamW and Muon, learning rate schedules, and what takes less memory than Adam's moments, from optax."""
 
+import math
 from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from default_moe.config import OptimConfig
+from default_moe.sharding import whole_matrices
 
-_DECAYED = ("kernel", "gate", "up", "down", "head")
+_MATRICES = ("kernel", "gate", "up", "down")
 
 
 def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -36,12 +39,13 @@ def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedul
 
 def decay_mask(params: Any) -> Any:
     """True for the matrices that weight decay applies to: not norms, biases, the embedding or the router."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path) or _names(path)[-1] == "head", params)
 
-    def decayed(path: tuple, _: Any) -> bool:
-        names = _names(path)
-        return names[-1] in _DECAYED and "router" not in names
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+def _is_matrix(path: tuple) -> bool:
+    """Whether a parameter is a matrix between two hidden layers, or a stack of them."""
+    names = _names(path)
+    return names[-1] in _MATRICES and "router" not in names
 
 
 def _names(path: tuple) -> list[Any]:
@@ -63,7 +67,10 @@ def _scale_by_learning_rate(schedule: optax.Schedule, router_factor: float) -> o
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, or Adafactor's second moment in the place of Adam's."""
+    """Clipping by global norm, then AdamW, or Adafactor's second moment in the place of Adam's.
+
+    Muon takes the place of either where a parameter is a matrix between hidden layers.
+    """
     if config.factored:
         moments = optax.chain(
             _scale_by_factored_rms(min_dim_size_to_factor=64),  # the size of a head
@@ -72,6 +79,9 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         )
     else:
         moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "muon":
+        muon = optax.chain(optax.trace(config.momentum, nesterov=True), _orthogonalize())
+        moments = optax.partition({"muon": muon, "adamw": moments}, _partition)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
@@ -82,16 +92,49 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     )
 
 
-def _num_stacked(path: tuple) -> int:
-    """How many leading axes of a parameter are no matrix's own, but of layers, or of the experts of each."""
-    return sum(name in ("dense_layers", "moe_layers", "experts") for name in _names(path))
+def _stacked(path: tuple) -> list[str]:
+    """What the leading axes of a parameter are of that are no matrix's own: of layers, or of the experts of each."""
+    return [name for name in _names(path) if name in ("dense_layers", "moe_layers", "experts")]
+
+
+def _partition(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _is_matrix(path) else "adamw", params)
+
+
+def _orthogonalize() -> optax.GradientTransformation:
+    """Optax's Newton-Schulz iteration of each matrix of a stack by itself: singular values of about 1.
+
+    Then times 0.2 sqrt(max(rows, columns)), for the root mean square of AdamW's updates (arXiv:2502.16982), whose
+    learning rate serves. Attention's projections are matrices of D x (H E). A stack's axes are not left to optax, which
+    flattens them: devices would send each other all experts. Left to itself XLA splits each product over all devices.
+    """
+
+    def orthogonal(path: tuple, stack: Any) -> Any:
+        names, stacked = _names(path), _stacked(path)
+        num = len(stacked)
+        axes = tuple(range(stack.ndim - num))
+        split = -1 if "out" in names else 1  # attention's output is [H, E, D], all others have one axis of inputs
+        dimensions = optax.contrib.MuonDimensionNumbers(axes[:split], axes[split:])
+        newton_schulz = optax.contrib.scale_by_muon(beta=0, nesterov=False, weight_dimension_numbers=dimensions)
+        shape = stack.shape[num:]
+        scale = 0.2 * max(math.prod(shape[:split]), math.prod(shape[split:])) ** 0.5
+
+        def one(matrix: Any) -> Any:
+            return scale * newton_schulz.update(matrix, newton_schulz.init(matrix))[0]
+
+        for _ in range(num):
+            one = jax.vmap(one)
+        layout = ["expert" if name == "experts" else None for name in stacked]
+        return whole_matrices(one(whole_matrices(stack, *layout)), *layout)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(orthogonal, updates))
 
 
 def _clip_by_rms(largest: float) -> optax.GradientTransformation:
     """Optax's `clip_by_block_rms` of each matrix of a stack by itself."""
 
     def clipped(path: tuple, one: Any) -> Any:
-        axes = tuple(range(_num_stacked(path), one.ndim))
+        axes = tuple(range(len(_stacked(path)), one.ndim))
         return one / jnp.maximum(1, jnp.sqrt(jnp.mean(one**2, axis=axes, keepdims=True)) / largest)
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clipped, updates))
@@ -106,11 +149,15 @@ def _scale_by_factored_rms(**options: Any) -> optax.GradientTransformation:
 
     def unzipped(tree: Any, size: int) -> list[Any]:
         """A tree of the first entries of a tree of tuples, one of the second entries, and so on."""
-        return [jax.tree.map(itemgetter(i), tree, is_leaf=lambda t: isinstance(t, tuple)) for i in range(size)]
+
+        def is_leaf(node: Any) -> bool:
+            return isinstance(node, tuple) and not isinstance(node, optax.MaskedNode)  # which stands for Muon's
+
+        return [jax.tree.map(itemgetter(i), tree, is_leaf=is_leaf) for i in range(size)]
 
     def init(params: Any) -> Any:
         def of(path: tuple, param: Any) -> tuple:
-            num = _num_stacked(path)
+            num = len(_stacked(path))
             _, *moments = inner.init(jnp.zeros(param.shape[num:], param.dtype))
             return tuple(a if a.shape == (1,) else jnp.zeros(param.shape[:num] + a.shape, a.dtype) for a in moments)
 
@@ -124,7 +171,7 @@ def _scale_by_factored_rms(**options: Any) -> optax.GradientTransformation:
                 return g, *moments
 
             axes = tuple(None if a.shape == (1,) else 0 for a in moments)
-            for _ in range(_num_stacked(path)):
+            for _ in range(len(_stacked(path))):
                 one = jax.vmap(one, (0, 0, *axes), (0, *axes))
             return one(g, param, *moments)
 

@@ -60,6 +60,8 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("data.tokenizer", "", "data.tokenizer is empty"),
         ("optim.b2", 1.5, "[0, 1]"),
         ("optim.b1", 1.0, "below 1"),
+        ("optim.momentum", 1.0, "below 1"),
+        ("optim.name", "adam", "'adamw', 'muon'"),
         ("optim.schedule", "step", "'cosine', 'linear', 'constant', 'wsd'"),
         ("optim.decay_fraction", 1.5, "[0, 1]"),
         ("data.files", "*.txt", "data.name='text_files'"),
