@@ -16,6 +16,7 @@ from default_moe import cli
 from default_moe.bench import accelerator, layer, products, report, scaling, step
 from default_moe.bench.report import Row
 from default_moe.bench.workload import LayerShape, standard_shapes
+from default_moe.config import OPTIMIZERS
 from default_moe.errors import ConfigError, check, check_choice
 from default_moe.methods import METHODS
 
@@ -27,6 +28,9 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type
 _ROUNDS = flags.DEFINE_integer("rounds", None, "Times that each candidate is timed: 15, for scaling 5.", 1, 10_000)
 _BACKENDS = flags.DEFINE_list("matmul", None, "Values of moe.matmul for --suite=layer; all that run here if not given.")
 _METHODS = flags.DEFINE_list("methods", None, "Values of moe.router for --suite=step; topk,default if not given.")
+_OPTIMIZERS = flags.DEFINE_list(
+    "optimizers", None, "Values of optim.name for --suite=step, such as adamw,muon; the config's if not given."
+)
 _RANDOM = flags.DEFINE_bool("random_tokens", False, "Random tokens for --suite=step, in place of the config's data.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for JAX's trace of a step of each method, for --suite=step.")
 _VS_TORCH = flags.DEFINE_bool("vs_torch", False, "Add torch: to --suite=layer transformers' Mixtral block.")
@@ -44,6 +48,7 @@ _FLAGS_OF = {
     "dtype": ("layer", "products"),
     "matmul": ("layer",),
     "methods": ("step",),
+    "optimizers": ("step",),
     "random_tokens": ("step",),
     "profile": ("step",),
     "vs_torch": ("layer", "products"),
@@ -73,12 +78,15 @@ def main(argv: list[str]) -> int:
     check(not plot_file or plot_file.suffix == ".png", f"--plot is {plot_file}, but must be a name that ends in .png")
     for method in _METHODS.value or ():
         check_choice("--methods", method, tuple(METHODS))
+    for optimizer in _OPTIMIZERS.value or ():
+        check_choice("--optimizers", optimizer, OPTIMIZERS)
     profile = str(cli.path(_PROFILE)) if _PROFILE.value else None
     shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()]
     rounds = _ROUNDS.value or (5 if suite == "scaling" else 15)
     results: list[Row]
     if config and suite == "step":
-        results = step.run(config, _METHODS.value or ["topk", "default"], rounds, _RANDOM.value, profile)
+        methods = _METHODS.value or ["topk", "default"]
+        results = step.run(config, methods, rounds, _RANDOM.value, profile, _OPTIMIZERS.value)
     elif config:
         results = scaling.run(config, rounds)
     elif suite == "products":

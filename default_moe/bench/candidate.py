@@ -31,7 +31,7 @@ class StepCandidate:
         devices: list[Any] | None = None,
         other: "StepCandidate | None" = None,
     ):
-        """other: one of another method, to train the same parameters, so that a device holds them only once.
+        """other: one of another method or optimizer, to train the same parameters, which a device holds only once.
 
         Raises ConfigError, for example if the step does not fit a device.
         """
@@ -41,16 +41,23 @@ class StepCandidate:
         self._step = program.compile_train_step(jax.tree.map(lambda a: a[:1], batch))
         self.compile_seconds = time.perf_counter() - began
         self.memory: StepMemory = step_memory(self._step)
+
+        def initial(part: str) -> Any:
+            make = program.jit(
+                lambda seed: getattr(program.initial_state(seed), part), out_shardings=getattr(shardings, part)
+            )
+            return jax.block_until_ready(make(np.uint32(config.train.seed)))
+
         with out_of_memory_in_one_line(ConfigError, "making the state", config, program.num_batch_shards):
             if other:
                 self._shared: SimpleNamespace = other._shared
-                make_variables = program.jit(
-                    lambda seed: program.initial_state(seed).variables, out_shardings=shardings.variables
-                )
-                self._variables = jax.block_until_ready(make_variables(np.uint32(config.train.seed)))
+                self._variables = initial("variables")
+                if config.optim not in self._shared.opt_states:
+                    self._shared.opt_states[config.optim] = initial("opt_state")
             else:
-                self._shared = SimpleNamespace(state=jax.block_until_ready(program.new_state()))
-                self._variables = self._shared.state.variables
+                state = jax.block_until_ready(program.new_state())
+                self._variables = state.variables
+                self._shared = SimpleNamespace(state=state, opt_states={config.optim: state.opt_state})
         self._batch = program.put_batch(
             lambda first, count: jax.tree.map(lambda a: a[first : first + count], batch), config.train.batch_size
         )
@@ -67,13 +74,15 @@ class StepCandidate:
 
     @property
     def state(self) -> TrainState:
-        """The state, with this candidate's own variables."""
-        return dataclasses.replace(self._shared.state, variables=self._variables)
+        """The state, with this candidate's own variables, and the optimizer's of all with the same optimizer."""
+        opt_state = self._shared.opt_states[self.program.config.optim]
+        return dataclasses.replace(self._shared.state, variables=self._variables, opt_state=opt_state)
 
     def step(self) -> Any:
         """Do one training step and return its metrics."""
         state, metrics = self._step(self.state, self._batch)
         self._shared.state, self._variables = state, state.variables
+        self._shared.opt_states[self.program.config.optim] = state.opt_state
         return metrics
 
     def gradient(self) -> Any:
@@ -83,7 +92,8 @@ class StepCandidate:
     def optimizer(self) -> Any:
         """Do only an update of a step, with the parameters as their own gradient."""
         params, opt_state = self._optimize(self.state.params, self.state.opt_state)
-        self._shared.state = dataclasses.replace(self._shared.state, params=params, opt_state=opt_state)
+        self._shared.state = dataclasses.replace(self._shared.state, params=params)
+        self._shared.opt_states[self.program.config.optim] = opt_state
         return params, opt_state
 
 

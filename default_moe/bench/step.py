@@ -16,11 +16,19 @@ from default_moe.model.size import train_flops_per_token
 
 
 def run(
-    config: Config, methods: list[str], rounds: int, random_tokens: bool = False, profile: str | None = None
+    config: Config,
+    methods: list[str],
+    rounds: int,
+    random_tokens: bool = False,
+    profile: str | None = None,
+    optimizers: list[str] | None = None,
 ) -> list[Row]:
     """Time the step with "topk" and each value of moe.router given, print tables, and return their rows.
 
-    All train the same parameters in turn.  random_tokens: read no data.  profile: folder for a trace of a step of each.
+    All train the same parameters in turn, and are compared with "topk".
+
+    random_tokens: read no data.  profile: folder for a trace of a step of each.  optimizers: values of optim.name, of
+    which each method is timed with each, and "topk" with the first is what is compared with; the config's if None.
     Raises ConfigError.
     """
     train = config.train
@@ -38,14 +46,14 @@ def run(
         position = itertools.count(step=train.batch_size)
         read = time_alternately({"data": lambda: rows_of_data.batch(next(position), train.batch_size)}, rounds)
         data_ms = read["data"].seconds * 1e3
-    topk = StepCandidate(_with_router(config, "topk"), batch, vocab_size)
-    candidates = {"topk": topk}
-    for name in methods:
-        if name not in candidates:
-            candidates[name] = StepCandidate(_with_router(config, name), batch, vocab_size, other=topk)
+    names = list(itertools.product(dict.fromkeys(["topk", *methods]), optimizers or [config.optim.name]))
+    topk = StepCandidate(_with(config, *names[0]), batch, vocab_size)
+    candidates = {names[0]: topk}
+    for name in names[1:]:
+        candidates[name] = StepCandidate(_with(config, *name), batch, vocab_size, other=topk)
     steps = time_alternately({name: c.step for name, c in candidates.items()}, rounds)
     gradients = time_alternately({name: c.gradient for name, c in candidates.items()}, rounds)
-    optimizers = time_alternately({name: c.optimizer for name, c in candidates.items()}, rounds)
+    updates = time_alternately({name: c.optimizer for name, c in candidates.items()}, rounds)
     times: list[Row] = []
     memories: list[Row] = []
     for name, candidate in candidates.items():
@@ -55,26 +63,28 @@ def run(
         model_flops = tokens_per_second * train_flops_per_token(program.config, vocab_size)
         times.append(
             {
-                "router": name,
+                "router": name[0],
+                "optimizer": name[1],
                 "step ms": steps[name].seconds * 1e3,
-                **steps[name].versus(steps["topk"], "/ top-k"),
+                **steps[name].versus(steps[names[0]], "/ top-k"),
                 "tokens/s": tokens_per_second,
                 "MFU": peak and model_flops / (peak * program.mesh.size),
                 "forward+backward ms": gradients[name].seconds * 1e3,
-                "optimizer ms": optimizers[name].seconds * 1e3,
+                "optimizer ms": updates[name].seconds * 1e3,
                 "data ms": data_ms,
                 "compile s": candidate.compile_seconds,
             }
         )
         memories.append(
             {
-                "router": name,
+                "router": name[0],
+                "optimizer": name[1],
                 "experts by": program.matmul,
                 "attention by": program.attention,
                 "state MB": memory.state / 1e6,
                 "temporaries MB": memory.temporaries / 1e6,
                 "top-k + bytes": memory.total - topk.memory.total,
-                "allowed bytes": _allowed_memory(config, program.num_batch_shards) if name == "default" else None,
+                "allowed bytes": _allowed_memory(config, program.num_batch_shards) if name[0] == "default" else None,
             }
         )
     print(f"{heading()}\n{report.table(times, tuple(times[0]))}\n\n{report.table(memories, tuple(memories[0]))}")
@@ -82,14 +92,15 @@ def run(
     if profile:
         with jax.profiler.trace(profile):
             for name, candidate in candidates.items():
-                with jax.profiler.TraceAnnotation(f"step of {name}"):
+                with jax.profiler.TraceAnnotation(f"step of {' '.join(name)}"):
                     jax.block_until_ready(candidate.step())
         print(f"a trace of a step of each is in {profile}", flush=True)
     return [time | memory for time, memory in zip(times, memories, strict=True)]
 
 
-def _with_router(config: Config, router: str) -> Config:
-    """Return `config` with another method, at its defaults, unless it is the config's own."""
+def _with(config: Config, router: str, optimizer: str) -> Config:
+    """Return `config` with that optimizer, and another method at its defaults unless it is the config's own."""
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=optimizer))
     if config.moe.method.name == router:
         return config
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))

@@ -6,7 +6,16 @@ from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, check_keys
 from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import REMATS, ModelConfig
 from default_moe.config.moe import EXPERT_PARALLEL_FORMS, MATMUL_BACKENDS, MoEConfig
-from default_moe.config.run import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig, marked
+from default_moe.config.run import (
+    OPTIMIZERS,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    TrainConfig,
+    marked,
+)
 from default_moe.errors import ConfigError
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "MATMUL_BACKENDS",
     "MAY_CHANGE",
     "NO_EFFECT",
+    "OPTIMIZERS",
     "REMATS",
     "TUNED",
     "CheckpointConfig",

@@ -122,6 +122,9 @@ class TrainConfig:
         )
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimizer, and a learning rate that rises linearly, then follows a schedule."""
@@ -130,7 +133,7 @@ class OptimConfig:
         "adamw",
         "'adamw', or 'muon' (Jordan 2024, its updates as large as AdamW's) for attention's projections and the "
         "matrices of experts and dense networks, each by itself, and AdamW for all other parameters.",
-        one_of("adamw", "muon"),
+        one_of(*OPTIMIZERS),
     )
     peak_lr: float = setting(
         3e-3, "The largest learning rate.", positive(1e38, 1e-12)

@@ -15,7 +15,7 @@ from default_moe.bench import layer, products, report, scaling, step
 from default_moe.bench.candidate import StepCandidate, random_batch
 from default_moe.bench.timing import Timing, time_alternately
 from default_moe.bench.workload import LayerShape, dense_candidate, make_work, moe_candidate
-from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from default_moe.errors import ConfigError
 
 SHAPE = LayerShape(tokens=64, d_model=16, num_experts=4, top_k=2, expert_dim=8)
@@ -116,6 +116,15 @@ def test_methods_train_the_same_parameters_and_keep_what_is_theirs():
     assert int(default.state.step) == int(other.state.step) == 3
     assert default.state.params is other.state.params
     assert list(default.state.variables) == ["default_vectors"] and list(other.state.variables) == ["router_state"]
+    assert default.state.opt_state is other.state.opt_state
+    muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
+    third = StepCandidate(muon, batch, 257, jax.devices()[:1], other=default)
+    for candidate in (third, default, third):
+        candidate.step()
+    third.optimizer()
+    assert int(default.state.step) == 6 and default.state.params is third.state.params
+    adam, muons = default.state.opt_state[1], third.state.opt_state[1]
+    assert (int(adam[-1].count), int(muons[-1].count)) == (5, 3)  # of the schedule, in updates
 
 
 def test_the_products_suite_says_which_kernel_failed(monkeypatch, capsys):
@@ -161,6 +170,7 @@ BAD = {
     "a shape for the step suite": (["--suite=step", "--shape=8,16,4,2,4"], "goes with --suite=layer and"),
     "the same in two words": (["--suite", "step", "--shape=8,16,4,2,4"], "goes with --suite=layer and"),
     "a profile of the layer": (["--profile=x"], "--profile goes with --suite=step"),
+    "an unknown optimizer": (["--suite=step", "--optimizers=sgd"], "--optimizers is 'sgd'"),
     "random tokens for the layer": (["--random_tokens"], "--random_tokens goes with --suite=step"),
     "a picture of products": (["--suite=products", "--plot=x.png"], "--plot goes with --suite=layer and"),
     "no folder": (["--suite=accelerator"], "--suite=accelerator needs --out=DIR"),

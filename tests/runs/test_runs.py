@@ -142,6 +142,7 @@ def test_a_jump_of_the_learning_rate_is_told_with_its_causes():
     final = {"optim": {"final_lr_fraction": 0.5}}
     assert told(3, **final) is None
     assert told(400, **final).startswith(f"{start} 0.0015; with the settings before it was 0.0003 (optim.final_lr_f")
+    assert "(optim.schedule cosine -> wsd)" in told(50, optim={"schedule": "wsd"})
     assert "(optim.warmup_fraction 0.01 -> 0.5)" in told(50, optim={"warmup_fraction": 0.5})
     assert trainer.learning_rate_jump({}, Config(), 1) is None
     assert trainer.learning_rate_jump({"config": {"wings": 2}}, Config(), 1) is None

@@ -235,6 +235,6 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction():
 
 @pytest.mark.parametrize(("decay_fraction", "values"), [(0.0, [1, 1, 1, 1]), (0.75, [1, 1, 2 / 3, 1 / 3])])
 def test_wsd_without_a_decay_and_without_a_stable_part(decay_fraction, values):
-    config = OptimConfig(1.0, 0.25, schedule="wsd", decay_fraction=decay_fraction, final_lr_fraction=0.0)
-    schedule = learning_rate_schedule(config, 4)
+    config = OptimConfig(peak_lr=1.0, warmup_fraction=0.25, schedule="wsd", final_lr_fraction=0.0)
+    schedule = learning_rate_schedule(dataclasses.replace(config, decay_fraction=decay_fraction), 4)
     assert [float(schedule(step)) for step in range(4)] == pytest.approx(values)
