@@ -246,9 +246,15 @@ class Config:
 
     init_from: str | None = setting(
         None,
-        "The work directory of a run with the same model and tokenizer, from whose newest weights this one starts, "
+        "The work directory of a run with the same model and tokenizer, from whose weights this one starts, "
         "with another router for instance.",
         path(),
+    )
+    init_step: int | None = setting(None, "The step of that run's checkpoint; None takes the newest.", at_least(1))
+    init_optimizer: bool = setting(
+        False,
+        "Branch off that run: take over the optimizer's state and the number of steps done too, and with that the "
+        "places in the schedule and in the data.",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -261,6 +267,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_settings(self, "")
+        check(
+            self.init_from is not None or (self.init_step is None and not self.init_optimizer),
+            "init_from is not set, but init_step and init_optimizer need it: they say what is taken from that run",
+        )
         for name, batch_size in (("train", self.train.batch_size), ("eval", self.eval.batch_size or 1)):
             check(
                 batch_size * self.train.sequence_length < 2**31,

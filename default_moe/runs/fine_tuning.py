@@ -1,4 +1,7 @@
-"""A new run that starts from the weights of another one, with another method for instance (`init_from`)."""
+"""A new run that starts from the weights of another one, with another method for instance, or branches off it.
+
+The settings are `init_from`, `init_step` and `init_optimizer`.
+"""
 
 import dataclasses
 import os
@@ -7,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from default_moe.config import MAY_CHANGE, Config, flat_items, marked
 from default_moe.data import Rows, Tokenizer
 from default_moe.errors import CheckpointError, check
-from default_moe.model.language_model import build_model, traced_init
+from default_moe.model.language_model import LanguageModel, build_model, traced_init
 from default_moe.moe.layer import DEFAULT_VECTORS
 from default_moe.processes import distributed
 from default_moe.runs.checkpoint import CheckpointStore
@@ -18,8 +23,12 @@ from default_moe.runs.saved_run import parse_meta
 from default_moe.runs.shapes import difference, shapes
 from default_moe.runs.warm_up import warm_up
 from default_moe.sharding import unboxed
+from default_moe.training.optimizer import make_optimizer
 from default_moe.training.program import Program
 from default_moe.training.state import TrainState
+
+# What a branch takes over beside parameters and collections: fields of a `TrainState`.
+_BRANCHES_KEEP = ("opt_state", "step", "bad_steps", "bad_steps_in_row")
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,10 @@ class Source:
 
 
 def find_source(config: Config, workdir: Path, report: Callable[[str], None]) -> Source | None:
-    """The newest whole checkpoint of `init_from`; None if the run starts from nothing, or continues in `workdir`.
+    """The checkpoint of `init_from` to start from; None if the run starts from nothing, or continues in `workdir`.
 
-    Raises ConfigError if that is `workdir` itself, CheckpointError if there is no whole one or it is of another model.
+    Raises ConfigError if that is `workdir` itself or cannot be branched off, CheckpointError if there is no whole one,
+    or it is of another model, or of another optimizer than a branch.
     """
     if config.init_from is None:
         return None
@@ -56,7 +66,7 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
         return None
     store = CheckpointStore(folder, read_only=True, report=lambda line: report(f"init_from: {line}"))
     try:
-        step = store.newest_whole()
+        step = store.newest_whole() if config.init_step is None else config.init_step
         source, tokenizer = parse_meta(store.read_meta(step))
         saved = store.saved_shapes(step)
     except CheckpointError as error:
@@ -69,7 +79,36 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
         raise CheckpointError(
             f"init_from: the checkpoint of step {step} in {folder} does not fit this model: {problem}"
         )
+    if config.init_optimizer:
+        _check_branch(config, source, step, saved, model)
     return Source(folder, store, step, source, tokenizer, collections_taken_over(saved, variables))
+
+
+def _check_branch(config: Config, source: Config, step: int, saved: Mapping[str, str], model: LanguageModel) -> None:
+    """Raises ConfigError or CheckpointError if a run cannot branch off the source at `step`."""
+    check(
+        step < config.train.num_steps,
+        f"train.num_steps is {config.train.num_steps}, but with init_optimizer it must be above {step}, the steps done "
+        "in the run of init_from",
+    )
+    check(
+        source.train.batch_size == config.train.batch_size,
+        f"train.batch_size is {config.train.batch_size}, but with init_optimizer it must be "
+        f"{source.train.batch_size}, as in the run of init_from: steps count the data that has been seen",
+    )
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    params = unboxed(traced_init(model).boxed_shapes)["params"]
+    wanted = shapes({"opt_state": jax.eval_shape(optimizer.init, params)})
+    if _below("opt_state", saved) != wanted:
+        names = [f"optim.{name}" for name in ("name", "b1", "moment_dtype", "factored")]
+        there, here = (dict(flat_items(c.to_dict())) for c in (source, config))
+        other = "; ".join(
+            f"{name}: {there[name]} there, {here[name]} here" for name in names if there[name] != here[name]
+        )
+        raise CheckpointError(
+            f"init_from: the checkpoint of step {step} holds the state of another optimizer ({other}): set these "
+            "back, or init_optimizer=False"
+        )
 
 
 def collections_taken_over(saved: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,24 +136,29 @@ def check_tokenizer(source: Source | None, tokenizer: Tokenizer) -> None:
 def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[TrainState, str]:
     """A new state with the source's parameters and collections, and a line that says where things are from.
 
-    Default vectors that the source does not have are averaged over the batches that training will begin with.
+    A branch has the source's optimizer state and counts of steps too. Default vectors that the source does not have are
+    averaged over the batches that training will begin with.
     """
-    state = dataclasses.replace(program.new_state(), params=None)  # frees these before others are read
-    abstract = program.abstract_state
-    wanted = {"params": abstract.params}
+    config, abstract = program.config, program.abstract_state
+    names = ["params", *(_BRANCHES_KEEP if config.init_optimizer else ())]
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    state = dataclasses.replace(program.new_state(), **nothing)  # frees these before others are read
+    wanted = {name: getattr(abstract, name) for name in names}
     if source.kept:  # an empty part is not what Orbax finds there
         wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
-    restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=True)
+    restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=config.init_step is None)
     variables = {**state.variables, **restored.get("variables", {})}
-    state = dataclasses.replace(state, params=restored["params"], variables=variables)
+    state = dataclasses.replace(state, **{**restored, "variables": variables})
     origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
-    vectors = program.config.moe.default_vectors
+    vectors = config.moe.default_vectors
     if vectors and vectors.warm_up_batches and origins.get(DEFAULT_VECTORS) == "initial":
         state = warm_up(program, state, rows, vectors.warm_up_batches)
         origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
     weights = f"weights: from step {step} of {source.workdir} (router {source.config.moe.method.name!r})"
     parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
-    return state, "; ".join([weights, *parts, *changes_since(source.config, program.config)])
+    if config.init_optimizer:
+        parts.append(f"optimizer: taken over; goes on at step {step + 1}")
+    return state, "; ".join([weights, *parts, *changes_since(source.config, config)])
 
 
 def changes_since(saved: Config, config: Config) -> list[str]:

@@ -100,7 +100,9 @@ def train(
             train_step = train_step or _compile(program, train_rows, progress)
             if state is None:
                 state = _first_state(program, source, train_rows, progress)
-            elif jump := learning_rate_jump(meta, config, int(state.step) - int(state.bad_steps)):
+                start = int(state.step)
+                meta = {"config": source.config.to_dict()} if source and start else {}
+            if jump := learning_rate_jump(meta, config, int(state.step) - int(state.bad_steps)):
                 progress.message(jump)
         except BaseException:
             run.discard()

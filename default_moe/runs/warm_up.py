@@ -18,7 +18,7 @@ from default_moe.training.step import model_inputs, split_batch
 
 
 def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -> TrainState:
-    """`state` with default vectors that are the means over the first batches of `rows`, and nothing else changed."""
+    """`state` with default vectors that are the means over the next batches of `rows`, and nothing else changed."""
     config, batch_size = program.config, program.config.train.batch_size
     shardings, replicated = program.state_shardings, program.replicated
     vectors = state.variables[DEFAULT_VECTORS]
@@ -35,7 +35,7 @@ def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -
         ),
         out_shardings=(shardings.variables[DEFAULT_VECTORS], replicated),
     )
-    for index in range(num_batches):
+    for index in range(int(state.step), int(state.step) + num_batches):
 
         def load(first: int, count: int, start: int = index * batch_size) -> Batch:
             return rows.batch(start + first, count)

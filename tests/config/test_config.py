@@ -116,6 +116,7 @@ def test_a_value_that_cannot_work_is_refused_in_one_line_that_says_what_would(ke
         ({"model": {"d_model": "wide"}}, "model.d_model is 'wide', but must be of type int"),
         ({"model": {"d_model": True}}, "must be of type int"),
         ({"train": {"num_steps": 1.5}}, "must be of type int"),
+        ({"init_optimizer": True}, "init_from is not set, but init_step and init_optimizer need it"),
         ({"optim": {"schedule": "wsd", "warmup_fraction": 0.9}}, "optim.decay_fraction are 0.9, 0.2, but with"),
         ({"optim": {"clip_norm": 10**400}}, "optim.clip_norm is a number of 1329 bits, but must be finite"),
         ({"model": {"d_model": 2**20}, "moe": {"num_experts": 2**16, "expert_dim": 2**24}}, "less than 2**56"),

@@ -16,6 +16,7 @@ from default_moe.data import open_data
 from default_moe.model.attention import Attention, Tokens
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.fine_tuning import changes_since, collections_taken_over, find_source, fine_tuned_state
+from default_moe.runs.trainer import learning_rate_jump
 from default_moe.runs.warm_up import warm_up
 from default_moe.training.program import Program
 
@@ -238,6 +239,75 @@ def test_vectors_that_are_not_warmed_are_initial(source, folder, rows):
     moe = {"router": "default", "default": {"warm_up_batches": 0, "substitute_ramp_steps": 4}}
     state, line = first_state(config_for(folder, moe, source[0]), rows)
     assert "default vectors: initial" in line and not vectors_of(state).any()
+
+
+# Branches
+
+WSD = {"optim": {"peak_lr": 1e-2, "warmup_fraction": 0.25, "schedule": "wsd", "decay_fraction": 0.25}}
+TWELVE = {"train": {"num_steps": 12}, "checkpoint": {"every_steps": 4, "keep_last": 3}, **WSD}
+
+
+@pytest.fixture(scope="module")
+def stable(folder):
+    """The work directory of a run of 12 steps, saved at 4, 8 and 12, of which the last three fall."""
+    trained(config_for(folder, RAMP, **TWELVE), folder / "stable")
+    return folder / "stable"
+
+
+def branch(folder, source, step=None, **sections):
+    config = config_for(folder, RAMP, source, **sections)
+    return dataclasses.replace(config, init_step=step, init_optimizer=True)
+
+
+def test_a_branch_is_the_run_that_it_leaves(stable, folder):
+    """Optimizer, default vectors, ramp, schedule, random numbers and data: all go on as if nothing had been stopped."""
+    output = trained(branch(folder, stable, 4, **TWELVE), folder / "branch")
+    assert f"weights: from step 4 of {stable} (router 'default'); default vectors: taken over" in output
+    assert "router state: taken over; optimizer: taken over; goes on at step 5\n" in output
+    assert "the learning rate of the next step" not in output
+    assert metrics(folder / "branch") == [line for line in metrics(stable) if line["step"] > 4]
+    assert_same_state(folder / "branch", stable, 12)
+
+
+def test_a_branch_says_whether_its_rate_falls_from_where_it_leaves(stable, folder):
+    """Of 10 steps the last two fall, after step 8; or the last five, in fifths of 0.9, three of which are over."""
+
+    def told(decay_fraction):
+        optim = {**WSD["optim"], "decay_fraction": decay_fraction}
+        config = branch(folder, stable, 8, train={"num_steps": 10}, optim=optim)
+        source = find_source(config, folder / "none", pytest.fail)
+        return learning_rate_jump({"config": source.config.to_dict()}, config, source.step)
+
+    assert told(0.2) is None
+    assert told(0.5).startswith("the learning rate of the next step is 0.0046; with the settings before it was 0.01 ")
+
+
+BRANCHES_REFUSED = {
+    "no such step": (
+        5,
+        TWELVE,
+        "init_from: there is no checkpoint of step 5 in {stable}/checkpoints; there is 4, 8, 12",
+    ),
+    "nothing left to do": (12, TWELVE, "train.num_steps is 12, but with init_optimizer it must be above 12"),
+    "another batch size": (
+        4,
+        {"train": {"batch_size": 16}},
+        "train.batch_size is 16, but with init_optimizer it must be 8",
+    ),
+    "another optimizer": (
+        None,
+        {"train": {"num_steps": 20}, "optim": {"name": "muon"}},
+        "init_from: the checkpoint of step 12 holds the state of another optimizer (optim.name: adamw there, "
+        "muon here)",
+    ),
+    "another model": (4, {"model": {"tie_embeddings": True}}, "it has params.head, which the model lacks"),
+}
+
+
+@pytest.mark.parametrize(("step", "sections", "words"), BRANCHES_REFUSED.values(), ids=BRANCHES_REFUSED)
+def test_a_branch_that_cannot_be(stable, folder, step, sections, words):
+    error = refused_training(branch(folder, stable, step, **sections), folder / "none")
+    assert words.replace("{stable}", str(stable)) in error and not (folder / "none").exists()
 
 
 # What is refused
