@@ -7,6 +7,7 @@ from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import REMATS, ModelConfig
 from default_moe.config.moe import EXPERT_PARALLEL_FORMS, MATMUL_BACKENDS, MoEConfig
 from default_moe.config.run import (
+    OPTIMIZER_KINDS,
     OPTIMIZERS,
     CheckpointConfig,
     Config,
@@ -24,6 +25,7 @@ __all__ = [
     "MAY_CHANGE",
     "NO_EFFECT",
     "OPTIMIZERS",
+    "OPTIMIZER_KINDS",
     "REMATS",
     "TUNED",
     "CheckpointConfig",

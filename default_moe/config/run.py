@@ -123,6 +123,7 @@ class TrainConfig:
 
 
 OPTIMIZERS = ("adamw", "muon")
+OPTIMIZER_KINDS = ("optim.name", "optim.moment_dtype", "optim.factored")  # decide of what its state consists
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from default_moe.config import MAY_CHANGE, Config, flat_items, marked
+from default_moe.config import MAY_CHANGE, OPTIMIZER_KINDS, Config, flat_items, marked
 from default_moe.data import Rows, Tokenizer
 from default_moe.errors import CheckpointError, check
 from default_moe.model.language_model import LanguageModel, build_model, traced_init
@@ -100,7 +100,7 @@ def _check_branch(config: Config, source: Config, step: int, saved: Mapping[str,
     params = unboxed(traced_init(model).boxed_shapes)["params"]
     wanted = shapes({"opt_state": jax.eval_shape(optimizer.init, params)})
     if _below("opt_state", saved) != wanted:
-        names = [f"optim.{name}" for name in ("name", "b1", "moment_dtype", "factored")]
+        names = [*OPTIMIZER_KINDS, "optim.b1"]  # without the latter a factored state is smaller
         there, here = (dict(flat_items(c.to_dict())) for c in (source, config))
         other = "; ".join(
             f"{name}: {there[name]} there, {here[name]} here" for name in names if there[name] != here[name]

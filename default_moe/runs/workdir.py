@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from default_moe.config import MAY_CHANGE, Config, flat_items, marked
+from default_moe.config import MAY_CHANGE, OPTIMIZER_KINDS, Config, flat_items, marked
 from default_moe.errors import ConfigError, TrainingFailed, check, shown
 from default_moe.files import read_json
 from default_moe.processes import distributed
@@ -208,7 +208,7 @@ def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any], ru
         return same_source(run, before[name], now[name])
     if name == "data.tokenizer":  # a tokenizer file may move, if its content is known to be the same
         return now["tokenizer_hash"] is not None and now["tokenizer_hash"] == before["tokenizer_hash"]
-    return marked(name, MAY_CHANGE)
+    return marked(name, MAY_CHANGE) and name not in OPTIMIZER_KINDS
 
 
 def _contents(folder: Path) -> list[str]:

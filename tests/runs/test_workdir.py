@@ -110,6 +110,16 @@ def test_all_differences_are_listed_in_one_line(tmp_path):
     ]
 
 
+def test_the_kind_of_optimizer_must_stay(tmp_path):
+    """Its state is in the checkpoints. Whatever else is set in optim may change."""
+    begin(tmp_path)
+    with start(tmp_path, changed(optim={"schedule": "wsd", "b2": 0.9})) as run:
+        assert run.notes == ["optim.schedule was cosine, is now wsd", "optim.b2 was 0.95, is now 0.9"]
+    for name, value in (("name", "muon"), ("moment_dtype", "bfloat16"), ("factored", True)):
+        with refused(f"optim.{name}: "):
+            begin(tmp_path, changed(optim={name: value}))
+
+
 def test_a_tokenizer_file_may_move_but_not_change(tmp_path):
     here, there = changed(data={"tokenizer": "a/t.json"}), changed(data={"tokenizer": "b/t.json"})
     begin(tmp_path, here, tokenizer_hash="1")
