@@ -223,11 +223,11 @@ def abstract_arrays(annotated: Any, mesh: Mesh, mesh_rules: tuple) -> Any:
 
     Raises ConfigError where an axis is not divisible by the mesh axes it is split over.
     """
-    # Optax puts an empty node in the place of a parameter that is not an optimizer's: a box without an array.
+    # Where an optimizer leaves a parameter to another one, optax puts an empty node into the box.
     annotated = jax.tree.map(
-        lambda leaf: leaf if jax.tree.leaves(leaf) else unboxed(leaf),
+        lambda box: box if jax.tree.leaves(box) else unboxed(box),
         annotated,
-        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+        is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata),
     )
     shapes = unboxed(annotated)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(annotated), mesh, mesh_rules)

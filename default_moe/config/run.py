@@ -167,7 +167,7 @@ class OptimConfig:
         False,
         "Keep of each matrix's second moment its means along rows and along columns (Adafactor: Shazeer and Stern "
         "2018, with its decay 1 - t^-0.8 in the place of b2 and its clipping of updates). With b1 = 0 there is no "
-        "first. Muon's matrices have none.",
+        "first. Matrices that Muon moves have no second.",
     )
 
     def __post_init__(self) -> None:

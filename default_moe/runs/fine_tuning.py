@@ -146,7 +146,8 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     wanted = {name: getattr(abstract, name) for name in names}
     if source.kept:  # an empty part is not what Orbax finds there
         wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
-    restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=config.init_step is None)
+    any_step = config.init_step is None and not config.init_optimizer
+    restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=any_step)
     variables = {**state.variables, **restored.get("variables", {})}
     state = dataclasses.replace(state, **{**restored, "variables": variables})
     origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")

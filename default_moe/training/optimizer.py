@@ -81,7 +81,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.name == "muon":
         muon = optax.chain(optax.trace(config.momentum, nesterov=True), _orthogonalize())
-        moments = optax.partition({"muon": muon, "adamw": moments}, _partition)
+        moments = optax.partition({"muon": muon, "adamw": moments}, _optimizer_names)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
@@ -93,20 +93,20 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
 
 
 def _stacked(path: tuple) -> list[str]:
-    """What the leading axes of a parameter are of that are no matrix's own: of layers, or of the experts of each."""
+    """What a parameter is a stack of: layers, and the experts of each. Its leading axes, in this order."""
     return [name for name in _names(path) if name in ("dense_layers", "moe_layers", "experts")]
 
 
-def _partition(params: Any) -> Any:
+def _optimizer_names(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _is_matrix(path) else "adamw", params)
 
 
 def _orthogonalize() -> optax.GradientTransformation:
     """Optax's Newton-Schulz iteration of each matrix of a stack by itself: singular values of about 1.
 
-    Then times 0.2 sqrt(max(rows, columns)), for the root mean square of AdamW's updates (arXiv:2502.16982), whose
-    learning rate serves. Attention's projections are matrices of D x (H E). A stack's axes are not left to optax, which
-    flattens them: devices would send each other all experts. Left to itself XLA splits each product over all devices.
+    The factor 0.2 sqrt(max(rows, columns)) makes the root mean square that of AdamW's updates (arXiv:2502.16982), so
+    both take the same learning rate. Attention's projections are matrices of D x (H E). Optax would flatten a stack's
+    axes, and devices would send each other all experts; XLA would split each product over all devices.
     """
 
     def orthogonal(path: tuple, stack: Any) -> Any:
