@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from default_moe.config import Config
+from default_moe.config import Config, flat_items
 from default_moe.convert.families import Family, choose_family, config_json
-from default_moe.convert.folders import SHARD_BYTES, new_folder, write_json, write_tensors
+from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
 from default_moe.data import Tokenizer
 from default_moe.data.json_tokenizer import byte_level_json
@@ -19,6 +19,7 @@ from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.saved_run import parse_meta
 from default_moe.sharding import unboxed
 
+_PLACES = ("data.files", "data.dir", "data.tokenizer", "init_from")  # say nothing elsewhere
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -55,7 +56,7 @@ def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shar
         described = tokenizer.to_dict().get("json") or byte_level_json()
         write_json(unfinished / "tokenizer.json", described)
         write_json(unfinished / "tokenizer_config.json", _tokenizer_config(tokenizer, described))
-        (unfinished / "README.md").write_text(_card(config, family, step, workdir))
+        (unfinished / "README.md").write_text(_card(config, family, step, workdir.absolute()))
     return family
 
 
@@ -73,16 +74,22 @@ def _tokenizer_config(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[s
 
 def _card(config: Config, family: Family, step: int, workdir: Path) -> str:
     model, moe = config.model, config.moe
+    figures = read_json_file(workdir / "checkpoints" / str(step) / "metrics.json")
+    loss, bits = figures.get("eval/loss"), figures.get("eval/bits_per_byte")
+    held_out = f"Its held-out loss is {loss:.4f} nats per token, {bits:.4f} bits per byte.\n" if loss and bits else ""
+    defaults = dict(flat_items(Config().to_dict()))
+    own = {name: value for name, value in flat_items(config.to_dict()) if value != defaults.get(name)}
+    settings = "\n".join(f"{name} = {value!r}" for name, value in own.items() if not name.startswith(_PLACES))
     return f"""---
 library_name: transformers
 ---
-# {workdir.absolute().name}, step {step}
+# {workdir.name}, step {step}
 
 A sparse Mixture-of-Experts language model of the architecture {family.architecture}: {model.num_layers} layers of width
 {model.d_model}, {moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} for each token. Trained with
 default_moe by the method `{moe.method.name}` on `{config.data.name}`, {config.train.batch_size} sequences of
 {config.train.sequence_length} tokens a step.
-
+{held_out}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,4 +99,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 Every document began after `bos_token` in training: so should a prompt.
+
+Written by `python -m default_moe.convert export --workdir={workdir.name} --step={step}`. The settings of the run, where
+they are not the defaults:
+
+```text
+{settings}
+```
 """

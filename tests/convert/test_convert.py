@@ -45,7 +45,8 @@ def save_run(config, workdir):
     state = program.new_state()
     with CheckpointStore(workdir) as store:
         meta = {"config": config.to_dict(), "tokenizer": {"kind": "bytes"}, "step": 0}
-        store.save(0, {"params": state.params, "step": state.step}, meta)
+        figures = {"eval/loss": 2.5, "eval/bits_per_byte": 3.6067}
+        store.save(0, {"params": state.params, "step": state.step}, meta, figures)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,9 @@ def test_a_run_comes_back_bit_for_bit(models, tmp_path, name):
     tokens = np.arange(30).reshape(2, 15)
     np.testing.assert_array_equal(our_logits(models / name, tokens), our_logits(tmp_path / "run", tokens))
     assert {path.name for path in folder.iterdir()} > {"config.json", "generation_config.json", "README.md"}
+    card = (folder / "README.md").read_text()
+    assert "held-out loss is 2.5000 nats per token, 3.6067 bits per byte" in card
+    assert "model.norm = 'rms'\n" in card and str(models) not in card
     assert not list(models.glob(".*"))  # nothing unfinished
 
 
