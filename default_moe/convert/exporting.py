@@ -1,18 +1,19 @@
 """A checkpoint of ours as a Hugging Face model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+import tokenizers
 from jax.sharding import SingleDeviceSharding
 
 from default_moe.config import Config, flat_items
 from default_moe.convert.families import Family, choose_family, config_json
 from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
-from default_moe.data import Tokenizer
 from default_moe.data.json_tokenizer import byte_level_json
 from default_moe.model.language_model import build_model, traced_init
 from default_moe.runs.checkpoint import CheckpointStore
@@ -55,21 +56,11 @@ def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shar
         write_json(unfinished / "generation_config.json", ends)
         described = tokenizer.to_dict().get("json") or byte_level_json()
         write_json(unfinished / "tokenizer.json", described)
-        write_json(unfinished / "tokenizer_config.json", _tokenizer_config(tokenizer, described))
+        separator = tokenizers.Tokenizer.from_str(json.dumps(described)).id_to_token(tokenizer.separator)
+        own = {"bos_token": separator, "eos_token": separator, "clean_up_tokenization_spaces": False}
+        write_json(unfinished / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **own})
         (unfinished / "README.md").write_text(_card(config, family, step, workdir.absolute()))
     return family
-
-
-def _tokenizer_config(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, Any]:
-    names = {index: name for name, index in described["model"].get("vocab", {}).items()}
-    names |= {added["id"]: added["content"] for added in described.get("added_tokens") or []}
-    separator = names[tokenizer.separator]
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": separator,
-        "eos_token": separator,
-        "clean_up_tokenization_spaces": False,
-    }
 
 
 def _card(config: Config, family: Family, step: int, workdir: Path) -> str:

@@ -113,7 +113,7 @@ def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         must_be("use_sliding_window", False, None)
         dense = values.get("mlp_only_layers") or []
         check(
-            dense == list(range(len(dense))),
+            isinstance(dense, list) and dense == list(range(len(dense))),
             f"{where}: mlp_only_layers is {shown(dense)}, but only the first layers can be dense",
         )
         model |= {"num_dense_layers": len(dense), "dense_dim": number("intermediate_size") if dense else None}

@@ -18,7 +18,7 @@ def run(
     step: int | None,
     prompts: Sequence[str],
     override: Callable[[Config], Config],
-    sampling: Sampling = Sampling(),  # noqa: B008, it is immutable
+    sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
 ) -> int:
     """Evaluate a checkpoint on the whole held-out split, print a table, write `<workdir>/eval/step_N.json`.

@@ -137,9 +137,9 @@ def generate(
     if sampling.num_tokens == 0:
         return [np.zeros(0, np.int32) for _ in prompts], None
     lengths = [len(prompt) for prompt in prompts]
-    # As many rows at a time as a step has; under a mesh each device needs one. The last prompt fills the others.
+    # As many rows at a time as a step has; under a mesh each device needs as many. The last prompt fills the others.
     shards = program.num_batch_shards
-    size = min(-(-len(prompts) // shards) * shards, program.config.train.batch_size)
+    size = -(-min(len(prompts), program.config.train.batch_size) // shards) * shards
     sampler: Any = None
     made, seconds = [], 0.0
     for first in range(0, len(prompts), size):

@@ -157,6 +157,10 @@ BAD = {
     "clipped projections": (change_config(clip_qkv=8.0), "clip_qkv is 8.0"),
     "scaled positions": (change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope of type 'yarn'"),
     "no width": (change_config(hidden_size=None), "hidden_size is None, but must be a positive number"),
+    "dense layers that are no list": (
+        change_config(model_type="qwen3_moe", moe_intermediate_size=12, mlp_only_layers=2),
+        "mlp_only_layers is 2",
+    ),
     "half a layer": (change_config(num_hidden_layers=2.5), "num_hidden_layers is 2.5"),
     "more experts a token than there are": (change_config(num_experts_per_tok=9), "moe.top_k is 9"),
     "a small vocabulary": (change_config(vocab_size=200), "has ids up to 256, but vocab_size is 200"),

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from helpers.hf_models import FAMILIES, hf_model, our_logits, our_params, write_tokenizer
 
-from default_moe.config import MeshConfig
+from default_moe.config import Config, MeshConfig
 from default_moe.convert.exporting import export_model
 from default_moe.convert.importing import import_model
+from default_moe.data.tokenizer import train_bpe
+from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.sampling import Sampling, generate
 from default_moe.training.program import Program
 
@@ -63,3 +65,26 @@ def test_a_model_of_theirs_gives_the_same_logits_and_tokens_and_comes_back_as_it
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == list(text.encode()) and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 256
+
+
+def test_a_trained_tokenizer_gives_the_same_ids_there(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = train_bpe(["the cat sat on the mat\n\tdef café(x): return x" * 9], 300)
+    config = Config.from_mapping(
+        {
+            "model": {"d_model": 16, "num_layers": 1, "num_dense_layers": 0, "norm": "rms", "qk_norm": "head"},
+            "moe": {"router": "topk", "expert_dim": 8},
+            "data": {"tokenizer": "bpe:300"},
+        }
+    )
+    state = Program(config, tokenizer.vocab_size, jax.devices()[:1]).new_state()
+    with CheckpointStore(tmp_path / "run") as store:
+        meta = {"step": 0, "config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
+        store.save(0, {"params": state.params, "step": state.step}, meta)
+    export_model(tmp_path / "run", tmp_path / "out", None, "float32")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "the café sat: \u20ac\n\treturn <|endoftext"
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.separator

@@ -56,6 +56,15 @@ def test_draws_depend_on_the_seed_and_the_row_alone(folder, model):
     np.testing.assert_array_equal(generate(eight, state.params, state.variables, PROMPTS, drawn)[0], together)
 
 
+def test_a_batch_of_training_that_is_smaller_than_the_mesh(folder, model):
+    """As when a run is evaluated on more devices than it trained on."""
+    settings = tiny_settings(folder, train={"batch_size": 4}, eval={"batch_size": 8})
+    eight = Program(Config.from_mapping(settings), 257, training=False)
+    state = eight.new_state()
+    made, _ = generate(eight, state.params, state.variables, PROMPTS, Sampling(4))
+    np.testing.assert_array_equal(made, generate(*model, PROMPTS, Sampling(4))[0])
+
+
 def test_more_prompts_than_rows_of_a_batch(model):
     program, params, variables = model
     rows = program.config.train.batch_size
