@@ -7,14 +7,14 @@ from ml_collections import ConfigDict, config_dict
 
 from default_moe.config.mappings import flat_items
 from default_moe.config.run import Config
-from default_moe.methods import METHODS
+from default_moe.methods import groups_of_settings
 from default_moe.methods.settings import optional_type
 
 
 def default_config() -> ConfigDict:
     """A locked ConfigDict with every setting at its default. Fields that may stay unset are typed placeholders."""
     config = _defaults(Config)
-    for name, method in METHODS.items():
+    for name, method in groups_of_settings().items():
         if dataclasses.fields(method):
             config.moe[name] = _defaults(method)
     return config.lock()

@@ -5,18 +5,18 @@ import textwrap
 from typing import Any
 
 from default_moe.config.run import Config
-from default_moe.methods import METHODS
+from default_moe.methods import groups_of_settings
 
 
 def describe_settings(width: int = 100) -> str:
     """Return all settings as they are given on the command line, in groups, in lines of at most `width` characters."""
-    own = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
-    blocks = ["\n".join(_describe(f, "", width) for f in own)]
-    for group in (f for f in dataclasses.fields(Config) if f not in own):
+    plain = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
+    blocks = ["\n".join(_describe(f, "", width) for f in plain)]
+    for group in (f for f in dataclasses.fields(Config) if f not in plain):
         blocks.append(_group(group.name, group.type, width))
         if group.name == "moe":
-            methods = [(name, method) for name, method in METHODS.items() if dataclasses.fields(method)]
-            blocks += [_group(f"moe.{name}", method, width) for name, method in methods]
+            own = [(name, choice) for name, choice in groups_of_settings().items() if dataclasses.fields(choice)]
+            blocks += [_group(f"moe.{name}", choice, width) for name, choice in own]
     return "\n\n".join(blocks)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_name, section_from_mapping
 from default_moe.errors import check, quoted
-from default_moe.methods import METHODS, Method
+from default_moe.methods import BALANCERS, METHODS, Balancer, Method, groups_of_settings
 from default_moe.methods.default import DefaultVectorSettings
 from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
 
@@ -37,6 +37,11 @@ class MoEConfig:
     )
     score_function: str = setting("softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid"))
     normalize_weights: bool = setting(False, "Divide the weights of a token's experts by their sum.")
+    balancer: str | Balancer = setting(
+        "auto",
+        f"How the load of experts is evened out: {', '.join(sorted(BALANCERS))}; 'auto' takes what the method asks "
+        "for. In Python also the balancer itself, with its settings.",
+    )
     router_init_std: float | None = setting(
         None,
         "Standard deviation of the router's weights at the start; None takes small init's, sqrt(2 / (5 D)).",
@@ -58,7 +63,7 @@ class MoEConfig:
     )
     load_balance_weight: float | None = setting(
         None,
-        "Factor in the loss of the balance loss over the batch; None: what the method asks for.",
+        "Factor in the loss of the balance loss over the batch; None: 0.01 where the balancer is 'loss', else 0.",
         at_least(0),
         MAY_CHANGE,
         TUNED,
@@ -105,16 +110,26 @@ class MoEConfig:
                 f"moe.router is {quoted(self.router)}, but must be one of {', '.join(map(repr, sorted(METHODS)))}",
             )
             object.__setattr__(self, "router", METHODS[self.router]())
+        if not isinstance(self.balancer, Balancer) and self.balancer != "auto":
+            check(
+                isinstance(self.balancer, str) and self.balancer in BALANCERS,
+                f"moe.balancer is {quoted(self.balancer)}, but must be one of 'auto', "
+                f"{', '.join(map(repr, sorted(BALANCERS)))}",
+            )
+            object.__setattr__(self, "balancer", BALANCERS[self.balancer]())
         self._check_method()
+        self._check_balancer()
 
     def _check_method(self) -> None:
         method = self.method
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.name == "balancer" and value == method.balancer():
+                continue
             check(
                 value in (f.default, 0) or f.name not in method.refused,
-                f"moe.{f.name} is {value!r}, which makes no sense with moe.router={method.name!r}: "
-                f"{method.refused.get(f.name)}",
+                f"moe.{f.name} is {getattr(value, 'name', value)!r}, which makes no sense with "
+                f"moe.router={method.name!r}: {method.refused.get(f.name)}",
             )
         check(
             self.router_init_std != 0 or bool(self.router_noise_std) or method.learns_from_zero_logits,
@@ -127,6 +142,15 @@ class MoEConfig:
             f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts",
         )
 
+    def _check_balancer(self) -> None:
+        balancer = self.load_balancer
+        check(
+            not balancer.biased or self.method.takes_bias,
+            f"moe.balancer is {balancer.name!r}, which makes no sense with moe.router={self.method.name!r}: no bias "
+            "steers its choice of experts; use 'loss' or 'none'",
+        )
+        balancer.check(self)
+
     @property
     def method(self) -> Method:
         """`router`, as which a name is not kept."""
@@ -138,9 +162,15 @@ class MoEConfig:
         return self.method if isinstance(self.method, DefaultVectorSettings) else None
 
     @property
+    def load_balancer(self) -> Balancer:
+        """`balancer`, or what the method asks for in its place."""
+        return self.balancer if isinstance(self.balancer, Balancer) else self.method.balancer()
+
+    @property
     def balance_weight(self) -> float:
-        """The factor of the load balance loss: the method's own where none is set."""
-        return self.method.load_balance_weight if self.load_balance_weight is None else self.load_balance_weight
+        """The factor of the load balance loss: the balancer's own where none is set."""
+        own = self.load_balancer.load_balance_weight
+        return own if self.load_balance_weight is None else self.load_balance_weight
 
     @property
     def experts_per_token(self) -> int:
@@ -165,22 +195,29 @@ class MoEConfig:
         check(isinstance(mapping, Mapping), f"moe is {quoted(mapping)}, but must be a group of settings")
         # Default vectors' settings as runs were saved before methods had groups.
         old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
-        check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *METHODS, *old], prefix="moe.")
-        groups: dict[str, Any] = {name: mapping.get(name, {}) for name in METHODS}
+        choices = groups_of_settings()
+        check_keys(mapping, [*(f.name for f in dataclasses.fields(cls)), *choices, *old], prefix="moe.")
+        groups: dict[str, Any] = {name: mapping.get(name, {}) for name in choices}
         if old:
             groups["default"] = old
-        methods = {name: section_from_mapping(METHODS[name], f"moe.{name}", groups[name]) for name in METHODS}
-        values = {name: value for name, value in mapping.items() if name not in {*METHODS, *old}}
-        router = values.get("router", cls.router)
-        if isinstance(router, str) and router in methods:
-            values["router"] = methods[router]
+        made = {name: section_from_mapping(choices[name], f"moe.{name}", groups[name]) for name in choices}
+        values = {name: value for name, value in mapping.items() if name not in {*choices, *old}}
+        for name, known in (("router", METHODS), ("balancer", BALANCERS)):
+            chosen = values.get(name, getattr(cls, name))
+            if isinstance(chosen, str) and chosen in known:
+                values[name] = made[chosen]
         return section_from_mapping(cls, "moe", values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: the name of the method, and its settings, if it has any, in a group of that name."""
+        """Plain values: the names of method and balancer, and their settings, if any, in groups of these names."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        settings = dataclasses.asdict(self.method)
-        return {**values, "router": self.method.name, **({self.method.name: settings} if settings else {})}
+        for setting_name in ("router", "balancer"):
+            chosen = values[setting_name]
+            if not isinstance(chosen, str):
+                values[setting_name] = chosen.name
+                if settings := dataclasses.asdict(chosen):
+                    values[chosen.name] = settings
+        return values
 
 
 _WERE_NOT_IN_A_GROUP = ("ema_decay", "ema_weighted", "substitute", "ema_init", "ema_init_std")

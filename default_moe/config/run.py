@@ -314,7 +314,7 @@ class Config:
 
 
 def marked(name: str, mark: Mapping[str, bool]) -> bool:
-    """Whether a setting ("optim.peak_lr") or the group it is in has that mark. A method's own settings are TUNED."""
+    """Whether a setting ("optim.peak_lr") or its group has that mark. Those of methods and balancers are TUNED."""
     section: Any = Config
     for part in name.split("."):
         known = {f.name: f for f in dataclasses.fields(section)}

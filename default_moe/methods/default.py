@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
-from default_moe.methods.method import Decision, LayerSettings, Load, Method, State, decide, largest
+from default_moe.methods.decision import Decision, LayerSettings, Load, RouterInputs, State, choose, decide
+from default_moe.methods.method import Method
 from default_moe.methods.settings import at_least, between, check_settings, one_of, setting
 
 
@@ -84,15 +85,14 @@ class DefaultMoE(DefaultVectorSettings, Method):
             "sum to one leave none for the default vectors; use 'backward'",
         )
 
-    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
-        index_BLK = largest(logits_BLN, config.top_k)
-        return decide(logits_BLN, index_BLK, config, substitution=self._substitution(state))
+    def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
+        return decide(inputs.logits, choose(inputs, config), config, substitution=self._substitution(inputs.state))
 
     def initial_state(self, config: LayerSettings) -> State:
         return {"steps": jnp.zeros((), jnp.int32)} if self.substitute_ramp_steps else {}
 
     def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
-        return {name: steps + 1 for name, steps in state.items()}
+        return {"steps": state["steps"] + 1} if self.substitute_ramp_steps else {}
 
     def _substitution(self, state: State) -> Array | None:
         """0 in the first step, 1 after `substitute_ramp_steps`, linear in between; None without a ramp."""

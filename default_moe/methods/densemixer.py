@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from default_moe.methods.method import LayerSettings
+from default_moe.methods.decision import LayerSettings
 from default_moe.methods.topk import TopK
 
 

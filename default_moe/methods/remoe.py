@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
-from default_moe.methods.method import Decision, LayerSettings, Load, Method, State
+from default_moe.methods.balancers import Balancer, NoBalancer
+from default_moe.methods.decision import Decision, LayerSettings, Load, RouterInputs, State
+from default_moe.methods.method import Method
 from default_moe.methods.routing import masked_mean
 from default_moe.methods.settings import positive, setting
 
@@ -29,12 +31,12 @@ class ReMoE(Method):
     """
 
     name = "remoe"
-    load_balance_weight = 0.0
     learns_from_zero_logits = False
     refused: ClassVar = {
         "score_function": _NO_SOFTMAX,
         "normalize_weights": _NO_SOFTMAX,
         "router_z_weight": _NO_SOFTMAX,
+        "balancer": _OWN_LOSS,
         "load_balance_weight": _OWN_LOSS,
         "sequence_balance_weight": _OWN_LOSS,
         "capacity_factor": "its loss, not a capacity, says how many experts run",
@@ -47,23 +49,26 @@ class ReMoE(Method):
         super().__post_init__()
         check(self.lambda_factor > 1, f"moe.remoe.lambda_factor is {self.lambda_factor}, but must be above 1")
 
-    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
-        gates_BLN = jax.nn.relu(logits_BLN)
+    def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
+        gates_BLN = jax.nn.relu(inputs.logits)
         index_BLN = jnp.where(gates_BLN > 0, jnp.arange(config.num_experts, dtype=jnp.int32), config.num_experts)
         total_BL1 = gates_BLN.sum(axis=-1, keepdims=True)
         probs_BLN = gates_BLN / jnp.where(total_BL1 > 0, total_BL1, 1.0)
         return Decision(gates_BLN, index_BLN, probs_BLN)
 
+    def balancer(self) -> Balancer:
+        return NoBalancer()
+
     def most_experts_per_token(self, config: LayerSettings) -> int:
         return config.num_experts
 
     def losses(
-        self, decision: Decision, config: LayerSettings, state: State, mask_BL: Array | None
+        self, decision: Decision, inputs: RouterInputs, config: LayerSettings
     ) -> dict[str, tuple[Array | float, Array]]:
         gates_BLN = decision.gates
-        open_N = masked_mean((gates_BLN > 0).astype(jnp.float32), mask_BL)
-        loss = config.num_experts / config.top_k * (masked_mean(gates_BLN, mask_BL) * open_N).sum()
-        return {"sparsity_loss": (state["lambda"], loss)}
+        open_N = masked_mean((gates_BLN > 0).astype(jnp.float32), inputs.mask)
+        loss = config.num_experts / config.top_k * (masked_mean(gates_BLN, inputs.mask) * open_N).sum()
+        return {"sparsity_loss": (inputs.state["lambda"], loss)}
 
     def initial_state(self, config: LayerSettings) -> State:
         return {"lambda": jnp.float32(self.initial_lambda)}

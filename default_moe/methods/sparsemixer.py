@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
-from default_moe.methods.method import Decision, LayerSettings, Method, State
+from default_moe.methods.decision import Decision, LayerSettings, RouterInputs
+from default_moe.methods.method import Method
 from default_moe.methods.settings import setting
 
 
@@ -28,6 +29,7 @@ class SparseMixer(Method):
 
     name = "sparsemixer"
     random = True
+    takes_bias = False
     refused: ClassVar = {
         "score_function": "its estimator is made for softmax",
         "normalize_weights": "its weights are probabilities among the experts that may be drawn",
@@ -58,7 +60,8 @@ class SparseMixer(Method):
             f"moe.top_k = moe.num_experts = {config.top_k}, but moe.router='sparsemixer' needs experts to choose from",
         )
 
-    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
+    def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
+        logits_BLN, key = inputs.logits, inputs.key
         keys = [None] * config.top_k if key is None else list(jax.random.split(key, config.top_k))
         draws = [None if k is None else draw(k, logits_BLN.shape) for k in keys]
         gates_BLN = jnp.zeros_like(logits_BLN)

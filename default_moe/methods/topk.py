@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from jax import Array
-
-from default_moe.methods.method import Decision, LayerSettings, Method, State, decide, largest
+from default_moe.methods.decision import Decision, LayerSettings, RouterInputs, choose, decide
+from default_moe.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -13,5 +12,5 @@ class TopK(Method):
 
     name = "topk"
 
-    def route(self, logits_BLN: Array, config: LayerSettings, state: State, key: Array | None) -> Decision:
-        return decide(logits_BLN, largest(logits_BLN, config.top_k), config)
+    def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
+        return decide(inputs.logits, choose(inputs, config), config)

@@ -24,12 +24,13 @@ class Tokens:
     """What a block knows of its tokens beside their vectors. All [B, L]; None: absent.
 
     positions: int32, for the rotary embedding.  segment_ids: int32, attention stays within a segment.
-    mask: 0 where a token counts in no routing statistic (padding).
+    mask: 0 where a token counts in no routing statistic (padding).  ids: int32, the tokens themselves.
     """
 
     positions: Array
     segment_ids: Array | None = None
     mask: Array | None = None
+    ids: Array | None = None
 
 
 def residual_init_std(config: ModelConfig) -> float:

@@ -28,6 +28,7 @@ from default_moe.sharding import constrain, num_shards, trace_annotated, unboxed
 class LayerStats:
     """What the MoE layers report, each with a leading axis of MoE layers; see `MoELayer` for the fields.
 
+    observed: in training, sums that the router's state moves by, by name.
     more: scalars of each layer, by name: losses of the method's own, what it keeps of one number a layer, and mean
       norms of default vectors or shares of dropped choices where there are such.
     """
@@ -39,6 +40,7 @@ class LayerStats:
     mean_router_probs: Array
     tokens_per_expert: Array
     num_tokens: Array
+    observed: dict[str, Array]
     more: dict[str, Array]
 
 
@@ -91,7 +93,8 @@ class Block(nn.Module):
             dense = FeedForward(self.dense_dim, jnp.dtype(config.dtype), residual_init_std(config), name="ffn")
             return x_BLD + dense(hidden_BLD), None
         moe_layer = MoELayer(self.moe, down_init_std=residual_init_std(config), name="moe")
-        y_BLD, aux = moe_layer(hidden_BLD, train=self.train, mask=tokens.mask)
+        y_BLD, aux = moe_layer(hidden_BLD, train=self.train, mask=tokens.mask, token_ids=tokens.ids)
+        aux = {"observed": {}, **aux}
         fields = {f.name: aux.pop(f.name) for f in dataclasses.fields(LayerStats) if f.name in aux}
         if "default_vector_norm" in aux:
             aux["default_vector_norm"] = aux["default_vector_norm"].mean()
@@ -140,7 +143,7 @@ class LanguageModel(nn.Module):
         config = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
-        tokens = Tokens(positions, segment_ids, mask)
+        tokens = Tokens(positions, segment_ids, mask, tokens_BL)
         dtype = jnp.dtype(config.dtype)
         init = nn.initializers.normal(small_init_std(config.d_model))
         embedding_VD = self.param("embed", with_axes(init, "vocab", "embed"), (self.vocab_size, config.d_model))

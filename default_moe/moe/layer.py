@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.config import MoEConfig
-from default_moe.methods import Decision, Load, routing
-from default_moe.methods.method import State, largest
+from default_moe.methods import Decision, Load, RouterInputs, largest, routing
+from default_moe.methods.decision import State
 from default_moe.moe.default_vectors import DefaultVectors
 from default_moe.moe.experts.layout import Routing
 from default_moe.moe.experts.sparse import sparse_experts
@@ -65,15 +65,15 @@ class MoELayer(nn.Module):
     """A sparse Mixture-of-Experts feed-forward layer, its router trained by one of `methods.METHODS`.
 
     Call: `y, aux = layer.apply(variables, x, train=True, mutable=["default_vectors"])[0]`. With `train=False` nothing
-    is mutable, and the default vectors are used as they are. Methods that keep a state of their own find it in
-    "router_state", which the layer only reads: `next_router_state` moves it, once after each training step. Noise and
-    methods that draw random numbers need `rngs={"router": key}` in training.
+    is mutable, and the default vectors are used as they are. What methods and balancers keep is in "router_state". In
+    training that must be mutable too: what comes back has moved by this batch. Noise and methods that draw random
+    numbers need `rngs={"router": key}` in training.
 
     Variables:
       params: router/kernel [D, N]; experts/gate, experts/up [N, D, F]; experts/down [N, F, D]; shared_experts/... of a
         dense network, if there are any; all float32.
       default_vectors: ema [N, D], float32, where the method has them.
-      router_state: what the method keeps, by name.
+      router_state: what the method and the balancer keep, by name.
 
     Attributes:
       config: settings of the layer.
@@ -84,14 +84,17 @@ class MoELayer(nn.Module):
     down_init_std: float | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Array, *, train: bool, mask: Array | None = None, token_ids: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """Apply the layer.
 
         Args:
           x: tokens [batch, length, D].
-          train: update the default vectors with this batch.
+          train: update the default vectors and the router's state with this batch.
           mask: [batch, length], 0 for tokens that count in no statistic (padding). They are processed all the same,
             as zeros where they are not finite.
+          token_ids: int32 [batch, length], for methods that route by them.
 
         Returns:
           y, of the shape and dtype of x, and a dict of
@@ -107,6 +110,7 @@ class MoELayer(nn.Module):
             dropped_fraction (with a capacity): of all choices.
             default_vector_norm: float32 [N], where there are default vectors.
             What the method keeps, as it was before this batch: remoe_lambda for instance.
+            observed (in training): sums that the method's state moves by.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype or "float32")
@@ -118,11 +122,15 @@ class MoELayer(nn.Module):
         update = train and not self.is_initializing()
         noise_key, method_key = self._keys(update)
         state = self._read_state()
-        logits_BLN = Router(config.num_experts, config.router_init_std, name="router")(x)
+        router = config.method.router(config, "router") or Router(
+            config.num_experts, config.router_init_std, name="router"
+        )
+        logits_BLN = router(x)
         if noise_key is not None:
             noise_BLN = jax.random.normal(noise_key, logits_BLN.shape, jnp.float32)
             logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)
-        decision = config.method.route(logits_BLN, config, state, method_key)
+        router_inputs = RouterInputs(logits_BLN, x, token_ids, mask, train, method_key, state)
+        decision = config.method.route(router_inputs, config)
         index_BLK = decision.expert_index
         capacity = config.capacity(x.shape[1]) if update else None
         if capacity is not None:
@@ -139,7 +147,12 @@ class MoELayer(nn.Module):
         if defaults is not None and update:
             self._write_defaults(defaults)
 
-        aux = report(config, logits_BLN, decision, state, mask)
+        aux = report(config, decision, router_inputs)
+        if update and state:
+            aux["observed"] = config.method.observe(decision, router_inputs, config) | config.load_balancer.observe(
+                decision, router_inputs, config
+            )
+            self._write_state(state, Load(aux["tokens_per_expert"], aux["num_tokens"], aux["observed"]))
         if config.capacity_factor is not None:
             kept_N = routing.tokens_per_expert(index_BLK, config.num_experts, mask)
             aux["dropped_fraction"] = 1 - kept_N.sum() / jnp.maximum(aux["tokens_per_expert"].sum(), 1)
@@ -157,11 +170,21 @@ class MoELayer(nn.Module):
 
     def _read_state(self) -> State:
         state = {}
-        for name, initial in self.config.method.initial_state(self.config).items():
+        for name, initial in initial_router_state(self.config).items():
             self._check_there(ROUTER_STATE, name)
             axes = (None,) * initial.ndim
             state[name] = self.variable(ROUTER_STATE, name, with_axes(lambda a=initial: a, *axes)).value
         return state
+
+    def _write_state(self, state: State, load: Load) -> None:
+        if not self.is_mutable_collection(ROUTER_STATE):
+            # What the method keeps would stay as it is in every step, without a word.
+            raise ValueError(
+                f"the collection {ROUTER_STATE!r} must be mutable in training: pass mutable=[{ROUTER_STATE!r}, ...], "
+                "and hand what comes back to the next step"
+            )
+        for name, value in next_router_state(state, load, self.config).items():
+            self.put_variable(ROUTER_STATE, name, value)
 
     def _check_there(self, collection: str, name: str) -> None:
         if not self.is_initializing() and not self.has_variable(collection, name):
@@ -191,10 +214,9 @@ class MoELayer(nn.Module):
             self.put_variable(DEFAULT_VECTOR_SUMS, "weight", defaults.weight)
 
 
-def report(
-    config: MoEConfig, logits_BLN: Array, decision: Decision, state: State, mask: Array | None
-) -> dict[str, Array]:
+def report(config: MoEConfig, decision: Decision, inputs: RouterInputs) -> dict[str, Any]:
     """Losses and statistics of a decision: what `MoELayer` says about these."""
+    logits_BLN, mask = inputs.logits, inputs.mask
     counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
     mean_probs_N = routing.masked_mean(decision.probs, mask)
     losses: dict[str, tuple[Array | float, Array]] = {
@@ -205,7 +227,7 @@ def report(
         likeliest_BLK = largest(logits_BLN, config.top_k)
         loss = routing.sequence_balance_loss(decision.probs, likeliest_BLK, mask)
         losses["sequence_balance_loss"] = (config.sequence_balance_weight, loss)
-    own = config.method.losses(decision, config, state, mask)
+    own = config.method.losses(decision, inputs, config)
     taken = [name for name in own if name in losses or name in ("loss", "total_loss") or not name.endswith("_loss")]
     if taken:
         raise ValueError(f"{config.method.name} has a loss {taken[0]!r}: its name must end in _loss and not be taken")
@@ -214,7 +236,7 @@ def report(
     weighted = [factor * loss for factor, loss in losses.values() if isinstance(factor, Array) or factor]
     return {
         **{name: loss for name, (_, loss) in losses.items()},
-        **{f"{config.method.name}_{name}": value for name, value in state.items()},
+        **{f"{config.method.name}_{name}": value for name, value in inputs.state.items()},
         "auxiliary_loss": sum(weighted, start=jnp.zeros(())),
         "router_probs": decision.probs,
         "mean_router_probs": mean_probs_N,
@@ -235,20 +257,28 @@ def zero_sums(default_vectors: Any) -> Any:
     )
 
 
+def initial_router_state(config: MoEConfig) -> State:
+    """What the method and the balancer of one layer keep, by name."""
+    return config.method.initial_state(config) | config.load_balancer.initial_state(config)
+
+
 def next_router_state(router_state: Any, load: Load, config: MoEConfig) -> Any:
     """The `router_state` collection of a `LanguageModel`, or of one layer, after a training step.
 
-    load: of all layers of the model, or of one, without an axis of layers:
-      `Load(aux["tokens_per_expert"], aux["num_tokens"])`.
+    load: of all layers of the model, or of one, without an axis of layers.
     """
 
     def is_state(node: Any) -> bool:
         return isinstance(node, dict) and not any(isinstance(child, dict) for child in node.values())
 
     def moved(state: State) -> State:
-        if load.tokens_per_expert.ndim > 1:
-            return config.method.next_state(state, load, config)
-        states, loads = jax.tree.map(lambda a: a[None], (state, load))
-        return jax.tree.map(lambda a: a[0], config.method.next_state(states, loads, config))
+        if load.tokens_per_expert.ndim == 1:
+            states, loads = jax.tree.map(lambda a: a[None], (state, load))
+            return jax.tree.map(lambda a: a[0], next_states(states, loads))
+        return next_states(state, load)
+
+    def next_states(states: State, loads: Load) -> State:
+        of_method = config.method.next_state(states, loads, config)
+        return states | of_method | config.load_balancer.next_state(states, loads, config)
 
     return jax.tree.map(moved, router_state, is_leaf=is_state)

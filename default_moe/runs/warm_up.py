@@ -66,11 +66,11 @@ def _make_warm_up_step(
             _, moved = model.apply(
                 {"params": params, **variables, **moving},
                 train=True,
-                mutable=list(moving),
+                mutable=list({*moving, *variables}),
                 rngs={"router": key},
                 **model_inputs(microbatch, config),
             )
-            return dict(moved), None
+            return {name: moved[name] for name in moving}, None
 
         moving = {DEFAULT_VECTORS: variables[DEFAULT_VECTORS], DEFAULT_VECTOR_SUMS: sums}
         keys = jax.random.split(jax.random.fold_in(rng, index), num_microbatches)

@@ -51,7 +51,7 @@ def make_train_step(
         grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
         grad_norm = optax.tree.norm(grads)
         old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
-        new = {**update(old, grads), "variables": _moved(result.variables, result.stats, config)}
+        new = {**update(old, grads), "variables": _moved(state.variables, result, config)}
         good = _all_finite((loss, grad_norm, new))
         # The update is computed once more, now that it is known to be good. On GPU and TPU that saves the memory in
         # which XLA would keep most of a second state until then, which it does without the barrier.
@@ -73,7 +73,8 @@ def make_train_step(
             "bad_steps": new_state.bad_steps,
             "bad_steps_in_row": new_state.bad_steps_in_row,
         }
-        return new_state, {**metrics, "layers": result.stats}
+        layers = result.stats and dataclasses.replace(result.stats, observed={})  # much, and nobody logs it
+        return new_state, {**metrics, "layers": layers}
 
     return train_step
 
@@ -201,18 +202,23 @@ def _merge_passes(passes: StepResult) -> StepResult:
     variables = jax.tree.map(lambda x: x[-1], passes.variables)
     stats, tokens = passes.stats, passes.sums.tokens
     if stats is not None:
-        counts = {name: getattr(stats, name).sum(axis=0) for name in ("tokens_per_expert", "num_tokens")}
+        counted = {name: getattr(stats, name) for name in ("tokens_per_expert", "num_tokens", "observed")}
+        counts = jax.tree.map(lambda x: x.sum(axis=0), counted)
         weights = jnp.where(tokens.sum() > 0, tokens, 1)
         stats = dataclasses.replace(jax.tree.map(lambda x: jnp.average(x, axis=0, weights=weights), stats), **counts)
     return StepResult(jax.tree.map(lambda x: x.sum(axis=0), passes.sums), stats, variables)
 
 
-def _moved(variables: Any, stats: LayerStats | None, config: Config) -> Any:
-    """The collections after a step: the default vectors have been updated as they were used, the router's state not."""
-    if stats is None or ROUTER_STATE not in variables:
-        return variables
-    load = Load(stats.tokens_per_expert, stats.num_tokens)
-    return {**variables, ROUTER_STATE: next_router_state(variables[ROUTER_STATE], load, config.moe)}
+def _moved(before: Any, result: StepResult, config: Config) -> Any:
+    """The collections after a step. The default vectors have been updated as they were used.
+
+    The router's state moves from what it was `before`, by all layers and all microbatches together.
+    """
+    if result.stats is None or ROUTER_STATE not in before:
+        return result.variables
+    stats = result.stats
+    load = Load(stats.tokens_per_expert, stats.num_tokens, stats.observed)
+    return {**result.variables, ROUTER_STATE: next_router_state(before[ROUTER_STATE], load, config.moe)}
 
 
 def _all_finite(tree: Any) -> Array:

@@ -17,6 +17,7 @@ from default_moe.config import MoEConfig
 from default_moe.methods import METHODS
 from default_moe.methods.default import DefaultVectorSettings
 from default_moe.moe import MoELayer
+from default_moe.moe.layer import initial_router_state
 
 BATCH, LENGTH, D_MODEL, EXPERT_DIM = 2, 12, 12, 10
 TOKENS = BATCH * LENGTH
@@ -86,7 +87,7 @@ def variables_of(config: MoEConfig, params: Params, ema: Any) -> dict[str, Any]:
         tree["default_vectors"] = {"ema": jnp.asarray(ema, jnp.float32)}
         steps = config.default_vectors.substitute_ramp_steps * 3 // 4
     state = {"lambda": jnp.float32(LAMBDA), "bias": jnp.float32(bias_of(config)), "steps": jnp.int32(steps)}
-    kept = {name: state[name] for name in config.method.initial_state(config)}
+    kept = {name: state[name] for name in initial_router_state(config)}
     return {**tree, "router_state": kept} if kept else tree
 
 
@@ -96,7 +97,12 @@ def gradient_of_step(config: MoEConfig, train: bool = True) -> Any:
 
     def objective(variables, x, g, mask):
         (y, aux), state = layer.apply(
-            variables, x, train=train, mask=mask, mutable=["default_vectors"], rngs={"router": jax.random.key(5)}
+            variables,
+            x,
+            train=train,
+            mask=mask,
+            mutable=["default_vectors", "router_state"],
+            rngs={"router": jax.random.key(5)},
         )
         losses = (
             BALANCE_WEIGHT * aux["load_balance_loss"]

@@ -13,10 +13,11 @@ from helpers.reference import assert_close
 
 from default_moe.config import Config, ModelConfig
 from default_moe.errors import ConfigError
-from default_moe.methods import METHODS, routing
+from default_moe.methods import METHODS, RouterInputs, routing
 from default_moe.model.size import parameter_counts
 from default_moe.moe import MoELayer
 from default_moe.moe.experts.parallel import resolve_expert_parallel
+from default_moe.moe.layer import initial_router_state
 from default_moe.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
@@ -86,7 +87,7 @@ def test_scores_may_be_as_small_as_they_like():
         state = {} if bias is None else {"bias": jnp.array(bias)}
 
         def chosen_and_distribution(logits, config=config, state=state):
-            decision = config.method.route(logits, config, state, None)
+            decision = config.method.route(RouterInputs(logits, state=state), config)
             weights = jnp.take_along_axis(decision.gates, decision.expert_index, axis=-1)
             return jnp.concatenate([weights, decision.probs], axis=-1).ravel()
 
@@ -107,7 +108,7 @@ def test_experts_whose_scores_are_rounded_to_one_number_are_chosen_by_their_logi
         logits = jnp.array(
             [[[20.0, 18.0, 30.0, 25.0], [-130.0, -112.0, -115.0, -111.0], [0.0, -400.0, -300.0, -500.0]]]
         )
-        chosen = config.method.route(logits, config, {}, None).expert_index
+        chosen = config.method.route(RouterInputs(logits), config).expert_index
         np.testing.assert_array_equal(chosen, [[[2, 3], [3, 1], [0, 2]]])
 
 
@@ -117,7 +118,7 @@ def test_normalized_weights_sum_to_one_wherever_the_logits_are(largest):
     for fields in (SIGMOID, {}):
         config = moe_config(num_experts=4, top_k=2, router="topk", **NORMALIZED, **fields)
         logits = jnp.array([[[largest, largest, largest - 1e6, largest - 1e7]]])
-        weights = config.method.route(logits, config, {}, None).gates
+        weights = config.method.route(RouterInputs(logits), config).gates
         assert_close(weights[..., :2], [[[0.5, 0.5]]])
 
 
@@ -147,8 +148,10 @@ def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
 @pytest.mark.parametrize("router", METHODS)
 def test_a_router_whose_weights_are_all_zero_learns_or_is_refused(router):
     config = make_config(router=router)
-    state = config.method.initial_state(config)
-    slopes = jax.jacobian(lambda logits: config.method.route(logits, config, state, None).gates)(jnp.zeros((1, 1, 8)))
+    state = initial_router_state(config)
+    slopes = jax.jacobian(lambda logits: config.method.route(RouterInputs(logits, state=state), config).gates)(
+        jnp.zeros((1, 1, 8))
+    )
     assert bool(jnp.abs(slopes).max() > 0) == config.method.learns_from_zero_logits
     make_config(router="remoe", router_init_std=0.0, router_noise_std=0.1)  # noise opens gates
 
@@ -282,7 +285,7 @@ def test_the_ramp_by_hand():
     """A quarter more of the vectors in each of 4 steps, then all of them."""
     config = moe_config(substitute_ramp_steps=4)
     states = ({"steps": jnp.int32(steps)} for steps in (0, 1, 4, 9))
-    decisions = [config.method.route(jnp.zeros((1, 1, 8)), config, state, None) for state in states]
+    decisions = [config.method.route(RouterInputs(jnp.zeros((1, 1, 8)), state=state), config) for state in states]
     assert [float(decision.substitution) for decision in decisions] == [0, 0.25, 1, 1]
 
 

@@ -8,7 +8,7 @@ from helpers import layers, reference
 from helpers.layers import batched, check_step, inputs, make_config, moe_config, run, settings_of
 from helpers.reference import assert_close
 
-from default_moe.methods import sparsemixer
+from default_moe.methods import RouterInputs, sparsemixer
 from default_moe.methods.sparsemixer import Draws
 
 pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
@@ -59,7 +59,7 @@ def test_sparsemixers_draws_are_independent_and_never_of_what_is_masked(monkeypa
     keys, drawn = [], sparsemixer.draw
     monkeypatch.setattr(sparsemixer, "draw", lambda key, shape: keys.append(key) or drawn(key, shape))
     config = moe_config(num_experts=4, top_k=2, router="sparsemixer")
-    config.method.route(jnp.zeros((1, 3, 4)), config, {}, jax.random.key(0))
+    config.method.route(RouterInputs(jnp.zeros((1, 3, 4)), key=jax.random.key(0)), config)
     assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 2
     logits = jnp.array([[[2.0, 1.9, -9.0, 1.8]]])
     left = logits.at[0, 0, 0].set(-jnp.inf)  # chosen before

@@ -1,0 +1,154 @@
+"""What a method decides, what it decides from, and the parts that decisions are made of.
+
+The README of the package has the dimension key; G groups of experts, Y MoE layers.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from default_moe import sharding
+from default_moe.methods.routing import active_experts
+
+State = dict[str, Array]
+
+
+class LayerSettings(Protocol):
+    """What a method may know of the layer it works in: some settings of `config.MoEConfig`."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def score_function(self) -> str: ...
+
+    @property
+    def normalize_weights(self) -> bool: ...
+
+
+class RouterInputs(NamedTuple):
+    """What a method decides from.
+
+    logits: float32 [B, L, N], of the router.
+    x: [B, L, D], the layer's input, of which the router made them.
+    token_ids: int32 [B, L], the tokens of the text; None if the layer was not told.
+    mask: [B, L], 0 for padding, which must count in nothing; None without any.
+    train: whether this is a training step.
+    key: random key; None at evaluation, and if the method is not `random`.
+    state: of the layer, by name, as `initial_state` or `next_state` gave it, without the axis of layers.
+    """
+
+    logits: Array
+    x: Array | None = None
+    token_ids: Array | None = None
+    mask: Array | None = None
+    train: bool = False
+    key: Array | None = None
+    state: State = {}  # noqa: RUF012
+
+
+class Decision(NamedTuple):
+    """What a method decides about the tokens of a batch.
+
+    gates: float32 [B, L, N], what the output of each expert counts in the layer's. In the backward pass the gate of an
+      expert that runs receives <dL/dy, E_i(x)>, that of any other 0, or what `default_vectors.combine` or
+      `dense_gradient.experts_for_gradient` gives it.
+    expert_index: int32 [B, L, C], the experts that run, in any order; N stands for none.
+    probs: float32 [B, L, N], the token's distribution over experts, for balance losses and statistics.
+    substitution: float32 scalar that the share of default vectors in the output is multiplied by; None stands for 1.
+    """
+
+    gates: Array
+    expert_index: Array
+    probs: Array
+    substitution: Array | None = None
+
+
+class Load(NamedTuple):
+    """What the MoE layers saw in a training step, over the global batch and all of its microbatches.
+
+    tokens_per_expert: int32 [Y, N], choices, before any were dropped.  num_tokens: int32 [Y], tokens that count.
+    observed: sums [Y, ...] of what the method's and the balancer's `observe` gave, by name.
+    """
+
+    tokens_per_expert: Array
+    num_tokens: Array
+    observed: State = {}  # noqa: RUF012
+
+
+def largest(scores_BLN: Array, top_k: int) -> Array:
+    """int32 [B, L, K], the experts of the K largest scores of each token, largest first, ties to the lower.
+
+    Logits in the place of scores rank experts alike, those too whose scores are rounded to one number.
+    """
+    return _top_k(scores_BLN, top_k)[1]
+
+
+def largest_values(scores_BLN: Array, top_k: int) -> Array:
+    """The K largest scores of each token [B, L, K], largest first, without a gradient."""
+    return _top_k(scores_BLN, top_k)[0]
+
+
+def _top_k(scores_BLN: Array, top_k: int) -> tuple[Array, Array]:
+    """Under a mesh each device chooses for its own tokens: left to itself, XLA gathers all tokens for a top-k."""
+    scores_BLN = jax.lax.stop_gradient(scores_BLN)
+
+    def local(scores_BLN: Array) -> tuple[Array, Array]:
+        values_BLK, index_BLK = jax.lax.top_k(scores_BLN, top_k)
+        return values_BLK, index_BLK
+
+    token_axes = sharding.mesh_axes("batch")
+    if not token_axes:
+        return local(scores_BLN)
+    tokens = P(token_axes)
+    return jax.shard_map(local, in_specs=tokens, out_specs=tokens)(scores_BLN)
+
+
+def choose(inputs: RouterInputs, config: LayerSettings) -> Array:
+    """int32 [B, L, K], the experts of largest score, or of largest score + bias where a balancer keeps a bias."""
+    if "bias" not in inputs.state:
+        return largest(inputs.logits, config.top_k)
+    return largest(scores(inputs.logits, config) + inputs.state["bias"], config.top_k)
+
+
+def scores(logits_BLN: Array, config: LayerSettings) -> Array:
+    """Softmax over the experts, or the sigmoid of each logit (moe.score_function)."""
+    return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
+
+
+def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
+    """The scores of each token divided by their sum (DeepSeek-V3, eq. 19)."""
+    if config.score_function == "softmax":
+        return scores(logits_BLN, config)
+    # Of logarithms: the scores of all experts may be too small to divide by their sum.
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits_BLN), axis=-1)
+
+
+def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
+    """The scores, with moe.normalize_weights divided by the sum of those chosen.
+
+    Through that sum gradients reach the chosen scores only from their own gates. An expert that was not chosen, if its
+    gate gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
+    """
+    if not config.normalize_weights:
+        return scores(logits_BLN, config)
+    log_BLN = (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
+    chosen_BLN = active_experts(index_BLK, config.num_experts)
+    # Relative to the largest that was chosen: a logarithm far below 0 would swallow that of their sum.
+    log_BLN -= jax.lax.stop_gradient(log_BLN.max(axis=-1, keepdims=True, where=chosen_BLN, initial=-jnp.inf))
+    log_total_BL1 = jax.nn.logsumexp(jnp.where(chosen_BLN, log_BLN, -jnp.inf), axis=-1, keepdims=True)
+    constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
+    # A score that was passed over though it is far above the chosen ones would overflow. Its gate is not used.
+    other_BLN = jnp.where(log_BLN > constant_BL1, 0.0, log_BLN - constant_BL1)
+    return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
+
+
+def decide(logits_BLN: Array, index_BLK: Array, config: LayerSettings, **more: Any) -> Decision:
+    """The decision for these experts, with gates and distribution made of the scores of these logits."""
+    return Decision(gates(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)
