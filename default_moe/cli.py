@@ -32,6 +32,7 @@ from default_moe.errors import (
     tell,
 )
 from default_moe.methods import METHODS
+from default_moe.methods.plugins import load_plugin
 from default_moe.methods.settings import path_fault
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import restart_with_huge_pages
@@ -53,6 +54,9 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False, cached: 
     sys.argv = _file_first(sys.argv)  # where config_flags looks too
     try:
         own = _define_flags(many_processes, cached)
+        for arg in sys.argv:
+            if re.match("--?config[.]moe[.]plugin=.", arg):
+                load_plugin(arg.partition("=")[2])  # now, for its settings may be among the flags
         if {"--help", "-help", "-h"} & set(sys.argv):
             code = _help(main)
         else:

@@ -12,6 +12,7 @@ from default_moe.config.mappings import MAY_CHANGE, TUNED, check_keys, dtype_nam
 from default_moe.errors import check, quoted
 from default_moe.methods import BALANCERS, METHODS, Balancer, Method, groups_of_settings
 from default_moe.methods.default import DefaultVectorSettings
+from default_moe.methods.plugins import load_plugin
 from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
 
 MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
@@ -37,6 +38,9 @@ class MoEConfig:
     )
     score_function: str = setting("softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid"))
     normalize_weights: bool = setting(False, "Divide the weights of a token's experts by their sum.")
+    plugin: str | None = setting(
+        None, "A module, my_package.my_router, that is imported first: methods it defines can be chosen.", MAY_CHANGE
+    )
     balancer: str | Balancer = setting(
         "auto",
         f"How the load of experts is evened out: {', '.join(sorted(BALANCERS))}; 'auto' takes what the method asks "
@@ -68,6 +72,13 @@ class MoEConfig:
         MAY_CHANGE,
         TUNED,
     )
+    load_balance_over: str = setting(
+        "microbatch",
+        "What the balance loss over the batch counts load over: each microbatch, or the whole 'batch' as far as it has "
+        "been seen, all microbatches up to its own (train.grad_accum_steps).",
+        one_of("microbatch", "batch"),
+        MAY_CHANGE,
+    )
     sequence_balance_weight: float = setting(
         0.0, "Factor in the loss of the balance loss within each sequence.", at_least(0), MAY_CHANGE, TUNED
     )
@@ -95,6 +106,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         check_settings(self, "moe")
+        if self.plugin is not None:
+            load_plugin(self.plugin)
         check(
             1 <= self.top_k <= self.num_experts,
             f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
@@ -193,6 +206,8 @@ class MoEConfig:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         """From what `to_dict` gives, or a config's group `moe`. Raises ConfigError, for groups of other methods too."""
         check(isinstance(mapping, Mapping), f"moe is {quoted(mapping)}, but must be a group of settings")
+        if isinstance(mapping.get("plugin"), str):
+            load_plugin(mapping["plugin"])
         # Default vectors' settings as runs were saved before methods had groups.
         old = {name: mapping[name] for name in _WERE_NOT_IN_A_GROUP if name in mapping}
         choices = groups_of_settings()

@@ -20,7 +20,7 @@ from default_moe.moe import MoELayer
 from default_moe.moe.default_vectors import USED_VECTORS
 from default_moe.moe.experts.swiglu import EXPERT_PRODUCT
 from default_moe.moe.feed_forward import FeedForward, small_init_std
-from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE
+from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, ROUTER_SUMS
 from default_moe.sharding import constrain, num_shards, trace_annotated, unboxed, with_axes
 
 
@@ -216,7 +216,9 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
         block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0, DEFAULT_VECTORS: 0, DEFAULT_VECTOR_SUMS: 0, ROUTER_STATE: 0, CACHE: 0},
+        variable_axes=dict.fromkeys(
+            ("params", DEFAULT_VECTORS, DEFAULT_VECTOR_SUMS, ROUTER_STATE, ROUTER_SUMS, CACHE), 0
+        ),
         split_rngs={"params": True, "router": True},
         in_axes=nn.broadcast,
         length=length,

@@ -21,6 +21,7 @@ from default_moe.sharding import check_divisible, constrain, with_axes
 DEFAULT_VECTORS = "default_vectors"
 DEFAULT_VECTOR_SUMS = "default_vector_sums"
 ROUTER_STATE = "router_state"
+ROUTER_SUMS = "router_sums"
 
 
 class Router(nn.Module):
@@ -106,7 +107,8 @@ class MoELayer(nn.Module):
             expert_index: int32 [batch, length, C], the choices, before any are dropped; N stands for none. With
               "topk", "default" and "densemixer" the K likeliest, likeliest first.
             tokens_per_expert: int32 [N], choices, before any are dropped.  num_tokens: int32, tokens that count.
-            router_entropy: mean over tokens, in nats.
+            router_entropy: mean over tokens, in nats.  top_prob: mean of each token's largest router probability.
+            output_norm: mean over tokens of the norm of y, without shared experts.
             dropped_fraction (with a capacity): of all choices.
             default_vector_norm: float32 [N], where there are default vectors.
             What the method keeps, as it was before this batch: remoe_lambda for instance.
@@ -140,6 +142,7 @@ class MoELayer(nn.Module):
         defaults = self._read_defaults(x.shape[-1]) if config.default_vectors else None
         decided = Routing(decision.gates, index_BLK, decision.substitution, mask)
         y, defaults = sparse_experts(x.astype(dtype), decided, params, defaults, config, update=update)
+        norm_BL = jnp.linalg.norm(jax.lax.stop_gradient(y), axis=-1)
         if config.num_shared_experts:
             width = config.num_shared_experts * config.expert_dim
             shared = FeedForward(width, dtype, self.down_init_std, name="shared_experts")
@@ -147,12 +150,16 @@ class MoELayer(nn.Module):
         if defaults is not None and update:
             self._write_defaults(defaults)
 
-        aux = report(config, decision, router_inputs)
+        before_N = self.get_variable(ROUTER_SUMS, "tokens_per_expert", jnp.zeros((), jnp.int32))
+        aux = report(config, decision, router_inputs, before_N)
+        if self.has_variable(ROUTER_SUMS, "tokens_per_expert"):
+            self.put_variable(ROUTER_SUMS, "tokens_per_expert", before_N + aux["tokens_per_expert"])
         if update and state:
             aux["observed"] = config.method.observe(decision, router_inputs, config) | config.load_balancer.observe(
                 decision, router_inputs, config
             )
             self._write_state(state, Load(aux["tokens_per_expert"], aux["num_tokens"], aux["observed"]))
+        aux["output_norm"] = routing.masked_mean(norm_BL, mask)
         if config.capacity_factor is not None:
             kept_N = routing.tokens_per_expert(index_BLK, config.num_experts, mask)
             aux["dropped_fraction"] = 1 - kept_N.sum() / jnp.maximum(aux["tokens_per_expert"].sum(), 1)
@@ -214,13 +221,16 @@ class MoELayer(nn.Module):
             self.put_variable(DEFAULT_VECTOR_SUMS, "weight", defaults.weight)
 
 
-def report(config: MoEConfig, decision: Decision, inputs: RouterInputs) -> dict[str, Any]:
-    """Losses and statistics of a decision: what `MoELayer` says about these."""
+def report(config: MoEConfig, decision: Decision, inputs: RouterInputs, before_N: Array) -> dict[str, Any]:
+    """Losses and statistics of a decision: what `MoELayer` says about these.
+
+    before_N: tokens of each expert that the balance loss counts beside these.
+    """
     logits_BLN, mask = inputs.logits, inputs.mask
     counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
     mean_probs_N = routing.masked_mean(decision.probs, mask)
     losses: dict[str, tuple[Array | float, Array]] = {
-        "load_balance_loss": (config.balance_weight, routing.load_balance_loss(mean_probs_N, counts_N)),
+        "load_balance_loss": (config.balance_weight, routing.load_balance_loss(mean_probs_N, before_N + counts_N)),
         "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
     }
     if config.sequence_balance_weight:
@@ -245,6 +255,7 @@ def report(config: MoEConfig, decision: Decision, inputs: RouterInputs) -> dict[
         "tokens_per_expert": counts_N,
         "num_tokens": jnp.int32(logits_BLN[..., 0].size) if mask is None else (mask != 0).sum(dtype=jnp.int32),
         "router_entropy": routing.router_entropy(decision.probs, mask),
+        "top_prob": routing.masked_mean(jax.lax.stop_gradient(decision.probs).max(axis=-1), mask),
     }
 
 
@@ -255,6 +266,17 @@ def zero_sums(default_vectors: Any) -> Any:
         default_vectors,
         is_leaf=lambda node: isinstance(node, dict) and "ema" in node,
     )
+
+
+def zero_counts(params: Any) -> dict[str, Any]:
+    """The `router_sums` collection, empty, that goes with the parameters of any model."""
+    counts = {}
+    for name, node in params.items():
+        if name == "experts":
+            return {"tokens_per_expert": jnp.zeros(node["gate"].shape[:-2], jnp.int32)}
+        if isinstance(node, dict) and (below := zero_counts(node)):
+            counts[name] = below
+    return counts
 
 
 def initial_router_state(config: MoEConfig) -> State:

@@ -15,7 +15,7 @@ from default_moe.hardware import peak_flops
 from default_moe.model.size import train_flops_per_token
 from default_moe.training.program import Program
 
-_OF_A_STEP = ("load_balance_loss", "router_entropy", "max_load", "experts_per_token")
+_OF_A_STEP = ("load_balance_loss", "router_entropy", "max_load", "min_load", "idle_experts", "experts_per_token")
 
 
 def layer_statistics(stats: Any) -> dict[str, np.ndarray]:
@@ -29,6 +29,7 @@ def layer_statistics(stats: Any) -> dict[str, np.ndarray]:
         **stats.more,
         "max_load": load_YN.max(axis=1),
         "min_load": load_YN.min(axis=1),
+        "idle_experts": (counts_YN == 0).mean(axis=1),
         "experts_per_token": counts_YN.sum(axis=1) / np.maximum(stats.num_tokens, 1),
     }
 
@@ -77,11 +78,12 @@ class StepMeasurements:
         return {**values, "train/mfu": flops / (peak * jax.device_count())} if peak else values
 
     def _of_layers(self, stats: Any) -> dict[str, float]:
-        """Means over layers (of loads the maximum), and each layer's own under layer_<number in the model>/."""
+        """Means over layers (of loads the extremes), and each layer's own under layer_<number in the model>/."""
         of_layers = layer_statistics(stats)
         names = [*_OF_A_STEP, *stats.more]
         values = {f"train/{name}": of_layers[name].mean() for name in [*names, "router_z_loss"]}
         values["train/max_load"] = of_layers["max_load"].max()
+        values["train/min_load"] = of_layers["min_load"].min()
         for index in range(len(stats.num_tokens)):
             values |= {f"layer_{self._first_layer + index}/{name}": of_layers[name][index] for name in names}
         return values

@@ -13,7 +13,15 @@ from jax import Array
 from default_moe.config import Config
 from default_moe.methods import Load
 from default_moe.model.language_model import LanguageModel, LayerStats
-from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, next_router_state, zero_sums
+from default_moe.moe.layer import (
+    DEFAULT_VECTOR_SUMS,
+    DEFAULT_VECTORS,
+    ROUTER_STATE,
+    ROUTER_SUMS,
+    next_router_state,
+    zero_counts,
+    zero_sums,
+)
 from default_moe.sharding import constrain
 from default_moe.training.losses import TokenSums, auxiliary_loss, token_sums
 from default_moe.training.optimizer import learning_rate_schedule
@@ -105,16 +113,17 @@ def make_gradient(model: LanguageModel, config: Config) -> Gradient:
         return grads, loss, result
 
     num_microbatches = config.train.grad_accum_steps
-    return gradient if num_microbatches == 1 else _accumulated(loss_fn, num_microbatches)
+    return gradient if num_microbatches == 1 else _accumulated(loss_fn, config)
 
 
-def _accumulated(loss_fn: Callable, num_microbatches: int) -> Gradient:
+def _accumulated(loss_fn: Callable, config: Config) -> Gradient:
     """Make the gradient of a loss that is summed over microbatches.
 
     Default vectors keep their contract: each step is one update, with decay ema_decay, by the mean over all tokens of
     the batch. Microbatch m uses the vectors updated with the sums of microbatches 1 to m; those after the last
-    are kept.
+    are kept. With moe.load_balance_over="batch" it counts the load of microbatches 1 to m.
     """
+    num_microbatches = config.train.grad_accum_steps
 
     def gradient(state: TrainState, batch: Batch, rng: Array) -> tuple[Any, Array, StepResult]:
         num_tokens = _num_tokens(batch)
@@ -122,9 +131,9 @@ def _accumulated(loss_fn: Callable, num_microbatches: int) -> Gradient:
         grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
         def microstep(carry: tuple, inputs: tuple) -> tuple[tuple, StepResult]:
-            loss, vector_sums = carry
+            loss, sums = carry
             index, microbatch = inputs
-            variables = {**state.variables, **vector_sums}
+            variables = {**state.variables, **sums}
 
             def micro_loss_fn(params: Any) -> tuple[Array, StepResult]:
                 return loss_fn(params, variables, microbatch, num_tokens, jax.random.fold_in(rng, index))
@@ -133,14 +142,16 @@ def _accumulated(loss_fn: Callable, num_microbatches: int) -> Gradient:
             micro_loss, pull_back, result = jax.vjp(micro_loss_fn, state.params, has_aux=True)
             pull_back.with_refs(grads)(jnp.ones_like(micro_loss))
             new_variables = dict(result.variables)
-            vector_sums = {name: new_variables.pop(name) for name in vector_sums}
-            return (loss + micro_loss, vector_sums), dataclasses.replace(result, variables=new_variables)
+            sums = {name: new_variables.pop(name) for name in sums}
+            return (loss + micro_loss, sums), dataclasses.replace(result, variables=new_variables)
 
-        vector_sums = {}
+        sums = {}
         if DEFAULT_VECTORS in state.variables:
-            vector_sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
+            sums[DEFAULT_VECTOR_SUMS] = zero_sums(state.variables[DEFAULT_VECTORS])
+        if config.moe.load_balance_over == "batch":
+            sums[ROUTER_SUMS] = zero_counts(state.params)
         inputs = (jnp.arange(num_microbatches), split_batch(batch, num_microbatches))
-        (loss, _), passes = jax.lax.scan(microstep, (jnp.zeros(()), vector_sums), inputs)
+        (loss, _), passes = jax.lax.scan(microstep, (jnp.zeros(()), sums), inputs)
         return jax.tree.map(jax.freeze, grads), loss, _merge_passes(passes)
 
     return gradient

@@ -196,7 +196,7 @@ def run_commands(
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**env, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
+        env={**env, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}:{env.get('PYTHONPATH', '')}"},
     )
     assert process.returncode == 0, process.stderr
     return [tuple(result) for result in json.loads(process.stdout)]

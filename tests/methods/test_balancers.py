@@ -18,7 +18,7 @@ from default_moe.methods.balancers import Bias, NoBalancer, Quantile
 from default_moe.methods.decision import distribution
 from default_moe.methods.histogram import histogram, upper_quantile
 from default_moe.moe import MoELayer
-from default_moe.moe.layer import initial_router_state, next_router_state
+from default_moe.moe.layer import initial_router_state, next_router_state, zero_counts
 from default_moe.sharding import make_mesh
 
 NUM_EXPERTS, TOP_K = 16, 2
@@ -182,6 +182,31 @@ def test_the_whole_batch_counts_on_any_mesh_and_in_microbatches():
         biases.append(after.variables["router_state"]["moe_layers"]["moe"]["bias"])
     assert np.abs(biases[0]).max() > 1e-3
     np.testing.assert_allclose(biases[0], biases[1], atol=1e-6)
+
+
+def test_the_balance_loss_may_count_all_microbatches():
+    """Two sequences, of 2 experts: the second microbatch's loss is by the load of both."""
+    layer = MoELayer(moe_config(num_experts=2, top_k=1, expert_dim=4, router="topk"))
+    variables = jax.jit(functools.partial(layer.init, train=False))(jax.random.key(1), jnp.zeros((1, 8, 8)))
+    sums, counts = zero_counts(variables["params"]), np.zeros(2)
+    for seed in range(2):
+        x = jax.random.normal(jax.random.key(seed), (1, 8, 8))
+        (_, aux), new = layer.apply({**variables, "router_sums": sums}, x, train=True, mutable=["router_sums"])
+        counts += np.asarray(aux["tokens_per_expert"])
+        expected = 2 * (counts / counts.sum() * np.asarray(aux["mean_router_probs"])).sum()
+        np.testing.assert_allclose(aux["load_balance_loss"], expected, rtol=1e-6)
+        sums = new["router_sums"]
+
+    losses = {}
+    for over in ("microbatch", "batch"):
+        config = change(CONFIG, moe={"router": "topk", "load_balance_over": over}, train={"grad_accum_steps": 4})
+        state, metrics = steps.step_of(config, batch=make_batch())
+        assert "router_sums" not in state.variables
+        losses[over] = metrics["layers"].load_balance_loss
+    assert np.abs(losses["batch"] - losses["microbatch"]).max() > 1e-3
+    whole = change(CONFIG, moe={"router": "topk"})
+    right = steps.step_of(whole, batch=make_batch())[1]["layers"].load_balance_loss
+    assert (np.abs(losses["batch"] - right) < np.abs(losses["microbatch"] - right)).all()
 
 
 def test_the_balance_loss_goes_with_its_balancer():

@@ -18,6 +18,7 @@ STATS = LayerStats(
     mean_router_probs=np.float32([[0.5, 0.3, 0.2], [0.0, 0.0, 0.0]]),
     tokens_per_expert=np.int32([[5, 3, 0], [0, 0, 0]]),  # the second layer of 3 experts saw no token
     num_tokens=np.int32([4, 0]),
+    observed={},
     more={"default_vector_norm": np.float32([8.0, 9.0])},
 )
 
@@ -39,6 +40,7 @@ def test_loads_are_relative_to_the_mean():
 def test_a_steps_own_values_means_over_layers_and_each_layers(tmp_path):
     values = StepMeasurements(Program(tmp_path), 0).scalars(1, {"loss": 2.5, "layers": STATS})
     of_layers = {"load_balance_loss": 1.0, "router_entropy": 0.5, "max_load": 1.875, "experts_per_token": 2.0}
+    of_layers |= {"min_load": 0.0, "idle_experts": 1 / 3}
     speeds = ("step_seconds", "tokens_per_second", "model_flops_per_second")
     assert values.keys() == {
         *("train/loss", "train/router_z_loss", *(f"train/{name}" for name in speeds)),
@@ -47,6 +49,7 @@ def test_a_steps_own_values_means_over_layers_and_each_layers(tmp_path):
     assert {name: values[f"layer_1/{name}"] for name in of_layers} == pytest.approx(of_layers)
     assert values["train/load_balance_loss"] == 1.5 and values["train/router_z_loss"] == 5.0
     assert values["train/max_load"] == 1.875 and values["train/experts_per_token"] == 1.0  # largest; average
+    assert values["train/min_load"] == 0.0 and values["train/idle_experts"] == pytest.approx(2 / 3)
 
 
 def test_speed_counts_only_the_steps(tmp_path, monkeypatch):
