@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
         say(gradients_report.verdict(found, method, methods[0]))
     folder, name = workdir / "analysis", f"gradients_{_REFERENCE.value}"
     files: dict[str, Any] = {f"{name}.json": gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())}
-    first = config.model.num_dense_layers
-    files |= picture_file(f"{name}.png", lambda: gradients_report.picture(found, _REFERENCE.value, first), say)
+    layers = config.model.moe_layers
+    files |= picture_file(f"{name}.png", lambda: gradients_report.picture(found, _REFERENCE.value, layers), say)
     write_report(folder, files)
     say(f"written to {folder}: {', '.join(files)}")
     return 0

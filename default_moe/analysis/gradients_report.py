@@ -41,13 +41,12 @@ def as_json(
     found: Sequence[Fidelity], checkpoint: Checkpoint, reference: str, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """Every number, and means and standard deviations over batches."""
-    first = checkpoint.config.model.num_dense_layers
     return {
         "step": checkpoint.step,
         "reference": reference,
         "num_experts": checkpoint.config.moe.num_experts,
         "trained_with": {"method": checkpoint.config.moe.method.name, "top_k": checkpoint.config.moe.top_k},
-        "layers": list(range(first, checkpoint.config.model.num_layers)),
+        "layers": list(checkpoint.config.model.moe_layers),
         "machine": machine,
         "results": [
             {
@@ -63,8 +62,8 @@ def as_json(
     }
 
 
-def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> bytes:
-    """A PNG: cosine similarity above, norms below, against K; the mean over layers, then each layer."""
+def picture(found: Sequence[Fidelity], reference: str, layers: Sequence[int]) -> bytes:
+    """A PNG: cosine similarity above, norms below, against K; the mean over layers, then each of `layers`."""
     num_layers = found[0].cosine.shape[1]
     shown = list(range(num_layers)) if num_layers <= 6 else sorted({*np.linspace(0, num_layers - 1, 6).astype(int)})
     columns: list[int | None] = [None, *shown]
@@ -79,7 +78,7 @@ def picture(found: Sequence[Fidelity], reference: str, first_layer: int) -> byte
                 of_batches = [v.mean(axis=1) if layer is None else v[:, layer] for v in values]
                 means, spread = (np.array([getattr(v, of)() for v in of_batches]) for of in ("mean", "std"))
                 axis.errorbar(top_ks, means, spread, color=f"C{index}", label=method, marker=".", capsize=2)
-        title = "mean over layers" if layer is None else f"layer {first_layer + layer}"
+        title = "mean over layers" if layer is None else f"layer {layers[layer]}"
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].axhline(1, color="grey", linewidth=0.8)
         axes[1, column].xaxis.get_major_locator().set_params(integer=True)

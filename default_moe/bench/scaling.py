@@ -10,7 +10,7 @@ from default_moe.bench import report
 from default_moe.bench.candidate import StepCandidate, random_batch
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
-from default_moe.config import Config
+from default_moe.config import Config, ConfigError, ModelConfig
 from default_moe.hardware import heading
 from default_moe.training.program import mesh_for
 
@@ -32,13 +32,20 @@ def sweeps(config: Config) -> dict[str, dict[int, Config]]:
     sizes = {max(1, round(config.train.batch_size * factor / devices)) * devices for factor in BATCHES}
     found = {
         "num_experts": {n: changed("moe", num_experts=n) for n in NUM_EXPERTS if n >= config.moe.top_k},
-        "num_layers": {n: changed("model", num_layers=n) for n in NUM_LAYERS if n > config.model.num_dense_layers},
+        "num_layers": {n: changed("model", num_layers=n) for n in NUM_LAYERS if _has_experts(config.model, n)},
         "tokens": {
             size * config.train.sequence_length: changed("train", batch_size=size, grad_accum_steps=1)
             for size in sorted(sizes)
         },
     }
     return {sweep: configs for sweep, configs in found.items() if configs}
+
+
+def _has_experts(model: ModelConfig, num_layers: int) -> bool:
+    try:
+        return dataclasses.replace(model, num_layers=num_layers).num_moe_layers > 0
+    except ConfigError:
+        return False
 
 
 def run(config: Config, rounds: int) -> list[Row]:

@@ -1,9 +1,10 @@
 """The settings of the model around the MoE layers."""
 
+import re
 from dataclasses import dataclass
 
 from default_moe.config.mappings import MAY_CHANGE, dtype_name
-from default_moe.errors import check
+from default_moe.errors import check, quoted
 from default_moe.methods.settings import at_least, between, check_settings, one_of, positive, setting
 
 REMATS = ("none", "dots", "full")  # from the most memory to the most recomputation
@@ -35,6 +36,13 @@ class ModelConfig:
     num_dense_layers: int = setting(
         1, "How many of the layers, the first ones, have a dense network in place of experts."
     )
+    moe_every: int = setting(
+        1,
+        "Which of the other layers have experts: every how-many-th layer of the model, with 2 the second, fourth, ...; "
+        "the rest is dense.",
+        at_least(1, 2**12),
+    )
+    dense_layers: str | None = setting(None, "Further dense layers, by number from 0, as in '3,7'; None: no others.")
     dense_dim: int | None = setting(
         None, "Hidden width of the dense networks; None: as wide as one expert.", at_least(1, 2**24)
     )
@@ -94,6 +102,20 @@ class ModelConfig:
             f"model.num_dense_layers is {self.num_dense_layers}, but must lie between 0 and model.num_layers = "
             f"{self.num_layers}",
         )
+        check(
+            self.dense_layers is None
+            or (
+                re.fullmatch("[0-9]{1,4}(,[0-9]{1,4})*", self.dense_layers) is not None
+                and max(self._listed_dense_layers) < self.num_layers
+            ),
+            f"model.dense_layers is {quoted(self.dense_layers)}, but must be numbers of layers from 0 to "
+            f"{self.num_layers - 1}, as in '3,7'",
+        )
+        check(
+            self.num_dense_layers == self.num_layers or self.num_moe_layers > 0,
+            f"model.moe_every={self.moe_every} and model.dense_layers={self.dense_layers!r} leave none of "
+            f"{self.num_layers} layers with experts: model.num_dense_layers={self.num_layers} says so",
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -105,5 +127,16 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.num_heads
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts. The others are dense."""
+        others = range(self.num_dense_layers, self.num_layers)
+        dense = self._listed_dense_layers
+        return tuple(layer for layer in others if (layer + 1) % self.moe_every == 0 and layer not in dense)
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.num_layers - self.num_dense_layers
+        return len(self.moe_layers)
+
+    @property
+    def _listed_dense_layers(self) -> set[int]:
+        return set(map(int, self.dense_layers.split(","))) if self.dense_layers else set()

@@ -3,6 +3,7 @@
 OLMoE (Muennighoff et al. 2024), Qwen3-MoE (Yang et al. 2025) and Mixtral (Jiang et al. 2024), as transformers has them.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,14 +110,19 @@ def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         "normalize_weights": family is MIXTRAL or bool(values.get("norm_topk_prob", False)),
     }
     if family is QWEN3:
-        must_be("decoder_sparse_step", 1)
         must_be("use_sliding_window", False, None)
         dense = values.get("mlp_only_layers") or []
         check(
-            isinstance(dense, list) and dense == list(range(len(dense))),
-            f"{where}: mlp_only_layers is {shown(dense)}, but only the first layers can be dense",
+            isinstance(dense, list) and all(layer in range(model["num_layers"]) for layer in dense),
+            f"{where}: mlp_only_layers is {shown(dense)}, but must be numbers of layers",
         )
-        model |= {"num_dense_layers": len(dense), "dense_dim": number("intermediate_size") if dense else None}
+        every, first = optional("decoder_sparse_step") or 1, next(n for n in itertools.count() if n not in dense)
+        model |= {
+            "num_dense_layers": first,
+            "moe_every": every,
+            "dense_layers": ",".join(str(layer) for layer in dense if layer > first) or None,
+            "dense_dim": number("intermediate_size") if dense or every > 1 else None,
+        }
     if family is MIXTRAL:
         model["attention_window"] = optional("sliding_window")
     return {"model": model, "moe": moe}
@@ -137,15 +143,17 @@ def choose_family(config: Config) -> Family:
         (model.norm == "rms", f"model.norm is {model.norm!r}"),
     ]
     dense = (model.num_dense_layers == 0, "model.num_dense_layers is not 0")
+    others = (model.num_moe_layers == model.num_layers, "model.moe_every or model.dense_layers makes layers dense")
     window = (model.attention_window is None, "model.attention_window is set")
     own: dict[str, list[tuple[bool, str]]] = {
         OLMOE.model_type: [
             dense,
+            others,
             window,
             (model.head_size * model.num_heads == model.d_model, "model.head_dim is not model.d_model / num_heads"),
         ],
         QWEN3.model_type: [window],
-        MIXTRAL.model_type: [dense, (moe.normalize_weights, "moe.normalize_weights is False")],
+        MIXTRAL.model_type: [dense, others, (moe.normalize_weights, "moe.normalize_weights is False")],
     }
     reasons = []
     for family in FAMILIES.values():
@@ -188,8 +196,12 @@ def config_json(config: Config, family: Family, vocab_size: int, separator: int,
         OLMOE: lambda: {"norm_topk_prob": moe.normalize_weights, "clip_qkv": None},
         QWEN3: lambda: {
             "norm_topk_prob": moe.normalize_weights,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(range(model.num_dense_layers)),
+            "decoder_sparse_step": model.moe_every,
+            "mlp_only_layers": [
+                layer
+                for layer in range(model.num_layers)
+                if layer not in model.moe_layers and (layer + 1) % model.moe_every == 0
+            ],
             "use_sliding_window": False,
         },
         MIXTRAL: lambda: {"sliding_window": model.attention_window},

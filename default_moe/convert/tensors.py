@@ -54,9 +54,10 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
 
     yield as_is("model.embed_tokens.weight", (vocab_size, width), "embed")
     for layer in range(model.num_layers):
-        is_dense = layer < model.num_dense_layers
+        is_dense = layer not in model.moe_layers
         ours = "dense_layers" if is_dense else "moe_layers"
-        index = (layer if is_dense else layer - model.num_dense_layers,)
+        before = sum(other < layer for other in model.moe_layers)  # with experts
+        index = (layer - before if is_dense else before,)
         theirs = f"model.layers.{layer}"
         yield as_is(f"{theirs}.input_layernorm.weight", (width,), f"{ours}/attention_norm/scale", index)
         yield as_is(f"{theirs}.post_attention_layernorm.weight", (width,), f"{ours}/ffn_norm/scale", index)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from default_moe.config import Config, ModelConfig, MoEConfig
 from default_moe.model.attention import CACHE, Attention, Tokens, residual_init_std
+from default_moe.model.layer_order import STACKS, layer_groups, run_groups
 from default_moe.model.norms import make_norm
 from default_moe.model.splash_attention import ATTENTION_OUTPUT
 from default_moe.moe import MoELayer
@@ -22,6 +23,8 @@ from default_moe.moe.experts.swiglu import EXPERT_PRODUCT
 from default_moe.moe.feed_forward import FeedForward, small_init_std
 from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, ROUTER_SUMS
 from default_moe.sharding import constrain, num_shards, trace_annotated, unboxed, with_axes
+
+_STATES = (DEFAULT_VECTORS, DEFAULT_VECTOR_SUMS, ROUTER_STATE, ROUTER_SUMS, CACHE)  # of a layer, beside its parameters
 
 
 @flax.struct.dataclass
@@ -105,8 +108,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A causal language model.
 
-    Parameters: embed, dense_layers (the leading dense blocks), moe_layers (the others), final_norm, head (unless tied).
-    Layers of a kind are stacked along a first axis, whatever `scan_unroll` and `remat` are.
+    Parameters: embed, dense_layers, moe_layers, final_norm, head (unless tied). Layers of a kind are stacked along a
+    first axis in their order, wherever they are in the model, and whatever `scan_unroll` and `remat` are.
     """
 
     config: ModelConfig
@@ -151,15 +154,7 @@ class LanguageModel(nn.Module):
         x_BLD = look_up(constrain(embedding_VD.astype(dtype), "vocab", None), tokens_BL, self.vocab_size)
         x_BLD = constrain(x_BLD, "batch", None, None)
 
-        stats = None
-        dense_dim = config.dense_dim or self.moe.expert_dim
-        for name, moe, length in (
-            ("dense_layers", None, config.num_dense_layers),
-            ("moe_layers", self.moe, config.num_moe_layers),
-        ):
-            if length:
-                layers = _stack_of_blocks(config, length)
-                x_BLD, stats = layers(config, moe, dense_dim, train, cache_length, name=name)(x_BLD, tokens)
+        x_BLD, stats = self._run_layers(x_BLD, tokens, train, cache_length)
         x_BLD = make_norm(config, "final_norm")(x_BLD)
         if config.tie_embeddings:
             kernel_DV = embedding_VD.T
@@ -169,6 +164,27 @@ class LanguageModel(nn.Module):
         if not project:
             return unembedding, stats
         return jnp.matmul(*unembedding, preferred_element_type=jnp.float32), stats
+
+    def _run_layers(
+        self, x_BLD: Array, tokens: Tokens, train: bool, cache_length: int | None
+    ) -> tuple[Array, LayerStats | None]:
+        config = self.config
+        shared = (config.dense_dim or self.moe.expert_dim, train, cache_length)
+        kinds = dict(zip(STACKS, (None, self.moe), strict=True))
+        groups = layer_groups(config.num_layers, config.moe_layers)
+
+        def make_block(name: str, in_loop: bool) -> Block:
+            return _block_class(config, in_loop)(config, kinds[name], *shared, parent=None)
+
+        if (len(groups) > 1 or groups[0].repeats > 1) and not self.is_initializing():
+            return run_groups(self, groups, make_block, _STATES, config.scan_unroll, x_BLD, tokens)
+        # Dense layers first. Of another order these loops make the variables, which are the same.
+        stats = None
+        lengths = config.num_layers - config.num_moe_layers, config.num_moe_layers
+        for (name, moe), length in zip(kinds.items(), lengths, strict=True):
+            if length:
+                x_BLD, stats = _stack_of_blocks(config, length)(config, moe, *shared, name=name)(x_BLD, tokens)
+        return x_BLD, stats
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
@@ -204,24 +220,29 @@ def _traced_init(model: LanguageModel, mesh: Mesh) -> TracedInit:
 
 
 def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
-    """A Block class that runs `length` blocks in a scan, recomputing in the backward pass what `remat` says."""
-    block: Any = Block
-    if config.remat != "none":
-        policies = jax.checkpoint_policies
-        products = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(EXPERT_PRODUCT, USED_VECTORS, ATTENTION_OUTPUT),
-        )
-        policy = products if config.remat == "dots" else None
-        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    """A Block class that runs `length` blocks in a scan."""
     return nn.scan(
-        block,
-        variable_axes=dict.fromkeys(
-            ("params", DEFAULT_VECTORS, DEFAULT_VECTOR_SUMS, ROUTER_STATE, ROUTER_SUMS, CACHE), 0
-        ),
+        _block_class(config, in_loop=True),
+        variable_axes={"params": 0, **dict.fromkeys(_STATES, 0)},
         split_rngs={"params": True, "router": True},
         in_axes=nn.broadcast,
         length=length,
         unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: None},
     )
+
+
+def _block_class(config: ModelConfig, in_loop: bool) -> Any:
+    """Block, or one whose backward pass recomputes what `remat` says.
+
+    in_loop: else XLA would find that it has been computed before, and keep that.
+    """
+    if config.remat == "none":
+        return Block
+    policies = jax.checkpoint_policies
+    products = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(EXPERT_PRODUCT, USED_VECTORS, ATTENTION_OUTPUT),
+    )
+    policy = products if config.remat == "dots" else None
+    return nn.remat(Block, prevent_cse=not in_loop, policy=policy)

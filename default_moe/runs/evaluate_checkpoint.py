@@ -75,7 +75,7 @@ def _table(result: Evaluation, step: int, config: Config) -> str:
     if columns:
         widths = [max(len(name) + 2, 12) for name in columns]
         lines.append("  layer" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
-    for index, row in enumerate(result.layers, config.model.num_dense_layers):
+    for layer, row in zip(config.model.moe_layers, result.layers, strict=True):
         values = (f"{row[name]:{width}.4g}" for name, width in zip(columns, widths, strict=True))
-        lines.append(f"  {index:5}" + "".join(values))
+        lines.append(f"  {layer:5}" + "".join(values))
     return "\n".join(lines)

@@ -39,7 +39,7 @@ class StepMeasurements:
 
     def __init__(self, program: Program, start: int):
         train = program.config.train
-        self._first_layer = program.config.model.num_dense_layers
+        self._moe_layers = program.config.model.moe_layers
         self._tokens_per_step = train.batch_size * train.sequence_length
         self._flops_per_token = train_flops_per_token(program.config, program.vocab_size)
         self._steps, self._seconds, self._seconds_per_step = 0, 0.0, math.nan
@@ -84,6 +84,6 @@ class StepMeasurements:
         values = {f"train/{name}": of_layers[name].mean() for name in [*names, "router_z_loss"]}
         values["train/max_load"] = of_layers["max_load"].max()
         values["train/min_load"] = of_layers["min_load"].min()
-        for index in range(len(stats.num_tokens)):
-            values |= {f"layer_{self._first_layer + index}/{name}": of_layers[name][index] for name in names}
+        for index, layer in enumerate(self._moe_layers):
+            values |= {f"layer_{layer}/{name}": of_layers[name][index] for name in names}
         return values

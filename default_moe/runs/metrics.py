@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,14 @@ class MetricsWriter:
         self._try("metrics.jsonl", lambda: self._lines.append(line.encode()))
         self._try("tensorboard", lambda: self._events.write_scalars(step, values))
 
-    def write_load(self, step: int, tokens_per_expert: np.ndarray, first_layer: int = 0) -> None:
+    def write_load(self, step: int, tokens_per_expert: np.ndarray, layers: Sequence[int] | None = None) -> None:
         """The picture of `load_heat_map` in figures/expert_load_step_N.png, of which the latest stay, and TensorBoard.
 
-        tokens_per_expert: counts [layers, experts].
+        tokens_per_expert: counts [layers, experts].  layers: their numbers; None counts from 0.
         """
         if self._active:
             title = f"load of each expert at step {step} (1 = mean)"
-            self._try(
-                "figures", lambda: self._write_pictures(step, load_heat_map(tokens_per_expert, title, first_layer))
-            )
+            self._try("figures", lambda: self._write_pictures(step, load_heat_map(tokens_per_expert, title, layers)))
 
     def close(self) -> None:
         if self._active:

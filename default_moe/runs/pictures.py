@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,31 +40,31 @@ def picture_file(name: str, draw: Callable[[], bytes], say: Callable[[str], None
         return {}
 
 
-def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", first_layer: int = 0) -> bytes:
+def load_heat_map(tokens_per_expert: np.ndarray, title: str = "", layers: Sequence[int] | None = None) -> bytes:
     """Draw how evenly tokens spread over the experts of each layer, as a PNG.
 
     A row is a MoE layer, a column an expert; white is the mean load, red more, blue less.
 
     Args:
       tokens_per_expert: counts [layers, experts].
-      first_layer: number of the first row's layer.
+      layers: numbers of the rows' layers; None counts from 0.
     """
     counts = np.asarray(tokens_per_expert, np.float64)
-    layers, experts = counts.shape
+    rows, experts = counts.shape
     load = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
     shade = np.log2(np.clip(load, 1 / _LARGEST, _LARGEST))
 
     cell = 0.5 if experts <= 16 else 0.32 if experts <= 32 else 0.12
-    figure = new_figure(cell * experts + 2.4, cell * layers + 1.4)
+    figure = new_figure(cell * experts + 2.4, cell * rows + 1.4)
     axes = figure.add_subplot()
     image = axes.imshow(shade, cmap="RdBu_r", vmin=-np.log2(_LARGEST), vmax=np.log2(_LARGEST))
-    for layer, expert in np.ndindex(layers, experts) if experts <= 32 else ():
+    for layer, expert in np.ndindex(rows, experts) if experts <= 32 else ():
         color = "white" if abs(shade[layer, expert]) > 1.3 else "black"
         text = f"{load[layer, expert]:.1f}"
         axes.text(expert, layer, text, ha="center", va="center", color=color, fontsize=18 * cell)
     every = 1 if experts <= 16 else 2 if experts <= 64 else 8
     axes.set_xticks(range(0, experts, every), [str(expert) for expert in range(0, experts, every)])
-    axes.set_yticks(range(layers), [str(first_layer + layer) for layer in range(layers)])
+    axes.set_yticks(range(rows), [str(layer) for layer in layers or range(rows)])
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_title(title or "load of each expert (1 = mean)", fontsize=10)

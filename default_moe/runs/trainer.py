@@ -281,7 +281,7 @@ class _Loop:
         self.writer.write(step, values)
         if result.layers:
             counts_YN = np.array([layer["tokens_per_expert"] for layer in result.layers])
-            self.writer.write_load(step, counts_YN, config.model.num_dense_layers)
+            self.writer.write_load(step, counts_YN, config.model.moe_layers)
         self.progress.message(
             f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"

@@ -185,7 +185,7 @@ def test_the_verdict_says_for_which_k_and_for_which_not():
 
 def test_a_picture_of_many_layers_shows_six(tmp_path):
     many = [Fidelity("topk", k, np.full((2, 24), 0.5), np.ones((2, 24))) for k in (1, 2)]
-    assert gradients_report.picture(many, "exact", 1).startswith(b"\x89PNG")
+    assert gradients_report.picture(many, "exact", range(1, 25)).startswith(b"\x89PNG")
 
 
 def test_out_of_memory_is_one_line_wherever_it_happens(trained, monkeypatch):
