@@ -29,6 +29,17 @@ SETTINGS = {
         {"qk_norm": "head", "head_dim": 6, "num_dense_layers": 1, "dense_dim": 20, "tie_embeddings": True},
         {"normalize_weights": True},
     ),
+    "qwen3_moe, dense layers in between": (
+        {
+            "qk_norm": "head",
+            "num_layers": 6,
+            "moe_every": 2,
+            "num_dense_layers": 1,
+            "dense_layers": "3",
+            "dense_dim": 20,
+        },
+        {},
+    ),
     "mixtral": ({"attention_window": 8}, {"normalize_weights": True}),
 }
 
@@ -55,7 +66,8 @@ def models(tmp_path_factory):
     here = tmp_path_factory.mktemp("models")
     for name, (model, moe) in SETTINGS.items():
         save_run(settings(model, moe), here / name)
-        assert export_model(here / name, here / f"{name}_out", None, "float32", shard_bytes=17_000).model_type == name
+        family = export_model(here / name, here / f"{name}_out", None, "float32", shard_bytes=17_000)
+        assert family.model_type == name.split(",")[0]
     return here
 
 
@@ -161,6 +173,10 @@ BAD = {
         change_config(model_type="qwen3_moe", moe_intermediate_size=12, mlp_only_layers=2),
         "mlp_only_layers is 2",
     ),
+    "dense layers that are not there": (
+        change_config(model_type="qwen3_moe", moe_intermediate_size=12, mlp_only_layers=[0, 3]),
+        "mlp_only_layers is [0, 3], but must be numbers of layers",
+    ),
     "half a layer": (change_config(num_hidden_layers=2.5), "num_hidden_layers is 2.5"),
     "more experts a token than there are": (change_config(num_experts_per_tok=9), "moe.top_k is 9"),
     "a small vocabulary": (change_config(vocab_size=200), "has ids up to 256, but vocab_size is 200"),
@@ -221,6 +237,7 @@ OTHERS = {
     "no experts": ({"num_dense_layers": 3}, {}, "there are no MoE layers"),
     "a window": ({"attention_window": 4, "qk_norm": "full"}, {}, "not as olmoe, since model.attention_window is set"),
     "a dense layer": ({"num_dense_layers": 1}, {}, "not as mixtral, since model.num_dense_layers is not 0"),
+    "dense layers in between": ({"moe_every": 2}, {}, "not as mixtral, since model.moe_every or model.dense_layers"),
     "raw weights": ({}, {}, "not as mixtral, since moe.normalize_weights is False"),
 }
 

@@ -56,7 +56,14 @@ def test_a_model_of_theirs_gives_the_same_logits_and_tokens_and_comes_back_as_it
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
     assert type(again) is type(model)
     np.testing.assert_array_equal(their_logits(again, tokens), expected)
-    for key in ("num_experts_per_tok", "rms_norm_eps", "rope_parameters", "norm_topk_prob", "sliding_window"):
+    for key in (
+        "num_experts_per_tok",
+        "rms_norm_eps",
+        "rope_parameters",
+        "norm_topk_prob",
+        "sliding_window",
+        "decoder_sparse_step",
+    ):
         assert getattr(again.config, key, None) == getattr(model.config, key, None), key
     assert config.moe.top_k == model.config.num_experts_per_tok
 

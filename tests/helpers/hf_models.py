@@ -36,6 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe, dense layers in between": {
+        "num_hidden_layers": 7,
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 40,
+        "mlp_only_layers": [0, 3],
+        "decoder_sparse_step": 2,
+        "rope_theta": 10_000.0,
+    },
     "mixtral": {"num_local_experts": 8, "intermediate_size": 24, "sliding_window": 8, "rope_theta": 1_000_000.0},
 }
 
@@ -48,7 +57,9 @@ def hf_model(family: str) -> Any:
     settings = {**SHAPE, **FAMILIES[family]}
     theta = settings.pop("rope_theta")
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    config = AutoConfig.for_model(
+        family.split(",")[0], **settings, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

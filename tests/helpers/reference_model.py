@@ -14,9 +14,12 @@ def logits(params: Any, tokens: np.ndarray, s: Any, top_k: int, segments: np.nda
     """[B, L, V] of tokens [B, L], in evaluation. s: the settings of the model, as in `ModelConfig`."""
     embed = params["embed"]
     x = np.array([[embed[t] for t in sequence] for sequence in tokens])
-    for kind, count in (("dense_layers", s.num_dense_layers), ("moe_layers", s.num_layers - s.num_dense_layers)):
-        for index in range(count):
-            x = block(x, layer_of(params[kind], index), s, top_k, segments)
+    done = {"dense_layers": 0, "moe_layers": 0}
+    for number in range(s.num_layers):
+        dense = number < s.num_dense_layers or (number + 1) % s.moe_every or str(number) in (s.dense_layers or "")
+        kind = "dense_layers" if dense else "moe_layers"
+        x = block(x, layer_of(params[kind], done[kind]), s, top_k, segments)
+        done[kind] += 1
     head = embed.T if s.tie_embeddings else params["head"]
     return norm(x, params["final_norm"], s) @ head
 

@@ -1,4 +1,4 @@
-"""Norms, norms of queries and keys, grouped heads and windows: the whole model against float64 loops in NumPy."""
+"""Norms, norms of queries and keys, grouped heads, windows, the order of layers: all against float64 loops in NumPy."""
 
 import dataclasses
 import functools
@@ -21,12 +21,14 @@ VOCAB, BATCH, LENGTH, TOP_K = 13, 8, 6, 2
 MOE = moe_config(num_experts=4, top_k=TOP_K, expert_dim=6, router="topk", matmul="ragged")
 BASE = ModelConfig(d_model=16, num_layers=2, num_heads=4, dense_dim=8)
 
-# As in Mixtral, Qwen3 and OLMoE, and what is in none of these.
+# As in Mixtral, Qwen3 and OLMoE, and what is in none of these. D: dense, M: experts.
 MODELS = {
     "grouped heads": {"norm": "rms", "num_kv_heads": 2, "attention_window": 2},
     "norm per head": {"norm": "rms", "qk_norm": "head", "num_kv_heads": 2, "head_dim": 6},
     "norm of all": {"norm": "rms", "qk_norm": "full", "num_kv_heads": 1, "tie_embeddings": True},
     "layer norms": {"qk_norm": "full", "head_dim": 2, "attention_window": 5},
+    "every second layer": {"num_layers": 4, "moe_every": 2, "num_kv_heads": 2},
+    "dense layers in between": {"norm": "rms", "num_layers": 6, "dense_layers": "3", "num_kv_heads": 2},  # DMMDMM
 }
 DOCUMENTS = ("grouped heads", "norm per head")
 
@@ -118,6 +120,7 @@ HEADS_SPLIT = {"batch": ("data", "fsdp"), "heads": "expert"}
         # Four parts of heads, of which each needs the one key and value.
         ("norm of all", "dots", (2, 1, 4), HEADS_SPLIT, (1, 1, 1, 1)),
         ("grouped heads", "none", (2, 2, 2), {**HEADS_SPLIT, "kv_heads": "expert"}, (1, 2, 2, 1)),
+        ("dense layers in between", "full", (2, 2, 2), {}, (1, 2, 1, 1)),
     ],
 )
 def test_eight_devices_and_rematerialisation_change_nothing(name, remat, mesh, rules, key_parts):
@@ -135,7 +138,7 @@ def test_eight_devices_and_rematerialisation_change_nothing(name, remat, mesh, r
     jax.tree_util.tree_map_with_path(lambda path, a, b: assert_close(a, b, str(path)), grads, expected)
 
 
-@pytest.mark.parametrize("name", ["grouped heads", "norm of all"])
+@pytest.mark.parametrize("name", ["grouped heads", "norm of all", "every second layer", "dense layers in between"])
 def test_decoding_token_by_token_equals_the_forward_pass(name):
     model, tokens = model_of(config_of(name)), inputs_of(name)["tokens_BL"]
     variables = {"params": params_of(name)}
@@ -148,7 +151,13 @@ def test_decoding_token_by_token_equals_the_forward_pass(name):
 
     shapes = jax.eval_shape(step, variables, tokens[:, :1], 0)[1]
     kept = shapes["cache"]["moe_layers"]["attention"]["cached_key"].shape
-    assert kept == (1, BATCH, LENGTH + 2, model.config.num_kv_heads, model.config.head_size)
+    assert kept == (
+        len(params_of(name)["moe_layers"]["moe"]["router"]["kernel"]),
+        BATCH,
+        LENGTH + 2,
+        model.config.num_kv_heads,
+        model.config.head_size,
+    )
     cache, found, compiled = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes), [], jax.jit(step)
     for position in range(LENGTH):
         (logits, _), cache = compiled({**variables, **cache}, tokens[:, position : position + 1], position)
