@@ -22,6 +22,7 @@ _PROMPTS = flags.DEFINE_string("prompts", None, "File with more of them, one on 
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw tokens among so many likeliest; 0: among all.", 0, 2**31 - 1)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens of so much probability together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", 0, 2**32 - 1)
+_PROMPT_ONLY = flags.DEFINE_bool("prompt_only", False, "Continue the prompts; evaluate nothing, write no report.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends what is generated, any number of times.")
 
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         lambda config: cli.parse_overrides(overrides, config, allowed=("eval", "mesh", "data")),
         Sampling(top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value),
         [text for text in _STOP.value if text],
+        _PROMPT_ONLY.value,
     )
 
 

@@ -21,10 +21,17 @@ from default_moe.moe import MoELayer
 from default_moe.moe.default_vectors import USED_VECTORS
 from default_moe.moe.experts.swiglu import EXPERT_PRODUCT
 from default_moe.moe.feed_forward import FeedForward, small_init_std
-from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, ROUTER_SUMS
+from default_moe.moe.layer import DEFAULT_VECTOR_SUMS, DEFAULT_VECTORS, ROUTER_STATE, ROUTER_SUMS, ROUTING
 from default_moe.sharding import constrain, num_shards, trace_annotated, unboxed, with_axes
 
-_STATES = (DEFAULT_VECTORS, DEFAULT_VECTOR_SUMS, ROUTER_STATE, ROUTER_SUMS, CACHE)  # of a layer, beside its parameters
+_STATES = (
+    DEFAULT_VECTORS,
+    DEFAULT_VECTOR_SUMS,
+    ROUTER_STATE,
+    ROUTER_SUMS,
+    ROUTING,
+    CACHE,
+)  # of a layer, beside its parameters
 
 
 @flax.struct.dataclass
@@ -223,7 +230,7 @@ def _stack_of_blocks(config: ModelConfig, length: int) -> Any:
     """A Block class that runs `length` blocks in a scan."""
     return nn.scan(
         _block_class(config, in_loop=True),
-        variable_axes={"params": 0, **dict.fromkeys(_STATES, 0)},
+        variable_axes=dict.fromkeys(("params", "intermediates", *_STATES), 0),
         split_rngs={"params": True, "router": True},
         in_axes=nn.broadcast,
         length=length,

@@ -22,6 +22,7 @@ DEFAULT_VECTORS = "default_vectors"
 DEFAULT_VECTOR_SUMS = "default_vector_sums"
 ROUTER_STATE = "router_state"
 ROUTER_SUMS = "router_sums"
+ROUTING = "routing"  # where each token goes, if this is mutable
 
 
 class Router(nn.Module):
@@ -133,6 +134,8 @@ class MoELayer(nn.Module):
             logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)
         router_inputs = RouterInputs(logits_BLN, x, token_ids, mask, train, method_key, state)
         decision = config.method.route(router_inputs, config)
+        if not self.is_initializing():
+            self._tell_routing(decision)
         index_BLK = decision.expert_index
         capacity = config.capacity(x.shape[1]) if update else None
         if capacity is not None:
@@ -166,6 +169,11 @@ class MoELayer(nn.Module):
         if defaults is not None:
             aux["default_vector_norm"] = jnp.linalg.norm(defaults.ema, axis=-1)
         return y.astype(x.dtype), aux
+
+    def _tell_routing(self, decision: Decision) -> None:
+        told = {"router_probs": decision.probs, "combine_weights": decision.gates}
+        for name, value in (told | {"expert_index": decision.expert_index}).items():
+            self.sow(ROUTING, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
     def _keys(self, update: bool) -> tuple[Array | None, Array | None]:
         """Random keys for noise and for the method, None where there is no need."""

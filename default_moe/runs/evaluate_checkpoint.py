@@ -6,10 +6,11 @@ from pathlib import Path
 
 from default_moe.config import Config
 from default_moe.files import write_report
+from default_moe.hardware import machine
 from default_moe.processes import distributed
 from default_moe.runs.evaluation import Evaluation, evaluate
 from default_moe.runs.progress import Progress
-from default_moe.runs.sampling import Sampling, sample_texts
+from default_moe.runs.sampling import Sampling
 from default_moe.runs.saved_run import open_saved_run
 
 
@@ -20,8 +21,11 @@ def run(
     override: Callable[[Config], Config],
     sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
+    prompt_only: bool = False,
 ) -> int:
     """Evaluate a checkpoint on the whole held-out split, print a table, write `<workdir>/eval/step_N.json`.
+
+    A report on other text than the run's is `step_N_HASH.json`, with the beginning of that text's `corpus_hash`.
 
     Args:
       workdir: of the run.
@@ -30,6 +34,7 @@ def run(
       override: changes the checkpoint's own config.
       sampling: with the number of tokens and the temperature of the config.
       stop: texts that end what is generated.
+      prompt_only: continue the prompts, and neither evaluate nor write a report.
 
     Returns:
       the exit code, 0. Raises ConfigError or CheckpointError on bad input.
@@ -44,22 +49,29 @@ def run(
     asked = {"prompts": list(prompts), "--stop": list(stop), **dataclasses.asdict(sampling)}
     run = open_saved_run(workdir, step, on_whole_split, asked, training=False)
     config = run.program.config
-    rows = run.data.validation_rows(config.train.sequence_length)
-    result = evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
-    say(_table(result, run.step, config))
+    if not prompt_only:
+        rows = run.data.validation_rows(config.train.sequence_length)
+        result = evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
+        say(_table(result, run.step, config))
     prompts = prompts or [config.eval.prompt]
-    texts, speed = sample_texts(
-        run.program, run.params, run.variables, run.data.tokenizer, prompts, sampling.of(config.eval), stop
-    )
+    texts, speed = run.sample(prompts, sampling.of(config.eval), stop)
     for prompt, text in zip(prompts, texts, strict=True):
         say(f"\nfrom the prompt {prompt!r}:\n{text}")
     if speed:
         say(f"\n{len(texts)} x {config.eval.sample_tokens} tokens generated at {speed:,.0f} tokens/s")
-    if distributed.process_index() == 0:
+    if distributed.process_index() == 0 and not prompt_only:
         samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-        report = {"step": run.step, **dataclasses.asdict(result), "samples": samples}
-        write_report(workdir / "eval", {f"step_{run.step}.json": report})
-        say(f"\nwritten to {workdir / 'eval' / f'step_{run.step}.json'}")
+        report = {
+            "step": run.step,
+            **dataclasses.asdict(result),
+            "samples": samples,
+            "corpus_hash": run.data.corpus_hash,
+            "settings": config.to_dict(),
+            "machine": machine(),
+        }
+        file = f"step_{run.step}{'' if run.of_training else f'_{run.data.corpus_hash[:8]}'}.json"
+        write_report(workdir / "eval", {file: report})
+        say(f"\nwritten to {workdir / 'eval' / file}")
     return 0
 
 

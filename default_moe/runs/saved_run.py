@@ -1,28 +1,30 @@
 """A checkpoint of a run opened to be looked at: its weights, its text, and a program that fits them."""
 
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from default_moe.config import Config, flat_items
+import jax
+
+from default_moe.config import Config, MeshConfig, flat_items
 from default_moe.data import Data, Tokenizer, open_data, tokenizer_from_dict
 from default_moe.errors import CheckpointError, ConfigError
 from default_moe.processes import distributed
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.progress import Progress
+from default_moe.runs.trained_model import TrainedModel
 from default_moe.training.program import Program
 
 
 @dataclass(frozen=True)
-class SavedRun:
-    """step: of the checkpoint.  variables: the model's collections beside `params`."""
+class SavedRun(TrainedModel):
+    """A trained model, and text to evaluate it on. of_training: whether that is the text of its run."""
 
-    step: int
-    program: Program
     data: Data
-    params: Any
-    variables: Mapping[str, Any]
+    of_training: bool
 
 
 def parse_meta(meta: Mapping[str, Any]) -> tuple[Config, Tokenizer]:
@@ -64,13 +66,40 @@ def open_saved_run(
         distributed.check_same(dict(flat_items(config.to_dict())), "start the same in every process")
         data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
         distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
-        if data.corpus_hash != meta.get("corpus_hash"):
+        of_training = data.corpus_hash == meta.get("corpus_hash")
+        if not of_training:
             changes = "; ".join(data.changes_since(str(meta.get("corpus_hash")))) or "no record of that text is left"
             say(f"note: this is not the text that the run was trained on, or another version of it ({changes})")
         program = Program(config, tokenizer.vocab_size, training=training)
-        state = program.abstract_state
-        wanted = {"params": state.params, "variables": state.variables}
-        # An empty part is not what Orbax finds there.
-        present = {name: part for name, part in wanted.items() if part}
-        restored, _, step = store.restore_for_eval(present, step, or_newest=newest)
-    return SavedRun(step, program, data, restored["params"], restored.get("variables", {}))
+        step, params, variables = _restore(store, program, step, newest)
+    return SavedRun(step, program, data.tokenizer, params, variables, data, of_training)
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None, mesh: MeshConfig | None = None) -> TrainedModel:
+    """Load the model of a run. The text that it was trained on need not be there.
+
+    Args:
+      workdir: of the run, or of an imported model.
+      step: of the checkpoint; None takes the newest that is whole.
+      mesh: how to split the model over all devices; None puts it on the first one.
+
+    Raises ConfigError or CheckpointError if there is no such checkpoint, or it does not fit the devices.
+    """
+    with CheckpointStore(Path(workdir).expanduser(), read_only=True) as store:
+        newest = step is None
+        step = store.newest_whole() if step is None else step
+        config, tokenizer = parse_meta(store.read_meta(step))
+        config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
+        program = Program(config, tokenizer.vocab_size, None if mesh else jax.devices()[:1], training=False)
+        step, params, variables = _restore(store, program, step, newest)
+    return TrainedModel(step, program, tokenizer, params, variables)
+
+
+def _restore(store: CheckpointStore, program: Program, step: int, newest: bool) -> tuple[int, Any, Mapping[str, Any]]:
+    """The step that was read, parameters and other variables of the program's model."""
+    state = program.abstract_state
+    wanted = {"params": state.params, "variables": state.variables}
+    # An empty part is not what Orbax finds there.
+    present = {name: part for name, part in wanted.items() if part}
+    restored, _, step = store.restore_for_eval(present, step, or_newest=newest)
+    return step, restored["params"], restored.get("variables", {})

@@ -41,7 +41,7 @@ def program(batch_size):
         balance = 2 * (chosen / max(tokens, 1) * mean(probs)).sum(axis=-1)
         more = {"default_vector_norm": np.array([7.0])}
         zero, entropy = np.zeros(1), mean(ENTROPY[rows][counted])
-        stats = LayerStats(zero, balance, zero, entropy, mean(probs), chosen[None], np.array([tokens]), more)
+        stats = LayerStats(zero, balance, zero, entropy, mean(probs), chosen[None], np.array([tokens]), {}, more)
         return TokenSums(NLL[rows][counted].sum(), tokens, 2 * tokens, tokens), stats
 
     config = SimpleNamespace(eval=SimpleNamespace(batch_size=batch_size))

@@ -1,10 +1,12 @@
 """Whole runs of a tiny model: what they leave, how they survive trouble, and their evaluation."""
 
+import dataclasses
 import errno
 import json
 import re
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +19,7 @@ from helpers.tiny_runs import (
     assert_same_state,
     at_step,
     content,
+    evaluate,
     evaluated,
     metrics,
     read_events,
@@ -32,7 +35,7 @@ from default_moe.data import open_data
 from default_moe.methods import METHODS
 from default_moe.model.attention import Tokens
 from default_moe.model.language_model import Block
-from default_moe.runs import checkpoint, evaluation, measurements, trainer
+from default_moe.runs import checkpoint, evaluate_checkpoint, evaluation, measurements, trainer
 from default_moe.runs.measurements import StepMeasurements
 from default_moe.training.program import Program
 
@@ -287,3 +290,26 @@ def test_evaluation_of_an_older_step_and_on_another_mesh(finished):
     assert reports[0]["loss"] == pytest.approx(held_out(workdir)[24], rel=1e-6)
     assert reports[0]["loss"] > 1.001 * held_out(workdir)[30]
     assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
+
+
+def test_other_text_and_prompts_alone_replace_no_report(finished, tmp_path, monkeypatch, capsys):
+    workdir, _ = finished
+    report, _ = evaluated(workdir, step=30)
+    before = content(workdir / "eval")
+    files = write_corpus(tmp_path / "text", seed=5)
+    code, output = evaluate(
+        workdir, None, lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, files=files))
+    )
+    assert code == 0, output
+    (name,) = content(workdir / "eval").keys() - before.keys()
+    other = json.loads(Path(name).read_text())
+    assert name.endswith(f"/step_30_{other['corpus_hash'][:8]}.json") and name in output
+    assert other["settings"]["data"]["files"] == files and "jax" in other["machine"]["versions"]
+    assert report["corpus_hash"] != other["corpus_hash"] and report["loss"] != other["loss"]
+    assert before.items() <= content(workdir / "eval").items()
+
+    monkeypatch.setattr(evaluate_checkpoint, "evaluate", None)  # must not be called
+    before = content(workdir / "eval")
+    assert evaluate_checkpoint.run(workdir, None, ["the "], lambda config: config, prompt_only=True) == 0
+    assert "from the prompt 'the ':\nthe " in capsys.readouterr().out
+    assert content(workdir / "eval") == before
