@@ -49,6 +49,7 @@ SLOW = {
     "test_bad_places": ("test_a_run_that_", "test_an_evaluation_", "test_folders_"),
     "test_analysis": ("test_the_", "test_methods_are_", "test_default_vectors_are_", "test_losses_", "test_out_of_"),
     "test_compare_runs": ("test_",),
+    "test_layer_order_runs": ("test_",),
     "test_optimizer": ("test_what_is_kept_",),
     "test_runs": ("test_a_run_whose_", "test_a_run_that_", "test_a_full_disk_", "test_evaluation_of_", "test_greedy_"),
     "test_mesh_training": ("test_losses_", "test_accumulation_", "test_state_"),
