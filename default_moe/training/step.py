@@ -62,9 +62,11 @@ def make_train_step(
         new = {**update(old, grads), "variables": _moved(state.variables, result, config)}
         good = _all_finite((loss, grad_norm, new))
         # The update is computed once more, now that it is known to be good. On GPU and TPU that saves the memory in
-        # which XLA would keep most of a second state until then, which it does without the barrier.
-        good, old, grads = jax.lax.optimization_barrier((good, old, grads))
-        new |= update(old, grads)
+        # which XLA would keep most of a second state until then, which it does without the barrier. Muon's parameters
+        # are kept until then nevertheless: Newton-Schulz costs more time than they take memory.
+        once = {"params": new["params"]} if config.optim.name == "muon" else {}
+        good, old, grads, once = jax.lax.optimization_barrier((good, old, grads, once))
+        new |= update(old, grads) | once
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         new_state = dataclasses.replace(
             state,

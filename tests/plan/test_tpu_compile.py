@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from default_moe import sharding
 from default_moe.bench.candidate import random_batch
-from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from default_moe.moe import MoELayer
 from default_moe.moe.experts.parallel import exchange_bytes
 from default_moe.plan.costs import costs
@@ -164,6 +164,23 @@ def test_the_training_step_compiles(devices, monkeypatch):
     hlo.runs = dict.fromkeys(hlo.runs, 1)
     assert costs(hlo, 1, 1).flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.06)
     assert repeated > 3 * costs(hlo, 1, 1).flops  # 2 microbatches of 2 MoE layers, but for what is outside of loops
+
+
+def test_newton_schulz_stands_once_in_a_step(devices, monkeypatch):
+    """Each of its five turns has two products that give matrices of D x D, for each of the experts' three stacks."""
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 16 * 2**30)
+    config = Config(
+        model=ModelConfig(d_model=128, num_layers=1, num_dense_layers=0, num_heads=1, vocab_size=256),
+        moe=MoEConfig(num_experts=N, expert_dim=256, matmul="ragged"),
+        train=TrainConfig(batch_size=1, sequence_length=16),
+        optim=OptimConfig(name="muon"),
+    )
+    made = Program(config, 256, devices[:1])
+    hlo = Hlo(made.compile_train_step(random_batch(config, 256)).as_text())
+    squares = [
+        runs for i, runs in hlo.instructions() if i.opcode == "convolution" and i.results[0].shape == (N, 128, 128)
+    ]
+    assert sum(squares) == 3 * 5 * 2
 
 
 def test_the_planners_command():

@@ -16,6 +16,7 @@ from default_moe.training.optimizer import decay_mask, learning_rate_schedule, m
 BACKWARD = change(CONFIG, moe={"substitute": "backward"})
 # Without a balance loss microbatches do not interact.
 TOPK = change(steps.WITH_DENSE_LAYER, moe={"router": "topk", "load_balance_weight": 0.0})
+MUON = change(CONFIG, optim={"name": "muon"})
 
 
 def accumulated(config):
@@ -65,7 +66,7 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("config", [TOPK, CONFIG], ids=["topk", "default"])
+@pytest.mark.parametrize("config", [TOPK, CONFIG, MUON], ids=["topk", "default", "muon"])
 @pytest.mark.parametrize("where", ["head", "embed"])
 def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(config, where):
     good, _ = step_of(config, batch=make_batch(1))
