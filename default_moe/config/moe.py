@@ -36,7 +36,9 @@ class MoEConfig:
         f"The method by which the router chooses experts and learns to: {', '.join(sorted(METHODS))}. In Python also "
         "the method itself, with its settings.",
     )
-    score_function: str = setting("softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid"))
+    score_function: str = setting(
+        "softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid", "sqrt_softplus")
+    )
     normalize_weights: bool = setting(False, "Divide the weights of a token's experts by their sum.")
     plugin: str | None = setting(
         None, "A module, my_package.my_router, that is imported first: methods it defines can be chosen.", MAY_CHANGE
@@ -114,8 +116,8 @@ class MoEConfig:
         )
         check(
             not self.router_z_weight or self.score_function == "softmax",
-            f"moe.router_z_weight is {self.router_z_weight}, but moe.score_function is 'sigmoid', which has no "
-            "partition function to be kept small",
+            f"moe.router_z_weight is {self.router_z_weight}, but moe.score_function is {self.score_function!r}, which "
+            "has no partition function to be kept small",
         )
         if not isinstance(self.router, Method):
             check(

@@ -118,8 +118,21 @@ def choose(inputs: RouterInputs, config: LayerSettings) -> Array:
 
 
 def scores(logits_BLN: Array, config: LayerSettings) -> Array:
-    """Softmax over the experts, or the sigmoid of each logit (moe.score_function)."""
+    """Softmax over the experts, or of each logit its sigmoid or sqrt(softplus) (moe.score_function)."""
+    if config.score_function == "sqrt_softplus":
+        return jnp.exp(log_scores(logits_BLN, config))  # the square root of a softplus rounded to 0 has no slope
     return jax.nn.sigmoid(logits_BLN) if config.score_function == "sigmoid" else jax.nn.softmax(logits_BLN, axis=-1)
+
+
+def log_scores(logits_BLN: Array, config: LayerSettings) -> Array:
+    """The logarithms of the scores, also of those that are too small for float32."""
+    if config.score_function == "softmax":
+        return jax.nn.log_softmax(logits_BLN)
+    if config.score_function == "sigmoid":
+        return jax.nn.log_sigmoid(logits_BLN)
+    # log(softplus(s)) is s - exp(s) / 2 + ..., and s to float32 precision where s is far below 0.
+    far_BLN = logits_BLN < -17
+    return jnp.where(far_BLN, logits_BLN, jnp.log(jax.nn.softplus(jnp.where(far_BLN, 0.0, logits_BLN)))) / 2
 
 
 def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
@@ -127,7 +140,7 @@ def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
     if config.score_function == "softmax":
         return scores(logits_BLN, config)
     # Of logarithms: the scores of all experts may be too small to divide by their sum.
-    return jax.nn.softmax(jax.nn.log_sigmoid(logits_BLN), axis=-1)
+    return jax.nn.softmax(log_scores(logits_BLN, config), axis=-1)
 
 
 def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
@@ -138,7 +151,7 @@ def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
     """
     if not config.normalize_weights:
         return scores(logits_BLN, config)
-    log_BLN = (jax.nn.log_sigmoid if config.score_function == "sigmoid" else jax.nn.log_softmax)(logits_BLN)
+    log_BLN = log_scores(logits_BLN, config)
     chosen_BLN = active_experts(index_BLK, config.num_experts)
     # Relative to the largest that was chosen: a logarithm far below 0 would swallow that of their sum.
     log_BLN -= jax.lax.stop_gradient(log_BLN.max(axis=-1, keepdims=True, where=chosen_BLN, initial=-jnp.inf))

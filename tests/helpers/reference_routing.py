@@ -106,6 +106,9 @@ def score(logits: np.ndarray, function: str) -> tuple[np.ndarray, np.ndarray]:
     if function == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
         return scores, np.diag(scores * (1 - scores))
+    if function == "sqrt_softplus":
+        scores = np.sqrt(np.log1p(np.exp(logits)))
+        return scores, np.diag(1 / (1 + np.exp(-logits)) / (2 * scores))
     scores = softmax(logits)
     return scores, np.diag(scores) - np.outer(scores, scores)
 
