@@ -43,6 +43,7 @@ class MoEConfig:
     plugin: str | None = setting(
         None, "A module, my_package.my_router, that is imported first: methods it defines can be chosen.", MAY_CHANGE
     )
+    weight_scale: float = setting(1.0, "What the weights of a token's experts are multiplied by.", positive())
     balancer: str | Balancer = setting(
         "auto",
         f"How the load of experts is evened out: {', '.join(sorted(BALANCERS))}; 'auto' takes what the method asks "

@@ -31,6 +31,9 @@ class LayerSettings(Protocol):
     @property
     def normalize_weights(self) -> bool: ...
 
+    @property
+    def weight_scale(self) -> float: ...
+
 
 class RouterInputs(NamedTuple):
     """What a method decides from.
@@ -144,6 +147,12 @@ def distribution(logits_BLN: Array, config: LayerSettings) -> Array:
 
 
 def gates(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
+    """The weights, times moe.weight_scale."""
+    weights_BLN = weights(logits_BLN, index_BLK, config)
+    return weights_BLN if config.weight_scale == 1 else config.weight_scale * weights_BLN
+
+
+def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array:
     """The scores, with moe.normalize_weights divided by the sum of those chosen.
 
     Through that sum gradients reach the chosen scores only from their own gates. An expert that was not chosen, if its

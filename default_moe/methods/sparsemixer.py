@@ -33,6 +33,7 @@ class SparseMixer(Method):
     refused: ClassVar = {
         "score_function": "its estimator is made for softmax",
         "normalize_weights": "its weights are probabilities among the experts that may be drawn",
+        "weight_scale": "its estimator is made for weights that are probabilities",
         "router_noise_std": "it draws experts at random already",
     }
 

@@ -67,6 +67,7 @@ def settings_of(config: MoEConfig, length: int = LENGTH) -> Settings:
         score_function=config.score_function,
         normalize_weights=config.normalize_weights,
         bias=bias_of(config),
+        weight_scale=config.weight_scale,
         threshold=getattr(config.method, "mask_threshold", 0.1),
         capacity=config.capacity(length),
         length=length,

@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     score_function: str = "softmax"
     normalize_weights: bool = False
     bias: tuple[float, ...] | None = None
+    weight_scale: float = 1.0
     threshold: float = 0.1
     capacity: int | None = None
     length: int | None = None
@@ -98,6 +99,7 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         # The sum is a constant to experts that were not chosen.
         weights_to_scores = (np.eye(num_experts) - np.outer(weights * is_chosen, is_chosen)) / total
     probs, probs_to_scores = share(scores)
+    weights, weights_to_scores = s.weight_scale * weights, s.weight_scale * weights_to_scores
     return TokenRoute(probs, weights, chosen, weights_to_scores @ scores_to_logits, probs_to_scores @ scores_to_logits)
 
 

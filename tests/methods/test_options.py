@@ -11,7 +11,8 @@ from helpers.refusals import refused
 
 from default_moe.methods import RouterInputs
 
-SQRT, NORMALIZED = {"score_function": "sqrt_softplus"}, {"normalize_weights": True}
+SIGMOID, SQRT = {"score_function": "sigmoid"}, {"score_function": "sqrt_softplus"}
+NORMALIZED = {"normalize_weights": True}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,8 @@ SQRT, NORMALIZED = {"score_function": "sqrt_softplus"}, {"normalize_weights": Tr
     [
         {"router": "topk", "sequence_balance_weight": 1.0, **SQRT},
         {"router": "default", "substitute": "backward", **SQRT, **NORMALIZED},
+        {"router": "default", "weight_scale": 2.5, **SIGMOID},
+        {"router": "densemixer", "weight_scale": 2.5, **SIGMOID, **NORMALIZED},
     ],
     ids=str,
 )
@@ -52,6 +55,9 @@ def test_sqrt_softplus_far_from_zero(normalized):
         ({"router": "topk", "router_z_weight": 0.1, **SQRT}, "is 'sqrt_softplus', which has no partition function"),
         ({"router": "remoe", **SQRT}, "without a softmax"),
         ({"router": "sparsemixer", **SQRT}, "made for softmax"),
+        ({"router": "topk", "weight_scale": 0.0}, "must be positive"),
+        ({"router": "remoe", "weight_scale": 2.5}, "whose size it learns"),
+        ({"router": "sparsemixer", "weight_scale": 2.5}, "weights that are probabilities"),
     ],
     ids=str,
 )
