@@ -43,6 +43,12 @@ class MoEConfig:
     plugin: str | None = setting(
         None, "A module, my_package.my_router, that is imported first: methods it defines can be chosen.", MAY_CHANGE
     )
+    num_groups: int = setting(
+        1,
+        "G, groups of equal size that experts are in, in order. A token runs experts of its best groups only.",
+        at_least(1),
+    )
+    groups_per_token: int = setting(1, "M, groups that a token's experts are chosen from; from 1 to num_groups.")
     weight_scale: float = setting(1.0, "What the weights of a token's experts are multiplied by.", positive())
     balancer: str | Balancer = setting(
         "auto",
@@ -134,6 +140,7 @@ class MoEConfig:
             )
             object.__setattr__(self, "balancer", BALANCERS[self.balancer]())
         self._check_method()
+        self._check_groups()
         self._check_balancer()
 
     def _check_method(self) -> None:
@@ -156,6 +163,28 @@ class MoEConfig:
         check(
             not (method.dense_gradient and self.most_experts_per_token != self.top_k),
             f"moe.router={method.name!r} asks for a dense gradient, which goes with a choice of K experts",
+        )
+
+    def _check_groups(self) -> None:
+        groups, used = self.num_groups, self.groups_per_token
+        check(
+            self.num_experts % groups == 0,
+            f"moe.num_groups is {groups}, but must divide moe.num_experts = {self.num_experts}",
+        )
+        check(
+            1 <= used <= groups,
+            f"moe.groups_per_token is {used}, but must lie between 1 and moe.num_groups = {groups}",
+        )
+        choice = self.num_experts // groups * used
+        check(
+            groups == 1 or self.top_k <= choice,
+            f"moe.top_k is {self.top_k}, but moe.groups_per_token={used} of moe.num_groups={groups} groups hold only "
+            f"{choice} experts",
+        )
+        check(
+            groups == 1 or self.method.takes_bias,
+            f"moe.num_groups is {groups}, which makes no sense with moe.router={self.method.name!r}: it does not "
+            "choose the K experts of largest score",
         )
 
     def _check_balancer(self) -> None:

@@ -139,6 +139,7 @@ def choose_family(config: Config) -> Family:
         (forward, f"moe.router={moe.method.name!r} adds to the output of the K likeliest experts, or chooses others"),
         (model.num_moe_layers > 0, "there are no MoE layers"),
         (moe.score_function == "softmax", f"moe.score_function is {moe.score_function!r}"),
+        (moe.num_groups == 1, f"moe.num_groups is {moe.num_groups}"),
         (moe.weight_scale == 1, f"moe.weight_scale is {moe.weight_scale}"),
         (moe.num_shared_experts == 0, "moe.num_shared_experts is not 0"),
         (model.norm == "rms", f"model.norm is {model.norm!r}"),

@@ -125,6 +125,11 @@ class Quantile(Balancer):
             f"moe.balancer is 'quantile', but moe.top_k = moe.num_experts = {config.top_k}: every token runs all "
             "experts; use 'none'",
         )
+        check(
+            config.num_groups == 1,
+            f"moe.balancer is 'quantile', but moe.num_groups is {config.num_groups}: its thresholds are those of a "
+            "choice among all experts; use 'bias'",
+        )
 
     def observe(self, decision: Decision, inputs: RouterInputs, config: LayerSettings) -> State:
         biased_BLN = scores(inputs.logits, config) + inputs.state["bias"]

@@ -34,6 +34,12 @@ class LayerSettings(Protocol):
     @property
     def weight_scale(self) -> float: ...
 
+    @property
+    def num_groups(self) -> int: ...
+
+    @property
+    def groups_per_token(self) -> int: ...
+
 
 class RouterInputs(NamedTuple):
     """What a method decides from.
@@ -114,10 +120,29 @@ def _top_k(scores_BLN: Array, top_k: int) -> tuple[Array, Array]:
 
 
 def choose(inputs: RouterInputs, config: LayerSettings) -> Array:
-    """int32 [B, L, K], the experts of largest score, or of largest score + bias where a balancer keeps a bias."""
-    if "bias" not in inputs.state:
-        return largest(inputs.logits, config.top_k)
-    return largest(scores(inputs.logits, config) + inputs.state["bias"], config.top_k)
+    """int32 [B, L, K], the experts of largest score, or of largest score + bias where a balancer keeps a bias.
+
+    With moe.num_groups only experts of each token's best groups.
+    """
+    ranked_BLN = inputs.logits
+    if "bias" in inputs.state:
+        ranked_BLN = scores(inputs.logits, config) + inputs.state["bias"]
+    if config.num_groups > 1:
+        biased_BLN = ranked_BLN if "bias" in inputs.state else scores(inputs.logits, config)
+        ranked_BLN = jnp.where(in_best_groups(biased_BLN, config), ranked_BLN, -jnp.inf)
+    return largest(ranked_BLN, config.top_k)
+
+
+def in_best_groups(scores_BLN: Array, config: LayerSettings) -> Array:
+    """bool [B, L, N]: whether the expert's group is among the moe.groups_per_token best of the token (DeepSeek-V3).
+
+    A group's score is the sum of its two best.
+    """
+    size = config.num_experts // config.num_groups
+    scores_BLGS = scores_BLN.reshape(*scores_BLN.shape[:-1], config.num_groups, size)
+    of_group_BLG = largest_values(scores_BLGS, min(2, size)).sum(axis=-1)
+    best_BLG = active_experts(largest(of_group_BLG, config.groups_per_token), config.num_groups)
+    return jnp.repeat(best_BLG, size, axis=-1)
 
 
 def scores(logits_BLN: Array, config: LayerSettings) -> Array:

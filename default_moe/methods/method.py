@@ -35,7 +35,8 @@ class Method(abc.ABC):
     dense_gradient: whether experts that do not run for a token are computed all the same in the backward pass, to give
       their gates the gradient <dL/dy, E_i(x)>. They contribute nothing to the output and receive no gradient. For
       methods that choose K different experts. Default vectors then only add to the output.
-    takes_bias: whether a balancer's bias may steer the choice: whether `route` asks `choose` for its experts.
+    takes_bias: whether a balancer's bias and moe.num_groups may steer the choice: whether `route` asks `choose` for its
+      experts.
     learns_from_zero_logits: whether the router's weights get a gradient where all of its logits are 0.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """

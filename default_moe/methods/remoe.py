@@ -35,6 +35,7 @@ class ReMoE(Method):
     refused: ClassVar = {
         "score_function": _NO_SOFTMAX,
         "normalize_weights": _NO_SOFTMAX,
+        "num_groups": "every expert of positive logit runs, whatever group it is in",
         "weight_scale": "its gates are the logits themselves, whose size it learns",
         "router_z_weight": _NO_SOFTMAX,
         "balancer": _OWN_LOSS,

@@ -233,6 +233,7 @@ OTHERS = {
     "default vectors in the output": ({}, {"router": "default"}, "moe.router='default' adds to the output"),
     "a bias": ({}, {"router": "loss_free"}, "moe.router='loss_free'"),
     "sigmoid scores": ({}, {"score_function": "sigmoid"}, "moe.score_function is 'sigmoid'"),
+    "groups": ({}, {"num_groups": 2, "groups_per_token": 2}, "moe.num_groups is 2"),
     "larger weights": ({}, {"weight_scale": 2.5}, "moe.weight_scale is 2.5"),
     "shared experts": ({}, {"num_shared_experts": 1}, "moe.num_shared_experts is not 0"),
     "no experts": ({"num_dense_layers": 3}, {}, "there are no MoE layers"),

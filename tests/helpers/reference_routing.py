@@ -29,6 +29,8 @@ class Settings(NamedTuple):
     normalize_weights: bool = False
     bias: tuple[float, ...] | None = None
     weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
     threshold: float = 0.1
     capacity: int | None = None
     length: int | None = None
@@ -88,8 +90,8 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         return remoe_token(logits)
     num_experts = len(logits)
     scores, scores_to_logits = score(logits, s.score_function)
-    bias = s.bias if s.router == "loss_free" else np.zeros(num_experts)
-    ranked = sorted(range(num_experts), key=lambda i: (-(scores[i] + bias[i]), i))
+    biased = scores + (s.bias if s.router == "loss_free" else np.zeros(num_experts))
+    ranked = sorted(best_groups(biased, s), key=lambda i: (-biased[i], i))
     chosen = list(range(num_experts)) if s.router == "dense" else ranked[: s.top_k]
     weights, weights_to_scores = scores, np.eye(num_experts)
     if s.normalize_weights:
@@ -101,6 +103,14 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
     probs, probs_to_scores = share(scores)
     weights, weights_to_scores = s.weight_scale * weights, s.weight_scale * weights_to_scores
     return TokenRoute(probs, weights, chosen, weights_to_scores @ scores_to_logits, probs_to_scores @ scores_to_logits)
+
+
+def best_groups(scores: np.ndarray, s: Settings) -> list[int]:
+    """The experts of the groups that have the largest sums of their two best scores."""
+    size = len(scores) // s.num_groups
+    groups = [range(first, first + size) for first in range(0, len(scores), size)]
+    groups.sort(key=lambda group: (-sum(sorted(scores[i] for i in group)[-2:]), group[0]))
+    return [i for group in groups[: s.groups_per_token] for i in group]
 
 
 def score(logits: np.ndarray, function: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import reference_routing
+from helpers import reference_routing, sharded_layers
 from helpers.layers import check_step, inputs, make_config, moe_config
 from helpers.reference import assert_close
 from helpers.refusals import refused
 
 from default_moe.methods import RouterInputs
+from default_moe.methods.decision import choose
+from default_moe.sharding import make_mesh
 
 SIGMOID, SQRT = {"score_function": "sigmoid"}, {"score_function": "sqrt_softplus"}
 NORMALIZED = {"normalize_weights": True}
+GROUPS = {"num_groups": 4, "groups_per_token": 2, "top_k": 3}
 
 
 @pytest.mark.parametrize(
@@ -22,11 +25,31 @@ NORMALIZED = {"normalize_weights": True}
         {"router": "default", "substitute": "backward", **SQRT, **NORMALIZED},
         {"router": "default", "weight_scale": 2.5, **SIGMOID},
         {"router": "densemixer", "weight_scale": 2.5, **SIGMOID, **NORMALIZED},
+        {"router": "default", **GROUPS},
+        {"router": "loss_free", "sequence_balance_weight": 1.0, **SIGMOID, **GROUPS},
     ],
     ids=str,
 )
 def test_every_option_equals_the_loops(fields):
-    check_step(make_config(matmul="ragged", **fields), *inputs(31))
+    expected, _, _ = check_step(make_config(matmul="ragged", **fields), *inputs(31))
+    if "num_groups" in fields:
+        freely = [set(np.argsort(-logits)[:3]) for logits in expected.routes.logits]
+        assert sum(set(a) != b for a, b in zip(expected.routes.chosen, freely, strict=True)) > 5
+
+
+@pytest.mark.parametrize("fields", [{"router": "loss_free", **GROUPS}], ids=str)
+def test_options_equal_the_loops_on_a_mesh(fields):
+    sharded_layers.check_step(make_mesh(2, 2, 2), make_config(**fields))
+
+
+def test_groups_by_hand():
+    """Two of three groups. Sums of the two best of each: 6, 7, 5; with the bias 6, 7, 8. Then the two largest left."""
+    config = moe_config(num_experts=9, top_k=2, router="topk", num_groups=3, groups_per_token=2, **SQRT)
+    scores = np.array([[5.0, 1.0, 0.5], [4.0, 3.0, 2.0], [4.5, 0.5, 0.2]])
+    inputs = RouterInputs(jnp.log(jnp.expm1(jnp.square(jnp.asarray(scores.reshape(1, 1, 9))))))
+    np.testing.assert_array_equal(choose(inputs, config), [[[0, 3]]])
+    bias = jnp.array([0.0] * 7 + [3.0, 0.0])
+    np.testing.assert_array_equal(choose(inputs._replace(state={"bias": bias}), config), [[[6, 3]]])
 
 
 @pytest.mark.parametrize("normalized", [{}, NORMALIZED], ids=str)
@@ -55,6 +78,14 @@ def test_sqrt_softplus_far_from_zero(normalized):
         ({"router": "topk", "router_z_weight": 0.1, **SQRT}, "is 'sqrt_softplus', which has no partition function"),
         ({"router": "remoe", **SQRT}, "without a softmax"),
         ({"router": "sparsemixer", **SQRT}, "made for softmax"),
+        ({"num_groups": 3}, "must divide moe.num_experts = 8"),
+        ({"num_groups": 4, "groups_per_token": 5}, "must lie between 1 and moe.num_groups = 4"),
+        ({"groups_per_token": 2}, "must lie between 1 and moe.num_groups = 1"),
+        ({**GROUPS, "top_k": 5}, "of moe.num_groups=4 groups hold only 4 experts"),
+        ({**GROUPS, "balancer": "quantile"}, "those of a choice among all experts; use 'bias'"),
+        ({**GROUPS, "router": "sparsemixer", "top_k": 2}, "does not choose the K experts of largest score"),
+        ({**GROUPS, "router": "dense"}, "none is chosen"),
+        ({**GROUPS, "router": "remoe"}, "whatever group it is in"),
         ({"router": "topk", "weight_scale": 0.0}, "must be positive"),
         ({"router": "remoe", "weight_scale": 2.5}, "whose size it learns"),
         ({"router": "sparsemixer", "weight_scale": 2.5}, "weights that are probabilities"),
