@@ -155,7 +155,10 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
 def _exact(config: Config) -> Config:
     """The same forward pass, with the exact gradient for the weights of all experts."""
     method = config.moe.method
-    router = _exact_class(type(method))(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    if "product_form" in settings:
+        settings["product_form"] = False
+    router = _exact_class(type(method))(**settings)
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 

@@ -196,6 +196,25 @@ def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array
     return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
 
 
+def product_form(decision: Decision, config: LayerSettings) -> Decision:
+    """The decision, the gradient of each gate times p_i + [i chosen], with p_i the gate before moe.weight_scale.
+
+    The choice too is taken to depend on p: the output is sum_i m_i p_i E_i(x), m the choice as zeros and ones, of which
+    the straight-through estimator says dm_i/dp_i = 1. So dL/dp_i = (m_i + p_i) <dL/dy, E_i(x)>.
+    """
+    weights_BLN = jax.lax.stop_gradient(decision.gates) / config.weight_scale
+    chosen_BLN = active_experts(decision.expert_index, config.num_experts)
+    return decision._replace(gates=_with_gradient_times(decision.gates, weights_BLN + chosen_BLN))
+
+
+@jax.custom_vjp
+def _with_gradient_times(values: Array, factors: Array) -> Array:
+    return values
+
+
+_with_gradient_times.defvjp(lambda values, factors: (values, factors), lambda factors, g: (g * factors, None))
+
+
 def decide(logits_BLN: Array, index_BLK: Array, config: LayerSettings, **more: Any) -> Decision:
     """The decision for these experts, with gates and distribution made of the scores of these logits."""
     return Decision(gates(logits_BLN, index_BLK, config), index_BLK, distribution(logits_BLN, config), **more)

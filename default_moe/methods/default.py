@@ -6,7 +6,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from default_moe.errors import check
-from default_moe.methods.decision import Decision, LayerSettings, Load, RouterInputs, State, choose, decide
+from default_moe.methods.decision import (
+    Decision,
+    LayerSettings,
+    Load,
+    RouterInputs,
+    State,
+    choose,
+    decide,
+    product_form,
+)
 from default_moe.methods.method import Method
 from default_moe.methods.settings import at_least, between, check_settings, one_of, setting
 
@@ -78,6 +87,12 @@ class DefaultMoE(DefaultVectorSettings, Method):
 
     name = "default"
 
+    product_form: bool = setting(
+        False,
+        "Multiply the gradient of each gate by p_i + [i chosen], as in the equations of DenseMixer's paper. These "
+        "are for vectors that are not in the output.",
+    )
+
     def check(self, config: LayerSettings) -> None:
         check(
             not config.normalize_weights or self.substitute == "backward",
@@ -86,7 +101,9 @@ class DefaultMoE(DefaultVectorSettings, Method):
         )
 
     def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
-        return decide(inputs.logits, choose(inputs, config), config, substitution=self._substitution(inputs.state))
+        share = self._substitution(inputs.state)
+        decision = decide(inputs.logits, choose(inputs, config), config, substitution=share)
+        return product_form(decision, config) if self.product_form else decision
 
     def initial_state(self, config: LayerSettings) -> State:
         return {"steps": jnp.zeros((), jnp.int32)} if self.substitute_ramp_steps else {}

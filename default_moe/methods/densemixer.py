@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from default_moe.methods.decision import LayerSettings
+from default_moe.methods.decision import Decision, LayerSettings, RouterInputs, product_form
+from default_moe.methods.settings import setting
 from default_moe.methods.topk import TopK
 
 
@@ -11,7 +12,8 @@ from default_moe.methods.topk import TopK
 class DenseMixer(TopK):
     """y is top-k's; the gate of every expert receives <dL/dy, E_i(x)>. Default MoE approximates this gradient.
 
-    An expert is trained only by the tokens that chose it. With normalized weights see `method.gates`.
+    An expert is trained only by the tokens that chose it. With normalized weights see `decision.weights`. This is what
+    the authors' code does; their paper's equations are `product_form`.
     """
 
     name = "densemixer"
@@ -19,6 +21,14 @@ class DenseMixer(TopK):
     refused: ClassVar = {
         "capacity_factor": "every expert is computed for every token, so that dropping tokens saves nothing"
     }
+
+    product_form: bool = setting(
+        False, "Multiply the gradient of each gate by p_i + [i chosen], as in the paper's equations."
+    )
+
+    def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
+        decision = super().route(inputs, config)
+        return product_form(decision, config) if self.product_form else decision
 
     def check(self, config: LayerSettings) -> None:
         """K = 1 may be normalized: the experts that were not chosen still give the router a gradient."""

@@ -68,6 +68,7 @@ def settings_of(config: MoEConfig, length: int = LENGTH) -> Settings:
         normalize_weights=config.normalize_weights,
         bias=bias_of(config),
         weight_scale=config.weight_scale,
+        product_form=getattr(config.method, "product_form", False),
         num_groups=config.num_groups,
         groups_per_token=config.groups_per_token,
         threshold=getattr(config.method, "mask_threshold", 0.1),

@@ -154,6 +154,9 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
             d_weights[t, i] += g[t] @ expert(params, i, x[t])
         elif s.router == "default":
             d_weights[t, i] += g[t] @ result.used[i]
+    if s.product_form:
+        for t, i in np.ndindex(shape_TN):
+            d_weights[t, i] *= routes.weights[t, i] / s.weight_scale + (i in routes.chosen[t])
     for t, token in enumerate(routes.tokens):
         d_logits = d_weights[t] @ token.weights_to_logits + d_probs[t] @ token.probs_to_logits
         if routes.mask[t]:

@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     weight_scale: float = 1.0
     num_groups: int = 1
     groups_per_token: int = 1
+    product_form: bool = False
     threshold: float = 0.1
     capacity: int | None = None
     length: int | None = None

@@ -26,6 +26,8 @@ GROUPS = {"num_groups": 4, "groups_per_token": 2, "top_k": 3}
         {"router": "default", "weight_scale": 2.5, **SIGMOID},
         {"router": "densemixer", "weight_scale": 2.5, **SIGMOID, **NORMALIZED},
         {"router": "default", **GROUPS},
+        {"router": "densemixer", "product_form": True, "weight_scale": 2.5},
+        {"router": "default", "product_form": True, "substitute": "backward", "capacity_factor": 1.0},
         {"router": "loss_free", "sequence_balance_weight": 1.0, **SIGMOID, **GROUPS},
     ],
     ids=str,
@@ -37,7 +39,9 @@ def test_every_option_equals_the_loops(fields):
         assert sum(set(a) != b for a, b in zip(expected.routes.chosen, freely, strict=True)) > 5
 
 
-@pytest.mark.parametrize("fields", [{"router": "loss_free", **GROUPS}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"router": "loss_free", **GROUPS}, {"router": "densemixer", "product_form": True}], ids=str
+)
 def test_options_equal_the_loops_on_a_mesh(fields):
     sharded_layers.check_step(make_mesh(2, 2, 2), make_config(**fields))
 
