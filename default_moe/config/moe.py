@@ -92,6 +92,14 @@ class MoEConfig:
         0.0, "Factor in the loss of the balance loss within each sequence.", at_least(0), MAY_CHANGE, TUNED
     )
     router_z_weight: float = setting(0.0, "Factor in the loss of the router's z-loss.", at_least(0), MAY_CHANGE, TUNED)
+    simbal_weight: float = setting(
+        0.0,
+        "Factor in the loss of SimBal's, which keeps the columns of the router's matrix orthonormal; set "
+        "balancer='none' to have it in the place of the balance loss.",
+        at_least(0),
+        MAY_CHANGE,
+        TUNED,
+    )
     dtype: str | None = setting(
         None,
         "What experts are computed in; None stands for model.dtype in a config file, for float32 on its own. The "
@@ -141,6 +149,7 @@ class MoEConfig:
             object.__setattr__(self, "balancer", BALANCERS[self.balancer]())
         self._check_method()
         self._check_groups()
+        self._check_losses_of_the_router()
         self._check_balancer()
 
     def _check_method(self) -> None:
@@ -186,6 +195,14 @@ class MoEConfig:
             f"moe.num_groups is {groups}, which makes no sense with moe.router={self.method.name!r}: it does not "
             "choose the K experts of largest score",
         )
+
+    def _check_losses_of_the_router(self) -> None:
+        for name in ("simbal_weight",):
+            check(
+                not getattr(self, name) or type(self.method).router is Method.router,
+                f"moe.{name} is {getattr(self, name)}, which makes no sense with moe.router={self.method.name!r}: its "
+                "router is not one matrix that learns",
+            )
 
     def _check_balancer(self) -> None:
         balancer = self.load_balancer

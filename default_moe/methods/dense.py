@@ -20,6 +20,7 @@ class Dense(Method):
         "load_balance_weight": "every expert runs for every token, so that the balance loss is constant",
         "sequence_balance_weight": "every expert runs for every token, so that the balance loss is constant",
         "num_groups": "every expert runs for every token, so that none is chosen",
+        "simbal_weight": "every expert runs for every token, so that the load is even",
         "router_noise_std": "every expert runs for every token, so that noise has nothing to explore",
         "capacity_factor": "every expert runs for every token, so that none is over its capacity",
     }

@@ -41,6 +41,7 @@ class ReMoE(Method):
         "balancer": _OWN_LOSS,
         "load_balance_weight": _OWN_LOSS,
         "sequence_balance_weight": _OWN_LOSS,
+        "simbal_weight": _OWN_LOSS,
         "capacity_factor": "its loss, not a capacity, says how many experts run",
     }
 

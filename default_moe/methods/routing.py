@@ -80,6 +80,15 @@ def sequence_balance_loss(probs_BLN: Array, index_BLK: Array, mask_BL: Array | N
     return loss_B.sum() / jnp.maximum((length_B1 > 0).sum(), 1)
 
 
+def simbal_loss(kernel_DN: Array) -> Array:
+    """Mean over the N x N entries of |R^T R - I|, R the router's matrix: 0 if its columns are orthonormal (SimBal).
+
+    Tokens that are alike are then routed alike, and those that are spread evenly choose experts evenly.
+    """
+    gram_NN = jnp.matmul(kernel_DN.T, kernel_DN, precision=jax.lax.Precision.HIGHEST)
+    return jnp.abs(gram_NN - jnp.eye(gram_NN.shape[0])).mean()
+
+
 def router_z_loss(logits_BLN: Array, mask_BL: Array | None) -> Array:
     """Mean of the squared log-partition (ST-MoE, eq. 5)."""
     return masked_mean(jax.nn.logsumexp(logits_BLN, axis=-1) ** 2, mask_BL)

@@ -24,6 +24,8 @@ ROUTER_STATE = "router_state"
 ROUTER_SUMS = "router_sums"
 ROUTING = "routing"  # where each token goes, if this is mutable
 
+Losses = dict[str, tuple[Array | float, Array]]  # weight and value by name
+
 
 class Router(nn.Module):
     """Router logits W x in float32, without a bias (arXiv:2504.12463, eq. 1).
@@ -102,7 +104,8 @@ class MoELayer(nn.Module):
           y, of the shape and dtype of x, and a dict of
             auxiliary_loss: the sum of all losses below, weighted: what belongs into the training loss.
             load_balance_loss: unweighted, 1 at perfect balance.  router_z_loss: unweighted.
-            sequence_balance_loss (with its weight set): unweighted.  Losses of the method's own, unweighted.
+            sequence_balance_loss, simbal_loss (each with its weight set): unweighted.
+            Losses of the method's own, unweighted.
             router_probs: float32 [batch, length, N].  mean_router_probs: [N], over the tokens that count.
             combine_weights: float32 [batch, length, N], of the outputs.
             expert_index: int32 [batch, length, C], the choices, before any are dropped; N stands for none. With
@@ -154,7 +157,7 @@ class MoELayer(nn.Module):
             self._write_defaults(defaults)
 
         before_N = self.get_variable(ROUTER_SUMS, "tokens_per_expert", jnp.zeros((), jnp.int32))
-        aux = report(config, decision, router_inputs, before_N)
+        aux = report(config, decision, router_inputs, before_N, self._losses_of_weights(router))
         if self.has_variable(ROUTER_SUMS, "tokens_per_expert"):
             self.put_variable(ROUTER_SUMS, "tokens_per_expert", before_N + aux["tokens_per_expert"])
         if update and state:
@@ -174,6 +177,14 @@ class MoELayer(nn.Module):
         told = {"router_probs": decision.probs, "combine_weights": decision.gates}
         for name, value in (told | {"expert_index": decision.expert_index}).items():
             self.sow(ROUTING, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def _losses_of_weights(self, router: nn.Module) -> Losses:
+        """Losses that look at weights, not at tokens."""
+        losses: Losses = {}
+        if self.config.simbal_weight:
+            kernel_DN = nn.unbox(router.variables["params"]["kernel"])
+            losses["simbal_loss"] = (self.config.simbal_weight, routing.simbal_loss(kernel_DN))
+        return losses
 
     def _keys(self, update: bool) -> tuple[Array | None, Array | None]:
         """Random keys for noise and for the method, None where there is no need."""
@@ -229,7 +240,9 @@ class MoELayer(nn.Module):
             self.put_variable(DEFAULT_VECTOR_SUMS, "weight", defaults.weight)
 
 
-def report(config: MoEConfig, decision: Decision, inputs: RouterInputs, before_N: Array) -> dict[str, Any]:
+def report(
+    config: MoEConfig, decision: Decision, inputs: RouterInputs, before_N: Array, losses_of_weights: Losses
+) -> dict[str, Any]:
     """Losses and statistics of a decision: what `MoELayer` says about these.
 
     before_N: tokens of each expert that the balance loss counts beside these.
@@ -237,7 +250,8 @@ def report(config: MoEConfig, decision: Decision, inputs: RouterInputs, before_N
     logits_BLN, mask = inputs.logits, inputs.mask
     counts_N = routing.tokens_per_expert(decision.expert_index, config.num_experts, mask)
     mean_probs_N = routing.masked_mean(decision.probs, mask)
-    losses: dict[str, tuple[Array | float, Array]] = {
+    losses: Losses = {
+        **losses_of_weights,
         "load_balance_loss": (config.balance_weight, routing.load_balance_loss(mean_probs_N, before_N + counts_N)),
         "router_z_loss": (config.router_z_weight, routing.router_z_loss(logits_BLN, mask)),
     }

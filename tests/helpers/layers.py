@@ -22,7 +22,7 @@ from default_moe.moe.layer import initial_router_state
 BATCH, LENGTH, D_MODEL, EXPERT_DIM = 2, 12, 12, 10
 TOKENS = BATCH * LENGTH
 # Weights of the losses beside <g, y> that make their gradients about as large as its own.
-BALANCE_WEIGHT, Z_WEIGHT, SEQUENCE_WEIGHT, SPARSITY_WEIGHT = 30.0, 3.0, 20.0, 50.0
+BALANCE_WEIGHT, Z_WEIGHT, SEQUENCE_WEIGHT, SPARSITY_WEIGHT, SIMBAL_WEIGHT = 30.0, 3.0, 20.0, 50.0, 100.0
 LAMBDA = 0.25
 
 
@@ -113,6 +113,7 @@ def gradient_of_step(config: MoEConfig, train: bool = True) -> Any:
             + Z_WEIGHT * aux["router_z_loss"]
             + SEQUENCE_WEIGHT * aux.get("sequence_balance_loss", 0.0)
             + SPARSITY_WEIGHT * aux.get("sparsity_loss", 0.0)
+            + SIMBAL_WEIGHT * aux.get("simbal_loss", 0.0)
         )
         return (g * y).sum() + losses, (y, aux, state)
 
@@ -137,7 +138,10 @@ def gradients_of(config: MoEConfig, x: Any, params: Params, result: Result, s: S
         more_probs = SEQUENCE_WEIGHT * reference.sequence_balance(result.routes, s.length)[0]
     if config.method.name == "remoe":
         more_weights = SPARSITY_WEIGHT * reference.sparsity(result.routes, config.top_k)[0]
-    return reference.gradients(x, params, result, s, g, BALANCE_WEIGHT, Z_WEIGHT, (more_probs, more_weights))
+    d = reference.gradients(x, params, result, s, g, BALANCE_WEIGHT, Z_WEIGHT, (more_probs, more_weights))
+    if config.simbal_weight:
+        d.kernel[:] += SIMBAL_WEIGHT * reference.simbal(params)[0]
+    return d
 
 
 def check_step(config: MoEConfig, x, params: Params, ema, g, mask=None, draws=None):

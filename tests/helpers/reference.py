@@ -106,6 +106,18 @@ def sequence_balance(routes: Routes, length: int) -> tuple[np.ndarray, float]:
     return factors, loss
 
 
+def simbal(params: Params) -> tuple[np.ndarray, float]:
+    """Gradient by the kernel, and the mean of |<column i, column j> - (i == j)| over all pairs."""
+    kernel = params.kernel
+    d, loss, num_experts = np.zeros_like(kernel), 0.0, kernel.shape[1]
+    for i, j in np.ndindex(num_experts, num_experts):
+        off = kernel[:, i] @ kernel[:, j] - (i == j)
+        loss += abs(off) / num_experts**2
+        d[:, i] += np.sign(off) * kernel[:, j] / num_experts**2
+        d[:, j] += np.sign(off) * kernel[:, i] / num_experts**2
+    return d, loss
+
+
 def sparsity(routes: Routes, top_k: int) -> tuple[np.ndarray, float]:
     """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]) of the tokens kept, and each gate's gradient, [T, N]."""
     kept, num_experts = routes.mask.sum(), routes.weights.shape[1]

@@ -40,7 +40,9 @@ def test_every_option_equals_the_loops(fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"router": "loss_free", **GROUPS}, {"router": "densemixer", "product_form": True}], ids=str
+    "fields",
+    [{"router": "loss_free", **GROUPS}, {"router": "densemixer", "product_form": True, "simbal_weight": 0.1}],
+    ids=str,
 )
 def test_options_equal_the_loops_on_a_mesh(fields):
     sharded_layers.check_step(make_mesh(2, 2, 2), make_config(**fields))
@@ -90,6 +92,8 @@ def test_sqrt_softplus_far_from_zero(normalized):
         ({**GROUPS, "router": "sparsemixer", "top_k": 2}, "does not choose the K experts of largest score"),
         ({**GROUPS, "router": "dense"}, "none is chosen"),
         ({**GROUPS, "router": "remoe"}, "whatever group it is in"),
+        ({"router": "dense", "simbal_weight": 0.1}, "so that the load is even"),
+        ({"router": "remoe", "simbal_weight": 0.1}, "its own loss balances the experts"),
         ({"router": "topk", "weight_scale": 0.0}, "must be positive"),
         ({"router": "remoe", "weight_scale": 2.5}, "whose size it learns"),
         ({"router": "sparsemixer", "weight_scale": 2.5}, "weights that are probabilities"),
