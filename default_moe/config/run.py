@@ -278,6 +278,13 @@ class Config:
                 f"{name}.batch_size * train.sequence_length is {batch_size * self.train.sequence_length}, but a batch "
                 "must have less than 2**31 tokens",
             )
+        for name, default in (("decay_all", False), ("router_lr_multiplier", 1.0)):
+            value = getattr(self.optim, name)
+            check(
+                self.moe.method.learns or value == default,
+                f"optim.{name} is {value}, which makes no sense with moe.router={self.moe.method.name!r}: its router "
+                "never changes",
+            )
         self._check_sizes()
         if self.moe.dtype is None:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))

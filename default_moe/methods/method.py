@@ -37,6 +37,7 @@ class Method(abc.ABC):
       methods that choose K different experts. Default vectors then only add to the output.
     takes_bias: whether a balancer's bias and moe.num_groups may steer the choice: whether `route` asks `choose` for its
       experts.
+    learns: whether the router gets a gradient at all.
     learns_from_zero_logits: whether the router's weights get a gradient where all of its logits are 0.
     refused: settings of `MoEConfig` that make no sense with the method, and why. They must be left at their defaults.
     """
@@ -45,6 +46,7 @@ class Method(abc.ABC):
     random: ClassVar[bool] = False
     dense_gradient: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
     learns_from_zero_logits: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {}
 

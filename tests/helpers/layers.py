@@ -105,6 +105,7 @@ def gradient_of_step(config: MoEConfig, train: bool = True) -> Any:
             x,
             train=train,
             mask=mask,
+            token_ids=reference.token_id(jnp.arange(x[..., 0].size, dtype=jnp.int32).reshape(x.shape[:2])),
             mutable=["default_vectors", "router_state"],
             rngs={"router": jax.random.key(5)},
         )

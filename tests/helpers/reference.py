@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from helpers.reference_routing import Routes, route, softmax
 from helpers.reference_routing import Settings as Settings  # part of this module's interface
+from helpers.reference_routing import token_id as token_id
 
 
 class Params(NamedTuple):

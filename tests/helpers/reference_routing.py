@@ -76,6 +76,9 @@ def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, dro
     logits = x @ kernel
     tokens = []
     for t, of_token in enumerate(logits):
+        if s.router == "hash":
+            tokens.append(hash_token(token_id(t), len(of_token), s.top_k))
+            continue
         of_draws = draws and [(exponential[t], uniform[t]) for exponential, uniform in draws]
         tokens.append(route_token(of_token, s, of_draws))
     chosen = [token.chosen for token in tokens]
@@ -135,6 +138,25 @@ def share(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a_i / sum_j a_j, and their derivatives: (delta_ij - share_i) / sum."""
     shares = a / a.sum()
     return shares, (np.eye(len(a)) - shares[:, None]) / a.sum()
+
+
+def token_id(t: Any) -> Any:
+    """The id of token t of a layer's input, for methods that route by it."""
+    return 7 * t % 97
+
+
+def hash_token(token: int, num_experts: int, top_k: int) -> TokenRoute:
+    """The K experts of largest hash, of 24 bits; ties to the lower."""
+
+    def mix(bits: int) -> int:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ bits >> shift) * factor % 2**32
+        return bits ^ bits >> 16
+
+    hashes = [mix((mix(token) + i) % 2**32) // 256 for i in range(num_experts)]
+    chosen = sorted(range(num_experts), key=lambda i: (-hashes[i], i))[:top_k]
+    weights, nothing = np.isin(range(num_experts), chosen) / top_k, np.zeros((num_experts, num_experts))
+    return TokenRoute(weights, weights, chosen, nothing, nothing)
 
 
 def remoe_token(logits: np.ndarray) -> TokenRoute:

@@ -34,6 +34,7 @@ CASES = [
     {"router": "remoe", "matmul": "blocks"},
     {"router": "remoe"},
     {"router": "loss_free", "matmul": "blocks"},
+    {"router": "hash", "capacity_factor": 1.0},
     {"router": "loss_free", **SIGMOID, **NORMALIZED},
     {"router": "topk", **NORMALIZED},
     {"router": "topk", "matmul": "blocks", "sequence_balance_weight": 1.0, **SIGMOID},
@@ -149,9 +150,12 @@ def test_the_auxiliary_loss_is_the_weighted_sum_of_all(fields):
 def test_a_router_whose_weights_are_all_zero_learns_or_is_refused(router):
     config = make_config(router=router)
     state = initial_router_state(config)
-    slopes = jax.jacobian(lambda logits: config.method.route(RouterInputs(logits, state=state), config).gates)(
-        jnp.zeros((1, 1, 8))
-    )
+
+    def gates(logits):
+        inputs = RouterInputs(logits, token_ids=jnp.zeros((1, 1), jnp.int32), state=state)
+        return config.method.route(inputs, config).gates
+
+    slopes = jax.jacobian(gates)(jnp.zeros((1, 1, 8)))
     assert bool(jnp.abs(slopes).max() > 0) == config.method.learns_from_zero_logits
     make_config(router="remoe", router_init_std=0.0, router_noise_std=0.1)  # noise opens gates
 
@@ -206,6 +210,7 @@ EXCHANGED = {"expert_parallel": "exchange"}
         ((2, 2, 2), {"router": "densemixer", "matmul": "blocks"}),
         ((1, 1, 8), {"router": "densemixer", "matmul": "ragged"}),
         ((2, 1, 4), {"router": "dense", "matmul": "ragged"}),
+        ((2, 2, 2), {"router": "hash", "matmul": "blocks"}),
         ((2, 2, 2), {"router": "remoe", "matmul": "blocks"}),
         ((2, 2, 2), {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0}),
         ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "substitute_ramp_steps": 8, "matmul": "ragged"}),

@@ -60,9 +60,10 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "topk", "balancer": Bias(0.25, "proportional")}, share_by_hand),
         ({"router": "default", "balancer": Quantile()}, moved),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
+        ({"router": "hash"}, None),
         ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1}, None),
     ],
-    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "densemixer"],
+    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "hash", "densemixer"],
 )
 def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     """With two microbatches and everything recomputed, where a state could move twice or four times."""
@@ -74,6 +75,8 @@ def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
         assert np.isfinite(float(metrics["total_loss"]))
         layers = metrics["layers"]
         np.testing.assert_array_equal(layers.num_tokens, [TOKENS] * LAYERS)
+        kernels = [s.params["moe_layers"]["moe"]["router"]["kernel"] for s in (before, state)]
+        assert bool((kernels[0] != kernels[1]).any()) == config.moe.method.learns
         if next_by_hand is None:
             assert "router_state" not in state.variables
             continue
@@ -238,6 +241,13 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "remoe", "router_init_std": 0.0}, "a router of which all logits are 0 never learns"),
         ({"router": "remoe", "initial_lambda": 0.0}, "must be positive"),
         ({"router": "loss_free", "bias_update_rate": 0.0}, "must be positive"),
+        ({"router": "hash", "router_z_weight": 0.1}, "'hash': it uses no logits"),
+        ({"router": "hash", "router_noise_std": 0.1}, "it uses no logits"),
+        ({"router": "hash", "router_init_std": 0.1}, "it uses no logits"),
+        ({"router": "hash", "score_function": "sigmoid"}, "it uses no logits"),
+        ({"router": "hash", "top_k": 2, "normalize_weights": True}, "its weights are 1/K already"),
+        ({"router": "hash", "balancer": "loss"}, "its choice of experts never changes"),
+        ({"router": "hash", "sequence_balance_weight": 0.1}, "its choice of experts never changes"),
         ({"router": "topk", "score_function": "sigmoid", "router_z_weight": 0.1}, "no partition function"),
         ({"router": "topk", "capacity_factor": 0.0}, "must be positive"),
         ({"router": "topk", "router_init_std": -0.1}, "must be at least 0"),
@@ -268,7 +278,7 @@ def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
 def test_settings_of_every_method_survive_being_saved(router):
     config = moe_config(router=router, num_experts=4)
     assert MoEConfig.from_mapping(config.to_dict()) == config
-    assert config.balance_weight == (0.0 if router in ("dense", "remoe", "loss_free") else 0.01)
+    assert config.balance_weight == (0.01 if router in ("topk", "default", "densemixer", "sparsemixer") else 0)
     assert dataclasses.replace(config, top_k=2).method == config.method
 
 
