@@ -211,6 +211,11 @@ class MoEConfig:
             f"moe.balancer is {balancer.name!r}, which makes no sense with moe.router={self.method.name!r}: no bias "
             "steers its choice of experts; use 'loss' or 'none'",
         )
+        check(
+            not balancer.load_balance_weight or self.method.learns,
+            f"moe.balancer is {balancer.name!r}, which makes no sense with moe.router={self.method.name!r}: no loss "
+            "reaches its router; use 'bias', 'quantile' or 'none'",
+        )
         balancer.check(self)
 
     @property

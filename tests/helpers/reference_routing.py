@@ -13,7 +13,7 @@ import numpy as np
 class Settings(NamedTuple):
     """What the mathematics depends on, as in `MoEConfig` and the methods' settings.
 
-    substitution: share of default vectors in the output with substitute="forward".  bias: of loss_free, [N].
+    substitution: share of default vectors in the output with substitute="forward".  bias: of loss_free and frozen, [N].
     capacity: tokens of a sequence of `length` that an expert takes; None for no limit.
     """
 
@@ -94,7 +94,7 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         return remoe_token(logits)
     num_experts = len(logits)
     scores, scores_to_logits = score(logits, s.score_function)
-    biased = scores + (s.bias if s.router == "loss_free" else np.zeros(num_experts))
+    biased = scores + (s.bias if s.router in ("loss_free", "frozen") else np.zeros(num_experts))
     ranked = sorted(best_groups(biased, s), key=lambda i: (-biased[i], i))
     chosen = list(range(num_experts)) if s.router == "dense" else ranked[: s.top_k]
     weights, weights_to_scores = scores, np.eye(num_experts)
@@ -106,6 +106,8 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         weights_to_scores = (np.eye(num_experts) - np.outer(weights * is_chosen, is_chosen)) / total
     probs, probs_to_scores = share(scores)
     weights, weights_to_scores = s.weight_scale * weights, s.weight_scale * weights_to_scores
+    if s.router == "frozen":
+        return TokenRoute(probs, weights, chosen, *np.zeros((2, num_experts, num_experts)))
     return TokenRoute(probs, weights, chosen, weights_to_scores @ scores_to_logits, probs_to_scores @ scores_to_logits)
 
 

@@ -14,7 +14,7 @@ from default_moe.methods import RouterInputs
 from default_moe.moe import MoELayer
 
 
-@pytest.mark.parametrize("router", ["hash"])
+@pytest.mark.parametrize("router", ["hash", "frozen"])
 def test_what_would_move_the_router_is_refused(router):
     config = change(CONFIG, moe={"router": router})
     for name, value in (("decay_all", True), ("router_lr_multiplier", 0.5)):

@@ -35,6 +35,7 @@ CASES = [
     {"router": "remoe"},
     {"router": "loss_free", "matmul": "blocks"},
     {"router": "hash", "capacity_factor": 1.0},
+    {"router": "frozen", "matmul": "blocks", **NORMALIZED},
     {"router": "loss_free", **SIGMOID, **NORMALIZED},
     {"router": "topk", **NORMALIZED},
     {"router": "topk", "matmul": "blocks", "sequence_balance_weight": 1.0, **SIGMOID},

@@ -60,10 +60,11 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "topk", "balancer": Bias(0.25, "proportional")}, share_by_hand),
         ({"router": "default", "balancer": Quantile()}, moved),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
+        ({"router": "frozen", "top_k": 2}, moved),
         ({"router": "hash"}, None),
         ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1}, None),
     ],
-    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "hash", "densemixer"],
+    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "frozen", "hash", "densemixer"],
 )
 def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     """With two microbatches and everything recomputed, where a state could move twice or four times."""
@@ -241,6 +242,10 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "remoe", "router_init_std": 0.0}, "a router of which all logits are 0 never learns"),
         ({"router": "remoe", "initial_lambda": 0.0}, "must be positive"),
         ({"router": "loss_free", "bias_update_rate": 0.0}, "must be positive"),
+        ({"router": "frozen", "load_balance_weight": 0.1}, "no loss reaches its router"),
+        ({"router": "frozen", "sequence_balance_weight": 0.1}, "no loss reaches its router"),
+        ({"router": "frozen", "router_z_weight": 0.1}, "no loss reaches its router"),
+        ({"router": "frozen", "balancer": "loss"}, "no loss reaches its router; use 'bias', 'quantile' or 'none'"),
         ({"router": "hash", "router_z_weight": 0.1}, "'hash': it uses no logits"),
         ({"router": "hash", "router_noise_std": 0.1}, "it uses no logits"),
         ({"router": "hash", "router_init_std": 0.1}, "it uses no logits"),
