@@ -138,6 +138,10 @@ def choose_family(config: Config) -> Family:
     common: list[tuple[bool, str]] = [
         (forward, f"moe.router={moe.method.name!r} adds to the output of the K likeliest experts, or chooses others"),
         (model.num_moe_layers > 0, "there are no MoE layers"),
+        (
+            not moe.load_balancer.biased,
+            f"moe.balancer={moe.load_balancer.name!r} has a bias that helps to choose a token's experts",
+        ),
         (moe.score_function == "softmax", f"moe.score_function is {moe.score_function!r}"),
         (moe.num_groups == 1, f"moe.num_groups is {moe.num_groups}"),
         (moe.weight_scale == 1, f"moe.weight_scale is {moe.weight_scale}"),

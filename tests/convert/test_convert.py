@@ -232,6 +232,7 @@ OTHERS = {
     "layer norms": ({"norm": "layer"}, {}, "model.norm is 'layer'"),
     "default vectors in the output": ({}, {"router": "default"}, "moe.router='default' adds to the output"),
     "a bias": ({}, {"router": "loss_free"}, "moe.router='loss_free'"),
+    "a balancer's bias": ({}, {"router": "topk", "balancer": "quantile"}, "moe.balancer='quantile' has a bias"),
     "sigmoid scores": ({}, {"score_function": "sigmoid"}, "moe.score_function is 'sigmoid'"),
     "groups": ({}, {"num_groups": 2, "groups_per_token": 2}, "moe.num_groups is 2"),
     "larger weights": ({}, {"weight_scale": 2.5}, "moe.weight_scale is 2.5"),
