@@ -176,7 +176,7 @@ CONVERT = {
     "a flag of the other": (["import", "--model=a", "--workdir=b", "--out=c"], "--out does not go with import"),
     "nowhere to go": (["export", "--workdir={here}/trained"], "--out is missing"),
     "no run": (["export", "--workdir={here}/none", "--out={here}/new"], "there is no work directory"),
-    "a model of our own": (["export", "--workdir={here}/trained", "--out={here}/new"], "this model cannot be written"),
+    "a run without weights": (["export", "--workdir={here}/trained", "--out={here}/new"], "does not fit this model"),
     "a type that is none": (["export", "--workdir=a", "--out=b", "--dtype=int8"], "--dtype=int8"),
     **bad_paths("--workdir", "import", "--model={here}"),
     **bad_paths("--out", "export", "--workdir={here}/trained"),

@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
             f"with eval.py --workdir={workdir}, or train on from it with --config.init_from={workdir}"
         )
     else:
-        family = export_model(workdir, cli.path(_OUT), _STEP.value, _DTYPE.value)
-        say(f"written to {cli.path(_OUT)}, as {family.architecture}")
+        family, why = export_model(workdir, cli.path(_OUT), _STEP.value, _DTYPE.value)
+        say(f"written to {cli.path(_OUT)}, as {family.architecture}{why and f', with code of its own: {why}'}")
     return 0
 
 

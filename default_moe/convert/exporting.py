@@ -1,31 +1,37 @@
 """A checkpoint of ours as a Hugging Face model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tokenizers
 from jax.sharding import SingleDeviceSharding
 
-from default_moe.config import Config, flat_items
-from default_moe.convert.families import Family, choose_family, config_json
+from default_moe.config import Config, MoEConfig, flat_items
+from default_moe.convert.families import DEFAULT_MOE, Family, adds_vectors, choose_family, config_json
 from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
 from default_moe.data.json_tokenizer import byte_level_json
 from default_moe.model.language_model import build_model, traced_init
+from default_moe.moe.layer import ROUTER_STATE
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.saved_run import parse_meta
 from default_moe.sharding import unboxed
 
 _PLACES = ("data.files", "data.dir", "data.tokenizer", "init_from")  # say nothing elsewhere
+_CODE = ("configuration_default_moe.py", "modeling_default_moe.py")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
-def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shard_bytes: int = SHARD_BYTES) -> Family:
-    """Write a checkpoint as a model that transformers loads. Returns its family.
+def export_model(
+    workdir: Path, folder: Path, step: int | None, dtype: str, shard_bytes: int = SHARD_BYTES
+) -> tuple[Family, str]:
+    """Write a checkpoint as a model that transformers loads. Returns its family and why, see `choose_family`.
 
     step: None takes the newest that is whole.  dtype: a name of DTYPES.  shard_bytes: most bytes of a file of tensors.
     Raises ConfigError or CheckpointError, with nothing written, if that cannot be.
@@ -34,16 +40,22 @@ def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shar
         step = store.newest_whole() if step is None else step
         meta = store.read_meta(step)
         config, tokenizer = parse_meta(meta)
-        family = choose_family(config)
+        family, why = choose_family(config)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
-        shapes = unboxed(traced_init(build_model(config, vocab_size)).boxed_shapes)["params"]
+        shapes = unboxed(traced_init(build_model(config, vocab_size)).boxed_shapes)
         cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), shapes)
-        restored, _, _ = store.restore_for_eval({"params": abstract}, step)
-    params = jax.tree.map(np.asarray, restored["params"])
+        wanted = {"params": abstract.pop("params")}
+        if abstract and family is DEFAULT_MOE:
+            wanted["variables"] = abstract
+        restored, _, _ = store.restore_for_eval(wanted, step)
+    restored = jax.tree.map(np.asarray, restored)
+    variables = restored.get("variables", {})
+    arrays = {**restored["params"], **variables}
+    share = _vector_share(config.moe, variables.get(ROUTER_STATE)) if adds_vectors(config) else None
 
     def made(part: Any) -> Any:
-        array = params
+        array = arrays
         for name in part.path:
             array = array[name]
         return lambda: part.to_theirs(array[part.index])
@@ -51,7 +63,11 @@ def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shar
     tensors = ((part.name, part.shape, made(part)) for part in parts(config, family, vocab_size))
     with new_folder(folder) as unfinished:
         write_tensors(unfinished, tensors, DTYPES[dtype], shard_bytes)
-        write_json(unfinished / "config.json", config_json(config, family, vocab_size, tokenizer.separator, dtype))
+        values = config_json(config, family, vocab_size, tokenizer.separator, dtype, share)
+        write_json(unfinished / "config.json", values)
+        if family is DEFAULT_MOE:
+            for name in _CODE:
+                shutil.copyfile(Path(__file__).with_name(name), unfinished / name)
         ends = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
         write_json(unfinished / "generation_config.json", ends)
         described = tokenizer.to_dict().get("json") or byte_level_json()
@@ -60,7 +76,14 @@ def export_model(workdir: Path, folder: Path, step: int | None, dtype: str, shar
         own = {"bos_token": separator, "eos_token": separator, "clean_up_tokenization_spaces": False}
         write_json(unfinished / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **own})
         (unfinished / "README.md").write_text(_card(config, family, step, workdir.absolute()))
-    return family
+    return family, why
+
+
+def _vector_share(moe: MoEConfig, router_state: Any) -> float:
+    """The factor of the default vectors in the output, by the state of the first MoE layer: all have the same ramp."""
+    state = jax.tree.map(lambda a: a[0], next(iter(router_state.values()))["moe"]) if router_state else {}
+    share = moe.method.route(jnp.zeros((1, 1, moe.num_experts)), moe, state, None).substitution
+    return 1.0 if share is None else float(share)
 
 
 def _card(config: Config, family: Family, step: int, workdir: Path) -> str:
@@ -70,6 +93,7 @@ def _card(config: Config, family: Family, step: int, workdir: Path) -> str:
     held_out = f"Its held-out loss is {loss:.4f} nats per token, {bits:.4f} bits per byte.\n" if loss and bits else ""
     defaults = dict(flat_items(Config().to_dict()))
     own = {name: value for name, value in flat_items(config.to_dict()) if value != defaults.get(name)}
+    trust = ", trust_remote_code=True" if family is DEFAULT_MOE else ""
     settings = "\n".join(f"{name} = {value!r}" for name, value in own.items() if not name.startswith(_PLACES))
     return f"""---
 library_name: transformers
@@ -84,7 +108,8 @@ default_moe by the method `{moe.method.name}` on `{config.data.name}`, {config.t
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."{trust})
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
 inputs = tokenizer(tokenizer.bos_token + "text", return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from default_moe.config import Config
-from default_moe.errors import ConfigError, check, quoted, shown
+from default_moe.errors import check, quoted, shown
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Family:
 
     model_type, architecture: in config.json.  num_experts, expert_dim: what these are called there.
     moe: where the router and the experts are in a layer.  parts: gate, up and down projection of an expert.
-    qk_norm: of `model.qk_norm`.
+    qk_norm: of `model.qk_norm`; "any": whatever it is.
     """
 
     model_type: str
@@ -42,7 +42,16 @@ MIXTRAL = Family(
     ("w1", "w3", "w2"),
     "none",
 )
+# Any model of ours: transformers computes it with the two files that are written beside its config.json.
+DEFAULT_MOE = Family(
+    "default_moe", "DefaultMoEForCausalLM", "num_experts", "moe_intermediate_size", "mlp", _PARTS, "any"
+)
+_OWN_CODE = {"AutoConfig": "configuration_default_moe.DefaultMoEConfig"} | {
+    "AutoModelForCausalLM": f"modeling_default_moe.{DEFAULT_MOE.architecture}"
+}
 _NUM_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for all but OLMoE
+# Methods whose evaluation DEFAULT_MOE computes.
+_WRITTEN = ("topk", "default", "densemixer", "dense", "loss_free", "remoe")
 FAMILIES = {family.model_type: family for family in (OLMOE, QWEN3, MIXTRAL)}
 
 
@@ -128,15 +137,21 @@ def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     return {"model": model, "moe": moe}
 
 
-def choose_family(config: Config) -> Family:
-    """The family that computes what this model does. Raises ConfigError if there is none, saying why."""
+def adds_vectors(config: Config) -> bool:
+    """Whether default vectors are part of the output at evaluation."""
+    vectors = config.moe.default_vectors if config.model.num_moe_layers else None
+    return vectors is not None and vectors.substitute == "forward" and vectors.substitute_at_eval
+
+
+def choose_family(config: Config) -> tuple[Family, str]:
+    """The family that computes what this model does, and why it is DEFAULT_MOE where it is.
+
+    Raises ConfigError if no family does.
+    """
     model, moe = config.model, config.moe
-    vectors = moe.default_vectors
-    forward = moe.method.name in ("topk", "densemixer") or (
-        vectors is not None and (vectors.substitute == "backward" or not vectors.substitute_at_eval)
-    )
+    plain = moe.method.name in ("topk", "densemixer", "default") and not adds_vectors(config)
     common: list[tuple[bool, str]] = [
-        (forward, f"moe.router={moe.method.name!r} adds to the output of the K likeliest experts, or chooses others"),
+        (plain, f"moe.router={moe.method.name!r} adds to the output of the K likeliest experts, or chooses others"),
         (model.num_moe_layers > 0, "there are no MoE layers"),
         (
             not moe.load_balancer.biased,
@@ -166,13 +181,22 @@ def choose_family(config: Config) -> Family:
         same_norm = (model.qk_norm == family.qk_norm, f"model.qk_norm is {model.qk_norm!r}")
         reason = next((why for fits, why in [*common, same_norm, *own[family.model_type]] if not fits), None)
         if reason is None:
-            return family
+            return family, ""
         reasons.append(f"not as {family.model_type}, since {reason}")
-    raise ConfigError(f"this model cannot be written: {'; '.join(dict.fromkeys(reasons))}")
+    check(
+        moe.method.name in _WRITTEN or model.num_moe_layers == 0,
+        f"moe.router is {moe.method.name!r}, but only models of {', '.join(map(repr, _WRITTEN))} can be written",
+    )
+    return DEFAULT_MOE, "; ".join(dict.fromkeys(reasons))
 
 
-def config_json(config: Config, family: Family, vocab_size: int, separator: int, dtype: str) -> dict[str, Any]:
-    """What config.json says of a model, for `settings_of` and for transformers."""
+def config_json(
+    config: Config, family: Family, vocab_size: int, separator: int, dtype: str, vector_share: float | None
+) -> dict[str, Any]:
+    """What config.json says of a model, for `settings_of` and for transformers.
+
+    vector_share: factor of the default vectors in the output, None where they are no part of it.
+    """
     model, moe = config.model, config.moe
     values: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -211,5 +235,18 @@ def config_json(config: Config, family: Family, vocab_size: int, separator: int,
             "use_sliding_window": False,
         },
         MIXTRAL: lambda: {"sliding_window": model.attention_window},
+        DEFAULT_MOE: lambda: {
+            **special[QWEN3](),
+            "auto_map": _OWN_CODE,
+            "num_experts_per_tok": moe.most_experts_per_token,
+            "norm_type": model.norm,
+            "qk_norm": model.qk_norm,
+            "attention_window": model.attention_window,
+            "scoring_func": moe.score_function,
+            "relu_gates": moe.method.name == "remoe",
+            "score_bias": moe.method.name == "loss_free",
+            "n_shared_experts": moe.num_shared_experts,
+            "default_vector_share": vector_share,
+        },
     }
     return {**values, **special[family]()}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from default_moe.config import Config
-from default_moe.convert.families import Family
+from default_moe.convert.families import Family, adds_vectors
+from default_moe.moe.layer import DEFAULT_VECTORS, ROUTER_STATE
 
 Turn = Callable[[np.ndarray], np.ndarray]
 
@@ -19,7 +20,8 @@ Turn = Callable[[np.ndarray], np.ndarray]
 class Part:
     """One of their tensors, and where it belongs.
 
-    name, shape: theirs.  path: of the parameter here.  index: of it within that.  to_ours, to_theirs: how it is turned.
+    name, shape: theirs.  path: of the parameter here, or of an array in a collection.  index: of it within that.
+    to_ours, to_theirs: how it is turned.
     """
 
     name: str
@@ -52,6 +54,15 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
             lambda a: a.reshape(theirs).T,
         )
 
+    def norm(name: str, path: str, index: tuple[int, ...]) -> Iterator[Part]:
+        yield as_is(f"{name}.weight", (width,), f"{path}/scale", index)
+        if model.norm == "layer":
+            yield as_is(f"{name}.bias", (width,), f"{path}/bias", index)
+
+    def feed_forward(name: str, hidden: int, path: str, index: tuple[int, ...]) -> Iterator[Part]:
+        for short, out, into in (("gate", hidden, width), ("up", hidden, width), ("down", width, hidden)):
+            yield matrix(f"{name}.{short}_proj.weight", out, into, f"{path}/{short}/kernel", index)
+
     yield as_is("model.embed_tokens.weight", (vocab_size, width), "embed")
     for layer in range(model.num_layers):
         is_dense = layer not in model.moe_layers
@@ -59,8 +70,8 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
         before = sum(other < layer for other in model.moe_layers)  # with experts
         index = (layer - before if is_dense else before,)
         theirs = f"model.layers.{layer}"
-        yield as_is(f"{theirs}.input_layernorm.weight", (width,), f"{ours}/attention_norm/scale", index)
-        yield as_is(f"{theirs}.post_attention_layernorm.weight", (width,), f"{ours}/ffn_norm/scale", index)
+        yield from norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", index)
+        yield from norm(f"{theirs}.post_attention_layernorm", f"{ours}/ffn_norm", index)
         for name, short, count in (("query", "q", heads), ("key", "k", model.kv_heads), ("value", "v", model.kv_heads)):
             yield split_heads(
                 f"{theirs}.self_attn.{short}_proj.weight", count, f"{ours}/attention/{name}/kernel", index
@@ -79,8 +90,7 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
         )
         if is_dense:
             hidden = model.dense_dim or moe.expert_dim
-            for name, out, into in (("gate", hidden, width), ("up", hidden, width), ("down", width, hidden)):
-                yield matrix(f"{theirs}.mlp.{name}_proj.weight", out, into, f"{ours}/ffn/{name}/kernel", index)
+            yield from feed_forward(f"{theirs}.mlp", hidden, f"{ours}/ffn", index)
             continue
         yield matrix(f"{theirs}.{family.moe}.gate.weight", moe.num_experts, width, f"{ours}/moe/router/kernel", index)
         for expert in range(moe.num_experts):
@@ -88,6 +98,15 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
                 out, into = (width, moe.expert_dim) if name == "down" else (moe.expert_dim, width)
                 their_name = f"{theirs}.{family.moe}.experts.{expert}.{short}.weight"
                 yield matrix(their_name, out, into, f"{ours}/moe/experts/{name}", (*index, expert))
-    yield as_is("model.norm.weight", (width,), "final_norm/scale")
+        if moe.num_shared_experts:
+            hidden = moe.num_shared_experts * moe.expert_dim
+            yield from feed_forward(f"{theirs}.mlp.shared_experts", hidden, f"{ours}/moe/shared_experts", index)
+        if moe.method.name == "loss_free":
+            name = f"{theirs}.mlp.gate.e_score_correction_bias"
+            yield as_is(name, (moe.num_experts,), f"{ROUTER_STATE}/{ours}/moe/bias", index)
+        if adds_vectors(config):
+            name = f"{theirs}.mlp.default_vectors"
+            yield as_is(name, (moe.num_experts, width), f"{DEFAULT_VECTORS}/{ours}/moe/ema", index)
+    yield from norm("model.norm", "final_norm", ())
     if not model.tie_embeddings:
         yield matrix("lm_head.weight", vocab_size, width, "head")

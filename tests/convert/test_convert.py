@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from default_moe.config import Config
 from default_moe.convert.exporting import export_model
-from default_moe.convert.families import FAMILIES, choose_family
+from default_moe.convert.families import DEFAULT_MOE, FAMILIES, choose_family
 from default_moe.convert.importing import import_model
 from default_moe.data import open_data
 from default_moe.errors import ConfigError
@@ -66,8 +66,8 @@ def models(tmp_path_factory):
     here = tmp_path_factory.mktemp("models")
     for name, (model, moe) in SETTINGS.items():
         save_run(settings(model, moe), here / name)
-        family = export_model(here / name, here / f"{name}_out", None, "float32", shard_bytes=17_000)
-        assert family.model_type == name.split(",")[0]
+        family, why = export_model(here / name, here / f"{name}_out", None, "float32", shard_bytes=17_000)
+        assert family.model_type == name.split(",")[0] and not why
     return here
 
 
@@ -246,15 +246,18 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_no_family_computes_is_not_exported(name):
+def test_what_no_public_family_computes_is_exported_with_code_of_its_own(name):
     model, moe, words = OTHERS[name]
-    config = settings(model, moe)
-    with pytest.raises(ConfigError, match="this model cannot be written") as error:
-        choose_family(config)
-    assert words in str(error.value)
+    family, why = choose_family(settings(model, moe))
+    assert family is DEFAULT_MOE and words in why
+
+
+def test_a_method_that_no_family_computes_is_not_exported():
+    with pytest.raises(ConfigError, match=r"moe\.router is 'sparsemixer', but only models of 'topk', "):
+        choose_family(settings({}, {"router": "sparsemixer"}))
 
 
 def test_default_vectors_that_only_train_the_router_are_no_obstacle():
     for default in ({"substitute": "backward"}, {"substitute_at_eval": False}):
         config = settings(SETTINGS["olmoe"][0], {"router": "default", "default": default})
-        assert choose_family(config) is FAMILIES["olmoe"]
+        assert choose_family(config) == (FAMILIES["olmoe"], "")

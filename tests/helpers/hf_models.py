@@ -72,18 +72,24 @@ def write_tokenizer(folder: Path) -> None:
     write_json(folder / "tokenizer.json", byte_level_json())
 
 
-def our_params(workdir: Path) -> tuple[Any, Any]:
-    """The model of a run's newest checkpoint, and its parameters."""
+def our_variables(workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """The model of a run's newest checkpoint, and its collections, `params` among them."""
     with CheckpointStore(workdir, read_only=True) as store:
         step = store.newest_whole()
         config, tokenizer = parse_meta(store.read_meta(step))
         model = build_model(config, tokenizer.vocab_size)
-        shapes = unboxed(traced_init(model).boxed_shapes)["params"]
-        restored, _, _ = store.restore_for_eval({"params": shapes}, step)
-    return model, restored["params"]
+        shapes = unboxed(traced_init(model).boxed_shapes)
+        wanted = {"params": shapes.pop("params"), **({"variables": shapes} if shapes else {})}
+        restored, _, _ = store.restore_for_eval(wanted, step)
+    return model, {"params": restored["params"], **restored.get("variables", {})}
+
+
+def our_params(workdir: Path) -> tuple[Any, Any]:
+    model, variables = our_variables(workdir)
+    return model, variables["params"]
 
 
 def our_logits(workdir: Path, tokens: np.ndarray) -> np.ndarray:
-    model, params = our_params(workdir)
-    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, train=False)[0])
-    return np.asarray(apply(params, tokens))
+    model, variables = our_variables(workdir)
+    apply = jax.jit(lambda variables, tokens: model.apply(variables, tokens, train=False)[0])
+    return np.asarray(apply(variables, tokens))
