@@ -10,18 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tokenizers
-from jax.sharding import SingleDeviceSharding
 
 from default_moe.config import Config, MoEConfig, flat_items
+from default_moe.convert.checkpoints import read_checkpoint
 from default_moe.convert.families import DEFAULT_MOE, Family, adds_vectors, choose_family, config_json
 from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
 from default_moe.data.json_tokenizer import byte_level_json
-from default_moe.model.language_model import build_model, traced_init
 from default_moe.moe.layer import ROUTER_STATE
-from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.saved_run import parse_meta
-from default_moe.sharding import unboxed
 
 _PLACES = ("data.files", "data.dir", "data.tokenizer", "init_from")  # say nothing elsewhere
 _CODE = ("configuration_default_moe.py", "modeling_default_moe.py")
@@ -36,23 +32,11 @@ def export_model(
     step: None takes the newest that is whole.  dtype: a name of DTYPES.  shard_bytes: most bytes of a file of tensors.
     Raises ConfigError or CheckpointError, with nothing written, if that cannot be.
     """
-    with CheckpointStore(workdir, read_only=True) as store:
-        step = store.newest_whole() if step is None else step
-        meta = store.read_meta(step)
-        config, tokenizer = parse_meta(meta)
-        family, why = choose_family(config)
-        vocab_size = config.model.vocab_size or tokenizer.vocab_size
-        shapes = unboxed(traced_init(build_model(config, vocab_size)).boxed_shapes)
-        cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), shapes)
-        wanted = {"params": abstract.pop("params")}
-        if abstract and family is DEFAULT_MOE:
-            wanted["variables"] = abstract
-        restored, _, _ = store.restore_for_eval(wanted, step)
-    restored = jax.tree.map(np.asarray, restored)
-    variables = restored.get("variables", {})
-    arrays = {**restored["params"], **variables}
-    share = _vector_share(config.moe, variables.get(ROUTER_STATE)) if adds_vectors(config) else None
+    weights, step = read_checkpoint(workdir, step, choose_family)
+    config, tokenizer, vocab_size = weights.config, weights.tokenizer, weights.vocab_size
+    family, why = choose_family(config)
+    arrays = {**weights.arrays["params"], **weights.arrays}
+    share = _vector_share(config.moe, arrays.get(ROUTER_STATE)) if adds_vectors(config) else None
 
     def made(part: Any) -> Any:
         array = arrays

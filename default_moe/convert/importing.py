@@ -1,21 +1,17 @@
 """A Hugging Face model as a run of ours, which eval.py and `init_from` take."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from default_moe.config import Config
+from default_moe.convert.checkpoints import Weights, empty_array, model_shapes, write_checkpoint
 from default_moe.convert.families import family_of, settings_of
-from default_moe.convert.folders import TensorFiles, new_folder, read_json_file
+from default_moe.convert.folders import TensorFiles, read_json_file
 from default_moe.convert.tensors import parts
 from default_moe.data.tokenizer import open_tokenizer_file
-from default_moe.errors import ConfigError, check
-from default_moe.model.language_model import build_model, traced_init
-from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.sharding import unboxed
+from default_moe.errors import check
 
 _LONGEST = 4096  # tokens of a sequence; models say that they take more than anybody evaluates here
 
@@ -23,7 +19,17 @@ _LONGEST = 4096  # tokens of a sequence; models say that they take more than any
 def import_model(folder: Path, workdir: Path) -> Config:
     """Write a model's weights to a new work directory, as the checkpoint of step 0. Returns its config.
 
-    Raises ConfigError, with nothing written, if the model cannot be represented or the folder is not whole.
+    Raises ConfigError, with nothing written, if that cannot be.
+    """
+    weights = read_model(folder)
+    write_checkpoint(workdir, weights)
+    return weights.config
+
+
+def read_model(folder: Path) -> Weights:
+    """A model's weights, in float32.
+
+    Raises ConfigError if the model cannot be represented or the folder is not whole.
     """
     values = read_json_file(folder / "config.json")
     where = str(folder / "config.json")
@@ -46,29 +52,13 @@ def import_model(folder: Path, workdir: Path) -> Config:
     files = TensorFiles(folder)
     wanted = list(parts(config, family, vocab_size))
     _check_names(files.names, {part.name for part in wanted}, config, folder)
-
-    shapes = unboxed(traced_init(build_model(config, vocab_size)).boxed_shapes)["params"]
-    params = jax.tree.map(lambda leaf: _aligned(leaf.shape), shapes)
+    params = jax.tree.map(lambda leaf: empty_array(leaf.shape), model_shapes(config, vocab_size)["params"])
     for part in wanted:
         array: Any = params
         for name in part.path:
             array = array[name]
         array[part.index] = part.to_ours(files.read(part.name, part.shape))
-    with new_folder(workdir) as unfinished, CheckpointStore(unfinished) as store:
-        meta = {"step": 0, "config": config.to_dict(), "tokenizer": tokenizer.to_dict(), "corpus_hash": None}
-        store.save(0, {"params": jax.tree.map(jax.device_put, params), "step": jax.device_put(np.int32(0))}, meta)
-        store.wait()
-        if store.needs_retry:
-            raise ConfigError(f"{workdir} cannot be written: make room, or choose another --workdir")
-    return config
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty float32 array that JAX takes on a CPU without a copy: its memory begins at a multiple of 64 bytes."""
-    size = 4 * math.prod(shape)
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(np.float32).reshape(shape)
+    return Weights(config, tokenizer, {"params": params})
 
 
 def _check_names(found: set[str], wanted: set[str], config: Config, folder: Path) -> None:

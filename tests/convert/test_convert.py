@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -13,10 +14,11 @@ from helpers.tiny_runs import evaluate, metrics, tiny_settings, trained, write_c
 from safetensors.numpy import load_file, save_file
 
 from default_moe.config import Config
+from default_moe.convert.checkpoints import Weights, empty_array, model_shapes, write_checkpoint
 from default_moe.convert.exporting import export_model
 from default_moe.convert.families import DEFAULT_MOE, FAMILIES, choose_family
 from default_moe.convert.importing import import_model
-from default_moe.data import open_data
+from default_moe.data import open_data, tokenizer_from_dict
 from default_moe.errors import ConfigError
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.training.program import Program
@@ -133,6 +135,26 @@ def test_an_imported_model_is_evaluated_and_trained_on_from_where_it_was(models,
         chosen = np.take_along_axis(logits, first["targets"][..., None], axis=-1)[..., 0]
         loss = (np.log(np.exp(logits).sum(axis=-1)) - chosen).mean()
         assert metrics(tmp_path / f"tuned_{number}")[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_writing_takes_no_second_copy_of_the_weights(tmp_path):
+    config = Config.from_mapping(
+        {"model": {"vocab_size": 1 << 17, "d_model": 128, "num_layers": 1, "num_dense_layers": 1}}
+    )
+    params = jax.tree.map(lambda leaf: empty_array(leaf.shape), model_shapes(config, 257)["params"])
+    rng = np.random.default_rng(0)
+    for array in jax.tree.leaves(params):
+        array[...] = rng.standard_normal(array.shape, np.float32)
+    size = sum(array.nbytes for array in jax.tree.leaves(params))
+    resident = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    write_checkpoint(tmp_path / "run", Weights(config, tokenizer_from_dict({"kind": "bytes"}), {"params": params}))
+    assert memory("VmHWM") - resident < size / 4
+
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def change_config(**values):
