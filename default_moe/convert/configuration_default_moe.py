@@ -12,8 +12,10 @@ class DefaultMoEConfig(PretrainedConfig):
     qk_norm: RMSNorm of queries and keys: "none", of each "head", or of the "full" projection.
     attention_window: tokens that a token sees, itself and the latest before it; None: all before it.
     mlp_only_layers: numbers of the dense layers, of hidden width intermediate_size.
-    scoring_func: "softmax" or "sigmoid".  relu_gates: weights are ReLUs of the router's logits instead (ReMoE).
+    scoring_func: "softmax", "sigmoid" or "sqrt_softplus".
+    relu_gates: weights are ReLUs of the router's logits instead (ReMoE).
     score_bias: whether a bias on the scores helps to choose experts.
+    n_group, topk_group, routed_scaling_factor: as in DeepSeek-V3.
     n_shared_experts: experts that every token runs, their output added as it is.
     default_vector_share: factor of the default vectors in the output; None: there are none.
     """
@@ -43,6 +45,9 @@ class DefaultMoEConfig(PretrainedConfig):
         scoring_func: str = "softmax",
         relu_gates: bool = False,
         score_bias: bool = False,
+        n_group: int = 1,
+        topk_group: int = 1,
+        routed_scaling_factor: float = 1.0,
         n_shared_experts: int = 0,
         default_vector_share: float | None = None,
         tie_word_embeddings: bool = False,
@@ -69,6 +74,9 @@ class DefaultMoEConfig(PretrainedConfig):
         self.scoring_func = scoring_func
         self.relu_gates = relu_gates
         self.score_bias = score_bias
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.routed_scaling_factor = routed_scaling_factor
         self.n_shared_experts = n_shared_experts
         self.default_vector_share = default_vector_share
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

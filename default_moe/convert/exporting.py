@@ -17,6 +17,7 @@ from default_moe.convert.families import DEFAULT_MOE, Family, adds_vectors, choo
 from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
 from default_moe.data.json_tokenizer import byte_level_json
+from default_moe.methods import RouterInputs
 from default_moe.moe.layer import ROUTER_STATE
 
 _PLACES = ("data.files", "data.dir", "data.tokenizer", "init_from")  # say nothing elsewhere
@@ -66,7 +67,7 @@ def export_model(
 def _vector_share(moe: MoEConfig, router_state: Any) -> float:
     """The factor of the default vectors in the output, by the state of the first MoE layer: all have the same ramp."""
     state = jax.tree.map(lambda a: a[0], next(iter(router_state.values()))["moe"]) if router_state else {}
-    share = moe.method.route(jnp.zeros((1, 1, moe.num_experts)), moe, state, None).substitution
+    share = moe.method.route(RouterInputs(jnp.zeros((1, 1, moe.num_experts)), state=state), moe).substitution
     return 1.0 if share is None else float(share)
 
 

@@ -51,7 +51,8 @@ _OWN_CODE = {"AutoConfig": "configuration_default_moe.DefaultMoEConfig"} | {
 }
 _NUM_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for all but OLMoE
 # Methods whose evaluation DEFAULT_MOE computes.
-_WRITTEN = ("topk", "default", "densemixer", "dense", "loss_free", "remoe")
+_CHOOSE_K = ("topk", "default", "densemixer", "loss_free", "frozen")
+_WRITTEN = (*_CHOOSE_K, "dense", "remoe")
 FAMILIES = {family.model_type: family for family in (OLMOE, QWEN3, MIXTRAL)}
 
 
@@ -149,7 +150,7 @@ def choose_family(config: Config) -> tuple[Family, str]:
     Raises ConfigError if no family does.
     """
     model, moe = config.model, config.moe
-    plain = moe.method.name in ("topk", "densemixer", "default") and not adds_vectors(config)
+    plain = moe.method.name in _CHOOSE_K and not adds_vectors(config)
     common: list[tuple[bool, str]] = [
         (plain, f"moe.router={moe.method.name!r} adds to the output of the K likeliest experts, or chooses others"),
         (model.num_moe_layers > 0, "there are no MoE layers"),
@@ -244,7 +245,10 @@ def config_json(
             "attention_window": model.attention_window,
             "scoring_func": moe.score_function,
             "relu_gates": moe.method.name == "remoe",
-            "score_bias": moe.method.name == "loss_free",
+            "score_bias": moe.load_balancer.biased,
+            "n_group": moe.num_groups,
+            "topk_group": moe.groups_per_token,
+            "routed_scaling_factor": moe.weight_scale,
             "n_shared_experts": moe.num_shared_experts,
             "default_vector_share": vector_share,
         },

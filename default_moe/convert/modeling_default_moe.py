@@ -89,13 +89,28 @@ class Router(nn.Linear):
         logits_TN = F.linear(x_TD.float(), self.weight.float())
         if config.relu_gates:
             return logits_TN.relu(), logits_TN > 0
-        log_TN = F.logsigmoid(logits_TN) if config.scoring_func == "sigmoid" else logits_TN.log_softmax(dim=-1)
-        ranked_TN = log_TN.exp() + self.e_score_correction_bias.float() if config.score_bias else logits_TN
+        log_TN = self.log_scores(logits_TN)
+        biased_TN = log_TN.exp() + (self.e_score_correction_bias.float() if config.score_bias else 0)
+        ranked_TN = biased_TN if config.score_bias else logits_TN
+        if config.n_group > 1:  # a group's score is the sum of its two best
+            size = config.num_experts // config.n_group
+            of_group_TG = biased_TN.unflatten(-1, (config.n_group, size)).topk(min(2, size)).values.sum(dim=-1)
+            best_TM = of_group_TG.topk(config.topk_group).indices
+            allowed_TG = torch.zeros_like(of_group_TG, dtype=torch.bool).scatter(1, best_TM, True)
+            ranked_TN = ranked_TN.masked_fill(~allowed_TG.repeat_interleave(size, dim=-1), -torch.inf)
         chosen_TK = ranked_TN.topk(config.num_experts_per_tok).indices
         active_TN = torch.zeros_like(logits_TN, dtype=torch.bool).scatter(1, chosen_TK, True)
         if config.norm_topk_prob:
             log_TN = log_TN - log_TN.masked_fill(~active_TN, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        return log_TN.exp(), active_TN
+        return config.routed_scaling_factor * log_TN.exp(), active_TN
+
+    def log_scores(self, logits_TN: Tensor) -> Tensor:
+        if self.config.scoring_func == "softmax":
+            return logits_TN.log_softmax(dim=-1)
+        if self.config.scoring_func == "sigmoid":
+            return F.logsigmoid(logits_TN)
+        # Far below 0 the softplus of s is exp(s).
+        return torch.where(logits_TN < -17, logits_TN, F.softplus(logits_TN).log()) / 2
 
 
 class MoE(nn.Module):

@@ -101,7 +101,7 @@ def parts(config: Config, family: Family, vocab_size: int) -> Iterator[Part]:
         if moe.num_shared_experts:
             hidden = moe.num_shared_experts * moe.expert_dim
             yield from feed_forward(f"{theirs}.mlp.shared_experts", hidden, f"{ours}/moe/shared_experts", index)
-        if moe.method.name == "loss_free":
+        if moe.load_balancer.biased:
             name = f"{theirs}.mlp.gate.e_score_correction_bias"
             yield as_is(name, (moe.num_experts,), f"{ROUTER_STATE}/{ours}/moe/bias", index)
         if adds_vectors(config):

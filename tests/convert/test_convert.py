@@ -253,7 +253,7 @@ def test_nothing_is_written_over(whole, models, tmp_path):
 OTHERS = {
     "layer norms": ({"norm": "layer"}, {}, "model.norm is 'layer'"),
     "default vectors in the output": ({}, {"router": "default"}, "moe.router='default' adds to the output"),
-    "a bias": ({}, {"router": "loss_free"}, "moe.router='loss_free'"),
+    "a bias": ({}, {"router": "loss_free"}, "moe.balancer='bias' has a bias"),
     "a balancer's bias": ({}, {"router": "topk", "balancer": "quantile"}, "moe.balancer='quantile' has a bias"),
     "sigmoid scores": ({}, {"score_function": "sigmoid"}, "moe.score_function is 'sigmoid'"),
     "groups": ({}, {"num_groups": 2, "groups_per_token": 2}, "moe.num_groups is 2"),
