@@ -141,7 +141,7 @@ def test_the_training_step_compiles(devices, monkeypatch):
             dtype="bfloat16",
             remat="dots",
         ),
-        moe=MoEConfig(num_experts=8, expert_dim=512),
+        moe=MoEConfig(num_experts=8, expert_dim=512, balancer="quantile", load_balance_over="batch"),
         train=TrainConfig(batch_size=16, sequence_length=256, grad_accum_steps=2),
         mesh=MeshConfig(data=1, fsdp=2, expert=2),
     )
