@@ -147,6 +147,7 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
         sequence_balance_weight=0.0,
         router_z_weight=0.0,
         simbal_weight=0.0,
+        coupling_weight=0.0,
         router_noise_std=0.0,
         capacity_factor=None,
     )

@@ -13,7 +13,7 @@ from default_moe.errors import check, quoted
 from default_moe.methods import BALANCERS, METHODS, Balancer, Method, groups_of_settings
 from default_moe.methods.default import DefaultVectorSettings
 from default_moe.methods.plugins import load_plugin
-from default_moe.methods.settings import at_least, check_settings, one_of, positive, setting
+from default_moe.methods.settings import at_least, between, check_settings, one_of, positive, setting
 
 MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
@@ -97,6 +97,20 @@ class MoEConfig:
         "Factor in the loss of SimBal's, which keeps the columns of the router's matrix orthonormal; set "
         "balancer='none' to have it in the place of the balance loss.",
         at_least(0),
+        MAY_CHANGE,
+        TUNED,
+    )
+    coupling_weight: float = setting(
+        0.0,
+        "Factor in the loss of expert-router coupling, see moe/coupling.py.",
+        at_least(0),
+        MAY_CHANGE,
+        TUNED,
+    )
+    coupling_margin: float = setting(
+        1.0,
+        "What of an expert's answer to its own proxy another answer may be without a loss.",
+        between(0, 1),
         MAY_CHANGE,
         TUNED,
     )
@@ -197,7 +211,7 @@ class MoEConfig:
         )
 
     def _check_losses_of_the_router(self) -> None:
-        for name in ("simbal_weight",):
+        for name in ("simbal_weight", "coupling_weight"):
             check(
                 not getattr(self, name) or type(self.method).router is Method.router,
                 f"moe.{name} is {getattr(self, name)}, which makes no sense with moe.router={self.method.name!r}: its "

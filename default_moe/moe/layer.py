@@ -10,6 +10,7 @@ from jax import Array
 from default_moe.config import MoEConfig
 from default_moe.methods import Decision, Load, RouterInputs, largest, routing
 from default_moe.methods.decision import State
+from default_moe.moe.coupling import coupling_loss, proxy_noise
 from default_moe.moe.default_vectors import DefaultVectors
 from default_moe.moe.experts.layout import Routing
 from default_moe.moe.experts.sparse import sparse_experts
@@ -70,8 +71,8 @@ class MoELayer(nn.Module):
 
     Call: `y, aux = layer.apply(variables, x, train=True, mutable=["default_vectors"])[0]`. With `train=False` nothing
     is mutable, and the default vectors are used as they are. What methods and balancers keep is in "router_state". In
-    training that must be mutable too: what comes back has moved by this batch. Noise and methods that draw random
-    numbers need `rngs={"router": key}` in training.
+    training that must be mutable too: what comes back has moved by this batch. Noise, the coupling loss and methods
+    that draw random numbers need `rngs={"router": key}` in training.
 
     Variables:
       params: router/kernel [D, N]; experts/gate, experts/up [N, D, F]; experts/down [N, F, D]; shared_experts/... of a
@@ -104,7 +105,7 @@ class MoELayer(nn.Module):
           y, of the shape and dtype of x, and a dict of
             auxiliary_loss: the sum of all losses below, weighted: what belongs into the training loss.
             load_balance_loss: unweighted, 1 at perfect balance.  router_z_loss: unweighted.
-            sequence_balance_loss, simbal_loss (each with its weight set): unweighted.
+            sequence_balance_loss, simbal_loss, coupling_loss (each with its weight set): unweighted.
             Losses of the method's own, unweighted.
             router_probs: float32 [batch, length, N].  mean_router_probs: [N], over the tokens that count.
             combine_weights: float32 [batch, length, N], of the outputs.
@@ -157,7 +158,7 @@ class MoELayer(nn.Module):
             self._write_defaults(defaults)
 
         before_N = self.get_variable(ROUTER_SUMS, "tokens_per_expert", jnp.zeros((), jnp.int32))
-        aux = report(config, decision, router_inputs, before_N, self._losses_of_weights(router))
+        aux = report(config, decision, router_inputs, before_N, self._losses_of_weights(router, params.gate, update))
         if self.has_variable(ROUTER_SUMS, "tokens_per_expert"):
             self.put_variable(ROUTER_SUMS, "tokens_per_expert", before_N + aux["tokens_per_expert"])
         if update and state:
@@ -178,12 +179,18 @@ class MoELayer(nn.Module):
         for name, value in (told | {"expert_index": decision.expert_index}).items():
             self.sow(ROUTING, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-    def _losses_of_weights(self, router: nn.Module) -> Losses:
+    def _losses_of_weights(self, router: nn.Module, gate_NDF: Array, update: bool) -> Losses:
         """Losses that look at weights, not at tokens."""
-        losses: Losses = {}
-        if self.config.simbal_weight:
-            kernel_DN = nn.unbox(router.variables["params"]["kernel"])
-            losses["simbal_loss"] = (self.config.simbal_weight, routing.simbal_loss(kernel_DN))
+        config, losses = self.config, Losses()
+        if not config.simbal_weight and not config.coupling_weight:
+            return losses
+        kernel_DN = nn.unbox(router.variables["params"]["kernel"])
+        if config.simbal_weight:
+            losses["simbal_loss"] = (config.simbal_weight, routing.simbal_loss(kernel_DN))
+        if config.coupling_weight:
+            proxies_DN = kernel_DN * proxy_noise(self.make_rng("router"), kernel_DN.shape) if update else kernel_DN
+            loss = coupling_loss(proxies_DN, gate_NDF, config.coupling_margin)
+            losses["coupling_loss"] = (config.coupling_weight, loss)
         return losses
 
     def _keys(self, update: bool) -> tuple[Array | None, Array | None]:

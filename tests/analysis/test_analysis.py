@@ -157,14 +157,16 @@ def test_default_vectors_are_the_checkpoints_or_means_for_that_k(trained):
 def test_losses_and_noise_that_are_no_part_of_the_question_are_off(trained):
     config = trained[0].config
     more = {"router_noise_std": 0.5, "sequence_balance_weight": 2.0, "capacity_factor": 1.0, "simbal_weight": 1.0}
+    more["coupling_weight"] = 1.0
     noisy = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **more))
     moe = config_for(noisy, "topk", 1).moe
     weights = (moe.balance_weight, moe.router_z_weight, moe.sequence_balance_weight, moe.router_noise_std)
-    assert (*weights, moe.simbal_weight) == (0.0,) * 5 and moe.capacity_factor is None
+    assert (*weights, moe.simbal_weight, moe.coupling_weight) == (0.0,) * 6 and moe.capacity_factor is None
     assert (moe.method, moe.top_k) == (METHODS["topk"](), 1)
-    kept = dataclasses.replace(METHODS["default"](), substitute="backward")
+    kept = dataclasses.replace(METHODS["default"](), substitute="backward", product_form=True)
     backward = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=kept))
     assert config_for(backward, "default", 1).moe.method == kept
+    assert not gradients._exact(backward).moe.method.product_form
 
 
 def fidelity(method, top_k, cosine):

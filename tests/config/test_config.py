@@ -192,13 +192,14 @@ def test_the_quickstart_is_valid():
 # Settings of groups that have a mark as a whole are not listed one by one.
 MARKED = {
     "MAY_CHANGE": "checkpoint.* data.dir data.files data.prefetch eval.* mesh.* model.attention "
-    "model.output_z_weight model.remat model.scan_unroll moe.expert_parallel moe.load_balance_over "
-    "moe.load_balance_weight moe.matmul moe.plugin moe.router_z_weight moe.sequence_balance_weight "
-    "moe.simbal_weight optim.* train.log_every_steps train.max_bad_steps train.num_steps",
+    "model.output_z_weight model.remat model.scan_unroll moe.coupling_margin moe.coupling_weight "
+    "moe.expert_parallel moe.load_balance_over moe.load_balance_weight moe.matmul moe.plugin moe.router_z_weight "
+    "moe.sequence_balance_weight moe.simbal_weight optim.* train.log_every_steps train.max_bad_steps "
+    "train.num_steps",
     "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature train.max_bad_steps",
-    "TUNED": "moe.bias.* moe.default.* moe.densemixer.* moe.load_balance_weight moe.loss_free.* moe.quantile.* "
-    "moe.remoe.* moe.router_init_std moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight "
-    "moe.simbal_weight moe.sparsemixer.* optim.*",
+    "TUNED": "moe.bias.* moe.coupling_margin moe.coupling_weight moe.default.* moe.densemixer.* "
+    "moe.load_balance_weight moe.loss_free.* moe.quantile.* moe.remoe.* moe.router_init_std "
+    "moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight moe.simbal_weight moe.sparsemixer.* optim.*",
 }
 
 

@@ -119,6 +119,32 @@ def simbal(params: Params) -> tuple[np.ndarray, float]:
     return d, loss
 
 
+def coupling(params: Params, a: float, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gradients by the kernel and by gate, and the mean over i != j of relu(M_ij - a M_ii) + relu(M_ji - a M_ii).
+
+    M_ij = |silu(r_i gate_j)|, r_i the column i of the kernel times its noise.
+    """
+    kernel, num_experts = params.kernel, params.kernel.shape[1]
+    u = {(i, j): (kernel[:, i] * noise[:, i]) @ params.gate[j] for i, j in np.ndindex(num_experts, num_experts)}
+    answers = {pair: a * sigmoid(a) for pair, a in u.items()}
+    norms = {pair: math.sqrt(answer @ answer) for pair, answer in answers.items()}
+    loss, d_norms, part = 0.0, dict.fromkeys(norms, 0.0), 1 / (num_experts * (num_experts - 1))
+    for i, j in norms:
+        for other in ((i, j), (j, i)):
+            excess = norms[other] - a * norms[i, i]
+            if i != j and excess > 0:
+                loss += part * excess
+                d_norms[other] += part
+                d_norms[i, i] -= part * a
+    d_kernel, d_gate = np.zeros_like(kernel), np.zeros_like(params.gate)
+    for (i, j), d_norm in d_norms.items():
+        d_answer = d_norm * answers[i, j] / norms[i, j]
+        d_u = d_answer * sigmoid(u[i, j]) * (1 + u[i, j] * (1 - sigmoid(u[i, j])))
+        d_gate[j] += np.outer(kernel[:, i] * noise[:, i], d_u)
+        d_kernel[:, i] += noise[:, i] * (params.gate[j] @ d_u)
+    return d_kernel, d_gate, loss
+
+
 def sparsity(routes: Routes, top_k: int) -> tuple[np.ndarray, float]:
     """ReMoE: N / (K T^2) sum_e (sum_t r_te) (sum_t [r_te > 0]) of the tokens kept, and each gate's gradient, [T, N]."""
     kept, num_experts = routes.mask.sum(), routes.weights.shape[1]

@@ -16,7 +16,7 @@ from default_moe.training.program import Program
 
 BASE = change(
     WITH_DENSE_LAYER,
-    moe={"num_experts": 8, "top_k": 2},
+    moe={"num_experts": 8, "top_k": 2, "simbal_weight": 0.1, "coupling_weight": 0.1},
     model={"d_model": 32, "output_z_weight": 0.01},
     optim={"peak_lr": 3e-3},
 )

@@ -48,6 +48,8 @@ def steps_by_hand(before, counts):
     return {"steps": before["steps"] + 1}
 
 
+OPTIONS = {"product_form": True, "num_groups": 2, "weight_scale": 2.5, "score_function": "sqrt_softplus"}
+OPTIONS |= {"simbal_weight": 0.1, "coupling_weight": 0.1}
 WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std": 0.5, "expert_gradient": True}
 
 
@@ -62,7 +64,7 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
         ({"router": "frozen", "top_k": 2}, moved),
         ({"router": "hash"}, None),
-        ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1}, None),
+        ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1, **OPTIONS}, None),
     ],
     ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "frozen", "hash", "densemixer"],
 )
