@@ -19,6 +19,7 @@ from default_moe.methods.loss_free import LossFree as LossFree
 from default_moe.methods.method import METHODS as METHODS
 from default_moe.methods.method import Method as Method
 from default_moe.methods.method import groups_of_settings as groups_of_settings
+from default_moe.methods.probmoe import ProbMoE as ProbMoE
 from default_moe.methods.remoe import ReMoE as ReMoE
 from default_moe.methods.sparsemixer import SparseMixer as SparseMixer
 from default_moe.methods.topk import TopK as TopK

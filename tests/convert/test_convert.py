@@ -279,7 +279,11 @@ def test_a_method_that_no_family_computes_is_not_exported():
         choose_family(settings({}, {"router": "sparsemixer"}))
 
 
-def test_default_vectors_that_only_train_the_router_are_no_obstacle():
-    for default in ({"substitute": "backward"}, {"substitute_at_eval": False}):
-        config = settings(SETTINGS["olmoe"][0], {"router": "default", "default": default})
+def test_what_only_trains_the_router_is_no_obstacle():
+    for moe in (
+        {"router": "default", "default": {"substitute": "backward"}},
+        {"router": "default", "default": {"substitute_at_eval": False}},
+        {"router": "probmoe"},
+    ):
+        config = settings(SETTINGS["olmoe"][0], moe)
         assert choose_family(config) == (FAMILIES["olmoe"], "")

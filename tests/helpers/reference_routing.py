@@ -3,6 +3,7 @@
 Written from the papers' formulas, sharing nothing with the package: see `reference.py`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,7 +71,8 @@ class Routes(NamedTuple):
 def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, drop: bool = False, mask=None) -> Routes:
     """Routes of tokens [T, D].
 
-    draws: for sparsemixer in training, for each of the K choices exponential numbers [T, N] and uniform ones [T].
+    draws: in training, for sparsemixer for each of the K choices exponential numbers [T, N] and uniform ones [T], for
+      probmoe one tuple of uniform ones [T, N].
     """
     mask = np.ones(len(x), bool) if mask is None else np.asarray(mask, bool)
     logits = x @ kernel
@@ -79,7 +81,7 @@ def route(x: np.ndarray, kernel: np.ndarray, s: Settings, draws: Any = None, dro
         if s.router == "hash":
             tokens.append(hash_token(token_id(t), len(of_token), s.top_k))
             continue
-        of_draws = draws and [(exponential[t], uniform[t]) for exponential, uniform in draws]
+        of_draws = draws and [tuple(numbers[t] for numbers in of_choice) for of_choice in draws]
         tokens.append(route_token(of_token, s, of_draws))
     chosen = [token.chosen for token in tokens]
     active = within_capacity(chosen, s, mask) if drop and s.capacity is not None else chosen
@@ -92,6 +94,8 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         return sparsemixer_token(logits, s, draws)
     if s.router == "remoe":
         return remoe_token(logits)
+    if s.router == "probmoe" and draws:
+        return probmoe_token(logits, s.top_k, *draws[0])
     num_experts = len(logits)
     scores, scores_to_logits = score(logits, s.score_function)
     biased = scores + (s.bias if s.router in ("loss_free", "frozen") else np.zeros(num_experts))
@@ -168,6 +172,28 @@ def remoe_token(logits: np.ndarray) -> TokenRoute:
         return TokenRoute(gates, gates, chosen, is_open, is_open)
     probs, probs_to_gates = share(gates)
     return TokenRoute(probs, gates, chosen, is_open, probs_to_gates @ is_open)
+
+
+def subsets(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All choices z of K experts [S, N], and the probability of each if z_i = 1 with sigmoid(s_i), given K in all."""
+    chosen = list(itertools.combinations(range(len(logits)), top_k))
+    sums = np.array([logits[list(experts)].sum() for experts in chosen])
+    return np.array([1.0 * np.isin(range(len(logits)), experts) for experts in chosen]), softmax(sums)
+
+
+def probmoe_token(logits: np.ndarray, top_k: int, uniform: np.ndarray) -> TokenRoute:
+    """From the last expert to the first, each runs if its number is below its probability, given those after it."""
+    z_SN, p_S = subsets(logits, top_k)
+    means = p_S @ z_SN
+    covariances = (z_SN.T * p_S) @ z_SN - np.outer(means, means)  # the slopes of the means
+    left = np.ones(len(p_S), bool)
+    for i in reversed(range(len(logits))):
+        runs = uniform[i] < p_S[left & (z_SN[:, i] == 1)].sum() / p_S[left].sum()
+        left &= z_SN[:, i] == runs
+    (z,) = z_SN[left]
+    probs, probs_to_logits = score(logits, "softmax")
+    to_logits = z[:, None] * probs_to_logits + probs[:, None] * covariances
+    return TokenRoute(probs, z * probs, list(np.flatnonzero(z)), to_logits, probs_to_logits)
 
 
 def sparsemixer_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> TokenRoute:

@@ -187,7 +187,9 @@ def test_noise_on_the_logits_has_its_standard_deviation_in_training_alone():
     np.testing.assert_allclose(plain[0, 0], plain[-1, -1])
 
 
-@pytest.mark.parametrize("fields", [{"router": "sparsemixer", "mask_threshold": 0.45}, {"router_noise_std": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"router": "sparsemixer", "mask_threshold": 0.45}, {"router": "probmoe"}, {"router_noise_std": 1.0}]
+)
 def test_random_numbers_are_the_same_on_any_mesh(fields):
     config, mesh = make_config(matmul="blocks", **fields), make_mesh(2, 2, 2)
     sharded = sharded_layers.arrays(config, mesh)

@@ -62,11 +62,12 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "topk", "balancer": Bias(0.25, "proportional")}, share_by_hand),
         ({"router": "default", "balancer": Quantile()}, moved),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
+        ({"router": "probmoe", "top_k": 2}, None),
         ({"router": "frozen", "top_k": 2}, moved),
         ({"router": "hash"}, None),
         ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1, **OPTIONS}, None),
     ],
-    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "frozen", "hash", "densemixer"],
+    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "probmoe", "frozen", "hash", "densemixer"],
 )
 def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     """With two microbatches and everything recomputed, where a state could move twice or four times."""
@@ -237,6 +238,10 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "sparsemixer", "score_function": "sigmoid"}, "made for softmax"),
         ({"router": "sparsemixer", "top_k": 2, "normalize_weights": True}, "experts that may be drawn"),
         ({"router": "sparsemixer", "router_noise_std": 0.1}, "draws experts at random already"),
+        ({"router": "probmoe", "score_function": "sigmoid"}, "its gates are softmaxes"),
+        ({"router": "probmoe", "top_k": 2, "normalize_weights": True}, "probabilities among all experts"),
+        ({"router": "probmoe", "router_noise_std": 0.1}, "draws experts at random already"),
+        ({"router": "probmoe", "balancer": "bias"}, "no bias steers its choice of experts"),
         ({"router": "remoe", "router_z_weight": 0.1}, "without a softmax"),
         ({"router": "remoe", "load_balance_weight": 0.01}, "its own loss balances the experts"),
         ({"router": "remoe", "capacity_factor": 2.0}, "not a capacity, says how many experts run"),
@@ -285,7 +290,9 @@ def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
 def test_settings_of_every_method_survive_being_saved(router):
     config = moe_config(router=router, num_experts=4)
     assert MoEConfig.from_mapping(config.to_dict()) == config
-    assert config.balance_weight == (0.01 if router in ("topk", "default", "densemixer", "sparsemixer") else 0)
+    assert config.balance_weight == (
+        0.01 if router in ("topk", "default", "densemixer", "sparsemixer", "probmoe") else 0
+    )
     assert dataclasses.replace(config, top_k=2).method == config.method
 
 
