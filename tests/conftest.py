@@ -56,6 +56,7 @@ SLOW = {
     "test_accelerator_bench": ("test_every_part_", "test_the_training_part_", "test_the_report_", "test_results_are_"),
     "test_fine_tuning": ("test_",),
     "test_convert": ("test_an_imported_",),
+    "test_upcycling": ("test_it_computes_",),
     "test_memory": ("test_the_memory_", "test_a_program_starts_", "test_what_runs_the_program_"),
     "test_train_step": ("test_accumulated_", "test_default_vectors_are_", "test_backward_"),
     "test_methods": ("test_every_method_equals_the_loops_on_a_mesh", "test_random_numbers_"),

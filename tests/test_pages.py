@@ -149,7 +149,7 @@ def read_command(own_flags, monkeypatch, capfd):
                 monkeypatch.setattr(getattr(program, suite), "run", stop)
             monkeypatch.setattr(program, "_accelerator", stop)
         if path.startswith("default_moe/convert/"):
-            for name in ("import_model", "export_model"):
+            for name in ("import_model", "export_model", "read_model", "read_checkpoint"):
                 monkeypatch.setattr(program, name, stop)
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         capfd.readouterr()

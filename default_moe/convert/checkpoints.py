@@ -22,11 +22,12 @@ from default_moe.sharding import unboxed
 
 @dataclass(frozen=True)
 class Weights:
-    """A model and the arrays of its collections, `params` among them."""
+    """A model and the arrays of its collections, `params` among them. corpus_hash: of the text it was trained on."""
 
     config: Config
     tokenizer: Tokenizer
     arrays: Mapping[str, Any]
+    corpus_hash: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -46,7 +47,8 @@ def read_checkpoint(workdir: Path, step: int | None, accept: Callable[[Config], 
     """
     with CheckpointStore(workdir, read_only=True) as store:
         step = store.newest_whole() if step is None else step
-        config, tokenizer = parse_meta(store.read_meta(step))
+        meta = store.read_meta(step)
+        config, tokenizer = parse_meta(meta)
         accept(config)
         cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         shapes = jax.tree.map(
@@ -57,7 +59,7 @@ def read_checkpoint(workdir: Path, step: int | None, accept: Callable[[Config], 
         wanted = {"params": shapes.pop("params"), **({"variables": shapes} if shapes else {})}
         restored, _, _ = store.restore_for_eval(wanted, step)
     arrays = {"params": restored["params"], **restored.get("variables", {})}
-    return Weights(config, tokenizer, jax.tree.map(np.asarray, arrays)), step
+    return Weights(config, tokenizer, jax.tree.map(np.asarray, arrays), meta.get("corpus_hash")), step
 
 
 def write_checkpoint(workdir: Path, weights: Weights) -> None:
@@ -66,7 +68,7 @@ def write_checkpoint(workdir: Path, weights: Weights) -> None:
     meta = {"config": weights.config.to_dict(), "tokenizer": weights.tokenizer.to_dict()}
     with new_folder(workdir) as unfinished, CheckpointStore(unfinished, compress=False) as store:
         state = {"params": params, "step": jax.device_put(np.int32(0))}
-        store.save(0, state, {**meta, "step": 0, "corpus_hash": None})
+        store.save(0, state, {**meta, "step": 0, "corpus_hash": weights.corpus_hash})
         store.wait()
         if store.needs_retry:
             raise ConfigError(f"{workdir} cannot be written: make room, or choose another folder")

@@ -1,6 +1,7 @@
 """The families of Hugging Face models that can be read and written: their config.json, and the names of their tensors.
 
 OLMoE (Muennighoff et al. 2024), Qwen3-MoE (Yang et al. 2025) and Mixtral (Jiang et al. 2024), as transformers has them.
+Of models without experts Llama, Mistral and Qwen3 can be read.
 """
 
 import itertools
@@ -54,16 +55,21 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the
 _CHOOSE_K = ("topk", "default", "densemixer", "loss_free", "frozen", "probmoe")
 _WRITTEN = (*_CHOOSE_K, "dense", "remoe")
 FAMILIES = {family.model_type: family for family in (OLMOE, QWEN3, MIXTRAL)}
+# Models without experts, which are only read.
+LLAMA = Family("llama", "LlamaForCausalLM", "", "", "mlp", _PARTS, "none")
+MISTRAL = Family("mistral", "MistralForCausalLM", "", "", "mlp", _PARTS, "none")
+DENSE_QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "", "", "mlp", _PARTS, "head")
+DENSE = {family.model_type: family for family in (LLAMA, MISTRAL, DENSE_QWEN3)}
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json. Raises ConfigError if it is none of these."""
-    found = values.get("model_type")
+    found, known = values.get("model_type"), FAMILIES | DENSE
     check(
-        isinstance(found, str) and found in FAMILIES,
-        f"{where}: model_type is {quoted(found)}, but must be one of {', '.join(map(repr, FAMILIES))}",
+        isinstance(found, str) and found in known,
+        f"{where}: model_type is {quoted(found)}, but must be one of {', '.join(map(repr, known))}",
     )
-    return FAMILIES[str(found)]
+    return known[str(found)]
 
 
 def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -112,6 +118,14 @@ def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         "qk_norm": family.qk_norm,
         "num_dense_layers": 0,
     }
+    if family is DENSE_QWEN3:
+        must_be("use_sliding_window", False, None)
+    if family in (MIXTRAL, MISTRAL):
+        model["attention_window"] = optional("sliding_window")
+    if family.model_type in DENSE:
+        must_be("mlp_bias", False, None)
+        model |= {"num_dense_layers": model["num_layers"], "dense_dim": number("intermediate_size")}
+        return {"model": model, "moe": {"router": "topk"}}
     moe: dict[str, Any] = {
         "router": "topk",
         "num_experts": number(next((key for key in _NUM_EXPERTS if key in values), family.num_experts)),
@@ -133,8 +147,6 @@ def settings_of(values: Mapping[str, Any], where: str) -> dict[str, dict[str, An
             "dense_layers": ",".join(str(layer) for layer in dense if layer > first) or None,
             "dense_dim": number("intermediate_size") if dense or every > 1 else None,
         }
-    if family is MIXTRAL:
-        model["attention_window"] = optional("sliding_window")
     return {"model": model, "moe": moe}
 
 

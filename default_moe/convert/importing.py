@@ -1,5 +1,6 @@
 """A Hugging Face model as a run of ours, which eval.py and `init_from` take."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ def import_model(folder: Path, workdir: Path) -> Config:
     return weights.config
 
 
-def read_model(folder: Path) -> Weights:
+def read_model(folder: Path, accept: Callable[[Config], Any] = lambda config: None) -> Weights:
     """A model's weights, in float32.
 
+    accept: raises ConfigError for a model that is of no use.
     Raises ConfigError if the model cannot be represented or the folder is not whole.
     """
     values = read_json_file(folder / "config.json")
@@ -43,6 +45,7 @@ def read_model(folder: Path) -> Weights:
             "train": {"sequence_length": length, "batch_size": 8},
         }
     )
+    accept(config)
     tokenizer = open_tokenizer_file(folder / "tokenizer.json")
     vocab_size = int(values["vocab_size"])
     check(

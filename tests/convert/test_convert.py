@@ -185,7 +185,7 @@ def no_shard(folder):
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 BAD = {
-    "another architecture": (change_config(model_type="llama"), "model_type is 'llama', but must be one of"),
+    "another architecture": (change_config(model_type="gpt2"), "model_type is 'gpt2', but must be one of"),
     "another activation": (change_config(hidden_act="gelu"), "hidden_act is 'gelu', but only 'silu'"),
     "biases": (change_config(attention_bias=True), "attention_bias is True"),
     "clipped projections": (change_config(clip_qkv=8.0), "clip_qkv is 8.0"),

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.hf_models import FAMILIES, hf_model, our_logits, our_variables, write_tokenizer
+from helpers.hf_models import DENSE, FAMILIES, hf_model, our_logits, our_variables, write_tokenizer
 
 from default_moe.config import Config, MeshConfig
 from default_moe.convert.exporting import export_model
 from default_moe.convert.families import DEFAULT_MOE
-from default_moe.convert.importing import import_model
+from default_moe.convert.importing import import_model, read_model
+from default_moe.convert.upcycling import Upcycling, upcycle
 from default_moe.data.tokenizer import train_bpe
 from default_moe.model.language_model import build_model, traced_init
 from default_moe.runs.checkpoint import CheckpointStore
@@ -76,6 +77,19 @@ def test_a_model_of_theirs_gives_the_same_logits_and_tokens_and_comes_back_as_it
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == list(text.encode()) and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_dense_model_of_theirs_is_upcycled_to_one_that_computes_the_same(tmp_path, family):
+    model = hf_model(family)
+    model.save_pretrained(tmp_path / "theirs")
+    write_tokenizer(tmp_path / "theirs")
+    config = upcycle(read_model(tmp_path / "theirs"), tmp_path / "run", Upcycling(4, 3))
+    assert (config.model.num_moe_layers, config.moe.num_experts, config.moe.expert_dim) == (3, 4, 40)
+    tokens = np.random.default_rng(0).integers(0, 257, (3, 17))
+    expected = their_logits(model, tokens)
+    assert np.abs(our_logits(tmp_path / "run", tokens) - expected).max() < 1e-4 * max(np.abs(expected).max(), 1)
+    assert expected.std() > 0.1
 
 
 def test_a_trained_tokenizer_gives_the_same_ids_there(tmp_path):

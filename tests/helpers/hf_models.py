@@ -48,13 +48,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "intermediate_size": 24, "sliding_window": 8, "rope_theta": 1_000_000.0},
 }
 
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 40, "rope_theta": 500_000.0},
+    "mistral": {"intermediate_size": 40, "sliding_window": 8, "rope_theta": 10_000.0},
+    "qwen3": {"intermediate_size": 40, "head_dim": 16, "rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+}
+
 
 def hf_model(family: str) -> Any:
     """A model with random weights, norms among them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**SHAPE, **FAMILIES[family]}
+    settings = {**SHAPE, **(FAMILIES | DENSE)[family]}
     theta = settings.pop("rope_theta")
     torch.manual_seed(0)
     config = AutoConfig.for_model(
