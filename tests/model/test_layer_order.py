@@ -83,12 +83,13 @@ def test_vectors_and_statistics_are_those_of_blocks_one_by_one():
     def of_layer(tree, index):
         return jax.tree.map(lambda a: a[index], tree)
 
+    blocks = {kind: Block(MODEL, experts, 8, True, None) for kind, experts in (("D", None), ("M", moe))}
+    run = {kind: jax.jit(functools.partial(b.apply, mutable=["default_vectors"])) for kind, b in blocks.items()}
     for kind in "DMMDMMD":
         name = STACKS["DM".index(kind)]
         index, done[name] = done[name], done[name] + 1
         own = {c: of_layer(tree[name], index) for c, tree in variables.items() if name in tree}
-        block = Block(MODEL, moe if kind == "M" else None, 8, True, None)
-        (x, expected), after = jax.jit(functools.partial(block.apply, mutable=["default_vectors"]))(own, x, tokens)
+        (x, expected), after = run[kind](own, x, tokens)
         if kind == "M":
             wanted = expected, after["default_vectors"]
             for a, b in zip(
@@ -115,27 +116,33 @@ def test_each_layer_draws_its_own_random_numbers():
     assert len(np.unique(stats.mean_router_probs, axis=0)) == 1
 
 
-@pytest.mark.parametrize("settings", [{"scan_unroll": 7}, {"remat": "full"}, {"remat": "dots", "scan_unroll": 3}])
+@pytest.mark.parametrize("settings", [{"scan_unroll": 7}, {"remat": "dots", "scan_unroll": 3}])
 def test_unrolling_and_rematerialisation_change_nothing(settings):
     plain, changed = (trained(LanguageModel(m, MOE, 31)) for m in (MODEL, dataclasses.replace(MODEL, **settings)))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * (1 + float(np.abs(a).max())))
 
 
-@pytest.mark.parametrize("settings", [{"num_layers": 4, "moe_every": 2}, {"num_layers": 5, "dense_layers": "2"}])
-def test_gradients_and_vectors_of_microbatches_add_up(settings):
-    """The first is one group of whole stacks, DMDM, the second is not, DMDMM."""
-    moe = {"substitute": "backward", "load_balance_weight": 0.0}
-    config = change(CONFIG, model={"num_dense_layers": 1, **settings}, moe=moe)
+@pytest.mark.parametrize(
+    ("layers", "moe"),
+    [
+        ({"num_layers": 4, "moe_every": 2}, {"router": "topk"}),  # DMDM: one group of whole stacks
+        ({"num_layers": 5, "dense_layers": "2"}, {"router": "topk"}),  # DMDMM: parts of them
+        ({"num_layers": 5, "dense_layers": "2"}, {"substitute": "backward"}),
+    ],
+    ids=["whole stacks", "parts", "vectors"],
+)
+def test_gradients_and_vectors_of_microbatches_add_up(layers, moe):
+    config = change(CONFIG, model={"num_dense_layers": 1, **layers}, moe={"load_balance_weight": 0.0, **moe})
     (state, metrics), (expected_state, expected) = (
         step_of(one, batch=make_batch(4)) for one in (change(config, train={"grad_accum_steps": 2}), config)
     )
-    counts = [m["layers"].tokens_per_expert for m in (metrics, expected)]
-    np.testing.assert_array_equal(*counts)
+    np.testing.assert_array_equal(*(m["layers"].tokens_per_expert for m in (metrics, expected)))
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
-    found, wanted = ((s.opt_state, s.variables) for s in (state, expected_state))
+    # Vectors are other ones in each microbatch, and so is what the router's gradient makes of them.
+    found, wanted = (s.variables or s.opt_state for s in (state, expected_state))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_depths_that_lack_a_listed_layer_are_not_swept(monkeypatch):
