@@ -66,7 +66,13 @@ def _upcycled_config(dense: Config, how: Upcycling) -> Config:
     return Config.from_mapping(
         {
             **values,
-            "model": {**values["model"], "num_dense_layers": 0, "dense_dim": None},
+            "model": {
+                **values["model"],
+                "num_dense_layers": 0,
+                "moe_every": 1,
+                "dense_layers": None,
+                "dense_dim": None,
+            },
             "moe": {
                 "router": "topk",
                 "num_experts": how.num_experts,
