@@ -12,12 +12,13 @@ import numpy as np
 import tokenizers
 
 from default_moe.config import Config, MoEConfig, flat_items
-from default_moe.convert.checkpoints import read_checkpoint
+from default_moe.convert.checkpoints import Weights, read_checkpoint
 from default_moe.convert.families import DEFAULT_MOE, Family, adds_vectors, choose_family, config_json
 from default_moe.convert.folders import SHARD_BYTES, new_folder, read_json_file, write_json, write_tensors
 from default_moe.convert.tensors import parts
 from default_moe.data.json_tokenizer import byte_level_json
 from default_moe.methods import RouterInputs
+from default_moe.model.size import parameter_counts
 from default_moe.moe.layer import ROUTER_STATE
 
 _PLACES = ("data.files", "data.dir", "data.tokenizer", "init_from")  # say nothing elsewhere
@@ -60,7 +61,7 @@ def export_model(
         separator = tokenizers.Tokenizer.from_str(json.dumps(described)).id_to_token(tokenizer.separator)
         own = {"bos_token": separator, "eos_token": separator, "clean_up_tokenization_spaces": False}
         write_json(unfinished / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **own})
-        (unfinished / "README.md").write_text(_card(config, family, step, workdir.absolute()))
+        (unfinished / "README.md").write_text(_card(weights, family, step, workdir.absolute()))
     return family, why
 
 
@@ -71,11 +72,33 @@ def _vector_share(moe: MoEConfig, router_state: Any) -> float:
     return 1.0 if share is None else float(share)
 
 
-def _card(config: Config, family: Family, step: int, workdir: Path) -> str:
+def _held_out(workdir: Path, step: int) -> str:
+    """A sentence with a step's held-out figures: those of eval.py, else those of the training, if there are any."""
+    report = workdir / "eval" / f"step_{step}.json"
+    if report.is_file():
+        figures, source = read_json_file(report), "eval.py"
+    else:
+        metrics = read_json_file(workdir / "checkpoints" / str(step) / "metrics.json")
+        figures = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+        source = "the training"
+    loss, bits = figures.get("loss"), figures.get("bits_per_byte")
+    if not loss or not bits:
+        return ""
+    return f"Its held-out loss is {loss:.4f} nats per token, {bits:.4f} bits per byte (by {source}).\n"
+
+
+def _card(weights: Weights, family: Family, step: int, workdir: Path) -> str:
+    config, counts = weights.config, parameter_counts(weights.config, weights.vocab_size)
     model, moe = config.model, config.moe
-    figures = read_json_file(workdir / "checkpoints" / str(step) / "metrics.json")
-    loss, bits = figures.get("eval/loss"), figures.get("eval/bits_per_byte")
-    held_out = f"Its held-out loss is {loss:.4f} nats per token, {bits:.4f} bits per byte.\n" if loss and bits else ""
+    size = f"{counts.total / 1e6:.2f} million parameters, {counts.active / 1e6:.2f} million of them used by each token"
+    experts = f", {moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} for each token"
+    trained = (
+        f"Trained for {step} steps with default_moe{' from the weights of another run' if config.init_from else ''}, "
+        f"by the method `{moe.method.name}` on\n`{config.data.name}`, {config.train.batch_size} sequences of "
+        f"{config.train.sequence_length} tokens a step."
+        if step
+        else "Not trained with default_moe: the weights are as they were imported or made, before the first step."
+    )
     defaults = dict(flat_items(Config().to_dict()))
     own = {name: value for name, value in flat_items(config.to_dict()) if value != defaults.get(name)}
     trust = ", trust_remote_code=True" if family is DEFAULT_MOE else ""
@@ -85,11 +108,10 @@ library_name: transformers
 ---
 # {workdir.name}, step {step}
 
-A sparse Mixture-of-Experts language model of the architecture {family.architecture}: {model.num_layers} layers of width
-{model.d_model}, {moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} for each token. Trained with
-default_moe by the method `{moe.method.name}` on `{config.data.name}`, {config.train.batch_size} sequences of
-{config.train.sequence_length} tokens a step.
-{held_out}
+A language model of the architecture {family.architecture}: {size}.
+{model.num_layers} layers of width {model.d_model}{experts if model.num_moe_layers else ""}.
+{trained}
+{_held_out(workdir, step)}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -189,18 +189,18 @@ def choose_family(config: Config) -> tuple[Family, str]:
         QWEN3.model_type: [window],
         MIXTRAL.model_type: [dense, others, (moe.normalize_weights, "moe.normalize_weights is False")],
     }
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         same_norm = (model.qk_norm == family.qk_norm, f"model.qk_norm is {model.qk_norm!r}")
         reason = next((why for fits, why in [*common, same_norm, *own[family.model_type]] if not fits), None)
         if reason is None:
             return family, ""
-        reasons.append(f"not as {family.model_type}, since {reason}")
+        reasons.setdefault(reason, []).append(family.model_type)
     check(
         moe.method.name in _WRITTEN or model.num_moe_layers == 0,
         f"moe.router is {moe.method.name!r}, but only models of {', '.join(map(repr, _WRITTEN))} can be written",
     )
-    return DEFAULT_MOE, "; ".join(dict.fromkeys(reasons))
+    return DEFAULT_MOE, "; ".join(f"not as {' or '.join(names)}, since {why}" for why, names in reasons.items())
 
 
 def config_json(

@@ -61,6 +61,10 @@ def test_it_computes_the_same_and_is_evaluated_and_trained_on(dense, tmp_path):
     loss = (np.log(np.exp(logits).sum(axis=-1)) - chosen).mean()
     assert metrics(tmp_path / "tuned")[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
     assert export_model(tmp_path / "moe", tmp_path / "out", None, "float32")[0].model_type == "mixtral"
+    figures = f"{reports[1]['loss']:.4f} nats per token, {reports[1]['bits_per_byte']:.4f} bits per byte (by eval.py)."
+    assert figures in (tmp_path / "out" / "README.md").read_text()
+    export_model(tmp_path / "tuned", tmp_path / "tuned_out", None, "float32")
+    assert "Trained for 1 steps with default_moe from the" in (tmp_path / "tuned_out" / "README.md").read_text()
 
 
 def test_units_are_drawn_anew_as_the_old_ones_were(dense, tmp_path):
