@@ -13,6 +13,8 @@ from default_moe.methods.decision import scores as scores
 from default_moe.methods.default import DefaultMoE as DefaultMoE
 from default_moe.methods.dense import Dense as Dense
 from default_moe.methods.densemixer import DenseMixer as DenseMixer
+from default_moe.methods.expert_threshold import DefaultThreshold as DefaultThreshold
+from default_moe.methods.expert_threshold import ExpertThreshold as ExpertThreshold
 from default_moe.methods.frozen import Frozen as Frozen
 from default_moe.methods.hash import Hash as Hash
 from default_moe.methods.loss_free import LossFree as LossFree

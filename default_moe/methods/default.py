@@ -77,6 +77,12 @@ class DefaultVectorSettings:
             "the output whose gradient could reach the experts",
         )
 
+    def substitution(self, state: State) -> Array | None:
+        """0 in the first step, 1 after `substitute_ramp_steps`, linear in between; None without a ramp."""
+        if not self.substitute_ramp_steps:
+            return None
+        return jnp.minimum(state["steps"] / self.substitute_ramp_steps, 1.0)
+
 
 @dataclass(frozen=True)
 class DefaultMoE(DefaultVectorSettings, Method):
@@ -101,7 +107,7 @@ class DefaultMoE(DefaultVectorSettings, Method):
         )
 
     def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
-        share = self._substitution(inputs.state)
+        share = self.substitution(inputs.state)
         decision = decide(inputs.logits, choose(inputs, config), config, substitution=share)
         return product_form(decision, config) if self.product_form else decision
 
@@ -110,9 +116,3 @@ class DefaultMoE(DefaultVectorSettings, Method):
 
     def next_state(self, state: State, load: Load, config: LayerSettings) -> State:
         return {"steps": state["steps"] + 1} if self.substitute_ramp_steps else {}
-
-    def _substitution(self, state: State) -> Array | None:
-        """0 in the first step, 1 after `substitute_ramp_steps`, linear in between; None without a ramp."""
-        if not self.substitute_ramp_steps:
-            return None
-        return jnp.minimum(state["steps"] / self.substitute_ramp_steps, 1.0)

@@ -276,8 +276,9 @@ def test_what_no_public_family_computes_is_exported_with_code_of_its_own(name):
 
 
 def test_a_method_that_no_family_computes_is_not_exported():
-    with pytest.raises(ConfigError, match=r"moe\.router is 'sparsemixer', but only models of 'topk', "):
-        choose_family(settings({}, {"router": "sparsemixer"}))
+    for router in ("sparsemixer", "hash", "expert_threshold", "default_threshold"):
+        with pytest.raises(ConfigError, match=rf"moe\.router is '{router}', but only models of 'topk', "):
+            choose_family(settings({}, {"router": router}))
 
 
 def test_what_only_trains_the_router_is_no_obstacle():

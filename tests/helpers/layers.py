@@ -24,6 +24,7 @@ TOKENS = BATCH * LENGTH
 # Weights of the losses beside <g, y> that make their gradients about as large as its own.
 BALANCE_WEIGHT, Z_WEIGHT, SEQUENCE_WEIGHT, SPARSITY_WEIGHT, SIMBAL_WEIGHT = 30.0, 3.0, 20.0, 50.0, 100.0
 LAMBDA = 0.25
+THRESHOLDS = (0.125, 0.5, 0.25, 0.75, 0.0625, 0.125, 0.5, 0.25)  # of 8 experts: some tokens are below all
 
 
 def moe_config(**fields: Any) -> MoEConfig:
@@ -71,6 +72,7 @@ def settings_of(config: MoEConfig, length: int = LENGTH) -> Settings:
         product_form=getattr(config.method, "product_form", False),
         num_groups=config.num_groups,
         groups_per_token=config.groups_per_token,
+        thresholds=THRESHOLDS,
         threshold=getattr(config.method, "mask_threshold", 0.1),
         capacity=config.capacity(length),
         length=length,
@@ -86,11 +88,16 @@ def variables_of(config: MoEConfig, params: Params, ema: Any) -> dict[str, Any]:
     """Variables of a layer, whatever its method keeps among them."""
     kernel, gate, up, down = (jnp.asarray(p, jnp.float32) for p in params)
     tree = {"params": {"router": {"kernel": kernel}, "experts": {"gate": gate, "up": up, "down": down}}}
-    steps = 0
+    ramp = 4  # for thresholds, whose steps count too
     if config.default_vectors:
         tree["default_vectors"] = {"ema": jnp.asarray(ema, jnp.float32)}
-        steps = config.default_vectors.substitute_ramp_steps * 3 // 4
-    state = {"lambda": jnp.float32(LAMBDA), "bias": jnp.float32(bias_of(config)), "steps": jnp.int32(steps)}
+        ramp = config.default_vectors.substitute_ramp_steps or ramp
+    state = {
+        "lambda": jnp.float32(LAMBDA),
+        "bias": jnp.float32(bias_of(config)),
+        "threshold": jnp.float32(THRESHOLDS),
+        "steps": jnp.int32(ramp * 3 // 4),
+    }
     kept = {name: state[name] for name in initial_router_state(config)}
     return {**tree, "router_state": kept} if kept else tree
 
@@ -175,7 +182,7 @@ def check_aux(config: MoEConfig, aux: dict[str, Any], expected: Result) -> None:
     shape = aux["router_probs"].shape
     assert_close(aux["router_probs"], routes.probs.reshape(shape), "router_probs")
     index_TK = np.asarray(aux["expert_index"]).reshape(len(routes.chosen), -1)
-    if config.method.name in ("dense", "remoe"):
+    if config.most_experts_per_token == config.num_experts > config.top_k:
         assert [[i for i in index if i < config.num_experts] for index in index_TK] == routes.chosen
         assert_close(aux["combine_weights"], routes.weights.reshape(shape), "combine_weights")
     else:

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from helpers.reference_routing import Routes, route, softmax
+from helpers.reference_routing import VECTOR_METHODS, Routes, route, softmax
 from helpers.reference_routing import Settings as Settings  # part of this module's interface
 from helpers.reference_routing import token_id as token_id
 
@@ -157,14 +157,14 @@ def forward(x, params: Params, ema, s: Settings, *, update: bool = True, mask=No
     """The layer on tokens [T, D]; with `update` as in training: default vectors move, tokens may be dropped."""
     routes = route(x, params.kernel, s, draws, update, mask)
     used = new = ema
-    if update and s.router == "default":
+    if update and s.router in VECTOR_METHODS:
         new = update_ema(x, params, routes, ema, s)
         used = new if s.ema_update == "before" else ema
     y = np.zeros_like(x)
     for t, i in np.ndindex(routes.weights.shape):
         if i in routes.active[t]:
             y[t] += routes.weights[t, i] * expert(params, i, x[t])
-        elif s.router == "default" and s.substitute == "forward":
+        elif s.router in VECTOR_METHODS and s.substitute == "forward":
             y[t] += s.substitution * routes.weights[t, i] * used[i]
     counts, _, load_balance_loss, z_loss = balance(routes)
     return Result(y, new, used, routes, counts, load_balance_loss, z_loss)
@@ -191,7 +191,7 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
             add_expert_gradient(d, params, i, x, t, routes.weights[t, i] * g[t])
         if i in routes.active[t] or s.router == "densemixer":
             d_weights[t, i] += g[t] @ expert(params, i, x[t])
-        elif s.router == "default":
+        elif s.router in VECTOR_METHODS:
             d_weights[t, i] += g[t] @ result.used[i]
     if s.product_form:
         for t, i in np.ndindex(shape_TN):

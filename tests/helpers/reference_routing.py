@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+VECTOR_METHODS, THRESHOLD_METHODS = ("default", "default_threshold"), ("expert_threshold", "default_threshold")
+
 
 class Settings(NamedTuple):
     """What the mathematics depends on, as in `MoEConfig` and the methods' settings.
 
     substitution: share of default vectors in the output with substitute="forward".  bias: of loss_free and frozen, [N].
+    thresholds: of the experts, [N].
     capacity: tokens of a sequence of `length` that an expert takes; None for no limit.
     """
 
@@ -33,6 +36,7 @@ class Settings(NamedTuple):
     num_groups: int = 1
     groups_per_token: int = 1
     product_form: bool = False
+    thresholds: tuple[float, ...] | None = None
     threshold: float = 0.1
     capacity: int | None = None
     length: int | None = None
@@ -101,6 +105,8 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
     biased = scores + (s.bias if s.router in ("loss_free", "frozen") else np.zeros(num_experts))
     ranked = sorted(best_groups(biased, s), key=lambda i: (-biased[i], i))
     chosen = list(range(num_experts)) if s.router == "dense" else ranked[: s.top_k]
+    if s.router in THRESHOLD_METHODS:
+        chosen = [i for i in range(num_experts) if scores[i] > s.thresholds[i]] or ranked[:1]
     weights, weights_to_scores = scores, np.eye(num_experts)
     if s.normalize_weights:
         is_chosen = np.isin(range(num_experts), chosen)

@@ -34,6 +34,8 @@ CASES = [
     {"router": "remoe", "matmul": "blocks"},
     {"router": "remoe"},
     {"router": "loss_free", "matmul": "blocks"},
+    {"router": "expert_threshold", **SIGMOID, **NORMALIZED},
+    {"router": "default_threshold", "matmul": "blocks", "substitute_ramp_steps": 8, "expert_gradient": True},
     {"router": "hash", "capacity_factor": 1.0},
     {"router": "frozen", "matmul": "blocks", **NORMALIZED},
     {"router": "loss_free", **SIGMOID, **NORMALIZED},
@@ -56,6 +58,9 @@ def test_every_method_equals_the_loops(fields):
     routes = expected.routes
     if fields["router"] == "remoe":
         assert {len(chosen) for chosen in routes.chosen} > {2, 3, 4}  # as many as there are open gates
+    if fields["router"] == "default_threshold":
+        above = [(token.probs > layers.THRESHOLDS).sum() for token in routes.tokens]
+        assert set(above) >= {0, 1, 2}  # where none is above its threshold, the likeliest runs
     if fields["router"] == "loss_free":
         x, params, _, _ = inputs(31)
         plain = reference.route(x, params.kernel, settings_of(make_config(**fields))._replace(router="topk"))
@@ -214,6 +219,7 @@ EXCHANGED = {"expert_parallel": "exchange"}
         ((1, 1, 8), {"router": "densemixer", "matmul": "ragged"}),
         ((2, 1, 4), {"router": "dense", "matmul": "ragged"}),
         ((2, 2, 2), {"router": "hash", "matmul": "blocks"}),
+        ((2, 2, 2), {"router": "default_threshold", "matmul": "blocks"}),
         ((2, 2, 2), {"router": "remoe", "matmul": "blocks"}),
         ((2, 2, 2), {"router": "loss_free", "capacity_factor": 1.0, "sequence_balance_weight": 1.0}),
         ((2, 2, 2), {"capacity_factor": 1.0, "ema_update": "after", "substitute_ramp_steps": 8, "matmul": "ragged"}),

@@ -88,7 +88,8 @@ def tags_of_layers(moe):
     """What is logged of a model's second layer, from the shapes of what it reports in training."""
     model = ModelConfig(d_model=16, num_heads=2, attention="xla")
     block = Block(model, moe, 16, True, None)
-    x, tokens = jnp.zeros((2, 4, 16)), Tokens(jnp.zeros((2, 4), jnp.int32), None, None)
+    zeros = jnp.zeros((2, 4), jnp.int32)
+    x, tokens = jnp.zeros((2, 4, 16)), Tokens(zeros, None, None, zeros)
     variables = jax.eval_shape(block.init, jax.random.key(0), x, tokens)
     (_, stats), _ = jax.eval_shape(
         lambda v: block.apply(v, x, tokens, mutable=True, rngs={"router": jax.random.key(0)}), variables

@@ -44,6 +44,13 @@ def moved(before, counts):
     return dict.fromkeys(before)
 
 
+def first_threshold(before, counts):
+    """In the first step the K likeliest run, then the thresholds are no longer 0."""
+    if before["steps"][0] == 0:
+        assert (counts.sum(axis=1) == TOKENS).all()
+    return {"threshold": None, "steps": before["steps"] + 1}
+
+
 def steps_by_hand(before, counts):
     return {"steps": before["steps"] + 1}
 
@@ -62,12 +69,25 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "topk", "balancer": Bias(0.25, "proportional")}, share_by_hand),
         ({"router": "default", "balancer": Quantile()}, moved),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
+        ({"router": "default_threshold", "substitute_ramp_steps": 2}, first_threshold),
         ({"router": "probmoe", "top_k": 2}, None),
         ({"router": "frozen", "top_k": 2}, moved),
         ({"router": "hash"}, None),
         ({"router": "densemixer", "num_shared_experts": 1, "sequence_balance_weight": 0.1, **OPTIONS}, None),
     ],
-    ids=["loss_free", "remoe", "default", "bias", "quantile", "sparsemixer", "probmoe", "frozen", "hash", "densemixer"],
+    ids=[
+        "loss_free",
+        "remoe",
+        "default",
+        "bias",
+        "quantile",
+        "sparsemixer",
+        "threshold",
+        "probmoe",
+        "frozen",
+        "hash",
+        "densemixer",
+    ],
 )
 def test_what_a_method_keeps(fields, next_by_hand, tmp_path):
     """With two microbatches and everything recomputed, where a state could move twice or four times."""
@@ -249,6 +269,18 @@ def test_a_loss_may_not_take_the_place_of_another():
         ({"router": "remoe", "router_init_std": 0.0}, "a router of which all logits are 0 never learns"),
         ({"router": "remoe", "initial_lambda": 0.0}, "must be positive"),
         ({"router": "loss_free", "bias_update_rate": 0.0}, "must be positive"),
+        ({"router": "expert_threshold", "balancer": "bias"}, "its thresholds even out the load"),
+        ({"router": "expert_threshold", "load_balance_weight": 0.1}, "its thresholds even out the load"),
+        ({"router": "expert_threshold", "capacity_factor": 2.0}, "say how many experts run"),
+        ({"router": "expert_threshold", "router_noise_std": 0.1}, "not those of scores without"),
+        ({"router": "expert_threshold", "normalize_weights": True}, "with moe.top_k = 1 that makes every weight 1"),
+        ({"router": "expert_threshold", "num_experts": 1}, "needs experts to choose from"),
+        ({"router": "expert_threshold", "threshold_decay": 1.5}, "lie in"),
+        ({"router": "default_threshold", "top_k": 2, "normalize_weights": True}, "leave none for the default vectors"),
+        (
+            {"router": "default_threshold", "substitute": "backward", "expert_gradient": True},
+            "moe.default_threshold.sub",
+        ),
         ({"router": "frozen", "load_balance_weight": 0.1}, "no loss reaches its router"),
         ({"router": "frozen", "sequence_balance_weight": 0.1}, "no loss reaches its router"),
         ({"router": "frozen", "router_z_weight": 0.1}, "no loss reaches its router"),
@@ -280,7 +312,7 @@ def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
         ({"remoe": {"lamda_factor": 1.1}}, "no setting 'moe.remoe.lamda_factor'; did you mean 'lambda_factor'"),
         ({"defualt": {"ema_decay": 0.5}}, "no setting 'moe.defualt'; did you mean 'default'"),
         ({"default": 3}, "moe.default is 3, but must be a group of settings"),
-        ({"router": []}, "moe.router is [], but must be one of 'default', 'dense'"),
+        ({"router": []}, "moe.router is [], but must be one of 'default', 'default_threshold', 'dense'"),
     ):
         with refused(re.escape(words)):
             MoEConfig.from_mapping(mapping)
