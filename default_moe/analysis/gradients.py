@@ -24,7 +24,7 @@ from default_moe.config import Config
 from default_moe.data import Rows
 from default_moe.errors import ConfigError, TrainingFailed
 from default_moe.methods import METHODS, Method
-from default_moe.moe.layer import DEFAULT_VECTORS
+from default_moe.moe.layer import DEFAULT_VECTORS, ROUTER_STATE
 from default_moe.runs.warm_up import warm_up
 from default_moe.training.memory import out_of_memory_in_one_line
 from default_moe.training.program import Program
@@ -143,6 +143,7 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
         config.moe,
         router=router,
         top_k=top_k,
+        balancer=config.moe.balancer if router.takes_bias else "auto",
         load_balance_weight=0.0,
         sequence_balance_weight=0.0,
         router_z_weight=0.0,
@@ -202,6 +203,10 @@ def _state(checkpoint: Checkpoint, program: Program, rows: Rows) -> TrainState:
     state = dataclasses.replace(new, params=checkpoint.params)
     if moe.method == trained.method and moe.top_k == trained.top_k:
         return dataclasses.replace(state, variables=dict(checkpoint.variables))
+    if moe.load_balancer.biased and moe.load_balancer == trained.load_balancer:
+        names = set(moe.load_balancer.initial_state(moe))
+        taken = _taken_over(state.variables[ROUTER_STATE], checkpoint.variables[ROUTER_STATE], names)
+        state = dataclasses.replace(state, variables={**state.variables, ROUTER_STATE: taken})
     if moe.default_vectors:
         state = warm_up(program, state, rows, max(moe.default_vectors.warm_up_batches, 1))
     # What the method keeps beside them goes with any K.
@@ -209,3 +214,11 @@ def _state(checkpoint: Checkpoint, program: Program, rows: Rows) -> TrainState:
     if moe.method == trained.method:
         state = dataclasses.replace(state, variables={**state.variables, **kept})
     return state
+
+
+def _taken_over(new: Any, old: Any, names: set[str]) -> dict[str, Any]:
+    """`new` with the arrays of these names as they are in `old`, a tree of dicts like it."""
+    return {
+        name: _taken_over(value, old[name], names) if isinstance(value, dict) else old[name] if name in names else value
+        for name, value in new.items()
+    }

@@ -26,6 +26,8 @@ class Frozen(TopK):
         "load_balance_weight": _NO_GRADIENT,
         "sequence_balance_weight": _NO_GRADIENT,
         "router_z_weight": _NO_GRADIENT,
+        "simbal_weight": "it would train the router's matrix",
+        "coupling_weight": "it would train the router's matrix",
     }
 
     def check(self, config: LayerSettings) -> None:

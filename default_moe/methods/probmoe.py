@@ -28,6 +28,7 @@ class ProbMoE(Method):
     takes_bias = False
     refused: ClassVar = {
         "score_function": "its gates are softmaxes, its draws of sigmoids",
+        "weight_scale": "its gates are probabilities among all experts",
         "normalize_weights": "its gates are probabilities among all experts",
         "router_noise_std": "it draws experts at random already",
     }

@@ -88,6 +88,19 @@ def test_the_reference_is_the_slope_of_the_dense_models_loss(trained):
     assert slope == pytest.approx(expected, rel=0.02)
 
 
+def test_a_balancers_bias_chooses_for_other_methods_too(trained):
+    checkpoint, rows = trained
+    moe = dataclasses.replace(checkpoint.config.moe, router="topk", balancer="quantile")
+    config = dataclasses.replace(checkpoint.config, moe=moe)
+    bias = np.float32([[0.5, 0.25, -0.25, -0.5], [0.0, 0.5, -0.5, 0.0]])
+    variables = {"router_state": {"moe_layers": {"moe": {"bias": bias}}}}
+    biased = Checkpoint(config, 257, 4, checkpoint.params, variables)
+    other = config_for(config, "densemixer", 1)
+    state = gradients._state(biased, Program(other, 257), rows)
+    np.testing.assert_array_equal(state.variables["router_state"]["moe_layers"]["moe"]["bias"], bias)
+    assert config_for(config, "dense", 1).moe.load_balancer.name == "none"
+
+
 def test_the_more_experts_run_the_closer_the_gradient(trained):
     """Nearly all experts give nearly the dense gradient, and Default MoE's is that of its training step."""
     checkpoint, rows = trained

@@ -97,6 +97,10 @@ def test_sqrt_softplus_far_from_zero(normalized):
         ({"router": "topk", "weight_scale": 0.0}, "must be positive"),
         ({"router": "remoe", "weight_scale": 2.5}, "whose size it learns"),
         ({"router": "sparsemixer", "weight_scale": 2.5}, "weights that are probabilities"),
+        ({"router": "probmoe", "weight_scale": 2.5}, "probabilities among all experts"),
+        ({"router": "hash", "weight_scale": 2.5}, "its weights are 1/K"),
+        ({"router": "hash", "simbal_weight": 0.1}, "it uses no logits"),
+        ({"router": "frozen", "coupling_weight": 0.1}, "it would train the router's matrix"),
     ],
     ids=str,
 )
