@@ -143,7 +143,7 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
         config.moe,
         router=router,
         top_k=top_k,
-        balancer=config.moe.balancer if router.takes_bias else "auto",
+        balancer=config.moe.balancer if router.takes_bias and "balancer" not in router.refused else "auto",
         load_balance_weight=0.0,
         sequence_balance_weight=0.0,
         router_z_weight=0.0,

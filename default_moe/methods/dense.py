@@ -15,6 +15,7 @@ class Dense(Method):
     """y = sum over all experts of score_i E_i(x). `moe.top_k` is not used."""
 
     name = "dense"
+    takes_bias = False
     refused: ClassVar = {
         "balancer": "every expert runs for every token, so that the load is even",
         "load_balance_weight": "every expert runs for every token, so that the balance loss is constant",

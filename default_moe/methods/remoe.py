@@ -31,6 +31,7 @@ class ReMoE(Method):
     """
 
     name = "remoe"
+    takes_bias = False
     learns_from_zero_logits = False
     refused: ClassVar = {
         "score_function": _NO_SOFTMAX,
