@@ -70,8 +70,9 @@ class LossBalancer(Balancer):
 
 @dataclass(frozen=True)
 class Bias(Balancer):
-    """Loss-Free Balancing (Wang et al. 2024), and rules that came after it. With d_i = 1 - load_i / mean load:
+    """Loss-Free Balancing (Wang et al. 2024), and rules that came after it.
 
+    With d_i = 1 - load_i / mean load,
     sign: b_i += u sign(d_i).  proportional: b_i += u d_i.
     momentum: m_i <- 1/2 m_i + 1/2 (tanh(2 d_i) minus its mean over experts), b_i += u m_i (after SMEBU, 2026, whose
     constants these are; its paper's u is 5e-4).
@@ -106,8 +107,9 @@ class Bias(Balancer):
 
 @dataclass(frozen=True)
 class Quantile(Balancer):
-    """Quantile Balancing (Su 2026): the bias is computed from the batch, without a rate. With T tokens that count:
+    """Quantile Balancing (Su 2026): the bias is computed from the batch, without a rate.
 
+    With T tokens that count,
     a_t = the (K+1)-th largest of token t's scores + b, the score that an expert must beat to be chosen.
     t_i = the quantile that T K / N of the tokens' s_ti - a_t lie above: at a bias of -t_i so many choose expert i.
     b_i <- m b_i + (1 - m) (mean of t - t_i).

@@ -19,12 +19,12 @@ _THRESHOLDS = "its thresholds even out the load, and say how many experts run"
 
 @dataclass(frozen=True)
 class ExpertThreshold(Method):
-    """y = sum over the experts with s'_i > c_i of s'_i E_i(x), in training and at evaluation. s' are the scores.
+    """y = sum over the experts with s'_i > c_i of s'_i E_i(x), in training and at evaluation.
 
-    A token has 0 to N such experts, K on average: there is room for all. A token with none runs the likeliest, which
-    the average leaves out. c_i is the score that a share K / N of the batch's tokens lie above, averaged over batches:
-    over all of them at first, then with `threshold_decay`. So it does not depend on other tokens of the same batch.
-    Before the first batch there are no thresholds, and the K likeliest experts run.
+    s' are the scores. A token has 0 to N such experts, K on average: there is room for all. A token with none runs the
+    likeliest, which the average leaves out. c_i is the score that a share K / N of the batch's tokens lie above,
+    averaged over batches: over all of them at first, then with `threshold_decay`. So it does not depend on other tokens
+    of the same batch. Before the first batch there are no thresholds, and the K likeliest experts run.
 
     The paper's abstract names the quantile and its moving average. The rest is chosen here.
     """

@@ -127,8 +127,9 @@ def designed_exchanges(sizes: tuple[int, int, int]) -> dict[tuple[str, tuple[str
     add("reduce-scatter", (1,), weights)
     add("all-reduce", (0,), weights // sizes[1])
     add("all-reduce", (0, 1), NUM_EXPERTS // sizes[2] * (D_MODEL + 1))  # sums for the default vectors
-    # Tokens of each expert; the router's gradient, mean probabilities and two means of logits.
-    add("all-reduce", (0, 1, 2), NUM_EXPERTS + D_MODEL * NUM_EXPERTS + NUM_EXPERTS + 2)
+    # Tokens of each expert; the router's gradient, mean probabilities and four means: two of logits, of the largest
+    # probabilities, and of the outputs' norms.
+    add("all-reduce", (0, 1, 2), NUM_EXPERTS + D_MODEL * NUM_EXPERTS + NUM_EXPERTS + 4)
     return sent
 
 

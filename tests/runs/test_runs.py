@@ -94,7 +94,8 @@ def tags_of_layers(moe):
     (_, stats), _ = jax.eval_shape(
         lambda v: block.apply(v, x, tokens, mutable=True, rngs={"router": jax.random.key(0)}), variables
     )
-    program = SimpleNamespace(config=Config(), vocab_size=257)
+    config = Config(model=ModelConfig(num_layers=2))
+    program = SimpleNamespace(config=config, vocab_size=257)
     return StepMeasurements(program, 0).scalars(1, {"layers": jax.tree.map(lambda a: np.zeros((1, *a.shape)), stats)})
 
 
@@ -107,7 +108,7 @@ def test_the_page_lists_every_tag_and_no_other(finished, monkeypatch):
     written |= {"expert_load"}
     more = [
         {"router": "topk", "sequence_balance_weight": 0.1, "capacity_factor": 1.0},
-        {"router": "default", "substitute_ramp_steps": 2},
+        {"router": "default", "substitute_ramp_steps": 2, "simbal_weight": 0.1, "coupling_weight": 0.1},
     ]
     for fields in [*({"router": name} for name in METHODS), *more]:
         written |= tags_of_layers(moe_config(num_experts=4, expert_dim=8, **fields)).keys()
