@@ -171,7 +171,7 @@ class DefaultMoEForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DefaultMoEConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - as transformers reads it
 
     def __init__(self, config: DefaultMoEConfig):
         super().__init__(config)

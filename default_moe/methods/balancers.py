@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from default_moe.errors import check
 from default_moe.methods.decision import Decision, LayerSettings, Load, RouterInputs, State, largest_values, scores
 from default_moe.methods.histogram import histogram, upper_quantile
-from default_moe.methods.settings import between, check_settings, one_of, positive, setting
+from default_moe.methods.settings import between, check_settings, one_of, positive, register, setting
 
 BALANCERS: dict[str, type["Balancer"]] = {}  # by name
 
@@ -30,7 +30,7 @@ class Balancer:
     biased: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        BALANCERS[cls.name] = cls
+        register(cls, BALANCERS)
 
     def __post_init__(self) -> None:
         check_settings(self, f"moe.{self.name}")

@@ -59,7 +59,7 @@ class RouterInputs(NamedTuple):
     mask: Array | None = None
     train: bool = False
     key: Array | None = None
-    state: State = {}  # noqa: RUF012
+    state: State = {}  # noqa: RUF012 - nobody changes it, and JAX must find a dict in it
 
 
 class Decision(NamedTuple):
@@ -88,7 +88,7 @@ class Load(NamedTuple):
 
     tokens_per_expert: Array
     num_tokens: Array
-    observed: State = {}  # noqa: RUF012
+    observed: State = {}  # noqa: RUF012 - as above
 
 
 def largest(scores_BLN: Array, top_k: int) -> Array:

@@ -16,7 +16,7 @@ from jax import Array
 from default_moe.errors import check
 from default_moe.methods.balancers import BALANCERS, Balancer, LossBalancer
 from default_moe.methods.decision import Decision, LayerSettings, Load, RouterInputs, State
-from default_moe.methods.settings import check_settings
+from default_moe.methods.settings import check_settings, register
 
 METHODS: dict[str, type["Method"]] = {}  # by name: every subclass of `Method` that has been defined
 
@@ -51,10 +51,7 @@ class Method(abc.ABC):
     refused: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
-        other = METHODS.setdefault(cls.name, cls)
-        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"{cls.__name__} and {other.__name__} have the same name, {cls.name!r}: choose another")
-        METHODS[cls.name] = cls
+        register(cls, METHODS)
 
     def __post_init__(self) -> None:
         check_settings(self, f"moe.{self.name}")

@@ -79,6 +79,14 @@ def optional_type(annotation: Any) -> type | None:
     return next(t for t in kinds if t is not type(None)) if type(None) in kinds else None
 
 
+def register(cls: Any, known: dict[str, Any]) -> None:
+    """Enter a class under its `name`. Raises TypeError if another class has it; one that is defined again may."""
+    other = known.setdefault(cls.name, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(f"{cls.__name__} and {other.__name__} have the same name, {cls.name!r}: choose another")
+    known[cls.name] = cls
+
+
 def check_settings(settings: Any, prefix: str) -> None:
     """Check all plain values of a dataclass by type and range; whole numbers for a float become one.
 

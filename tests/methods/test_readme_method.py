@@ -15,7 +15,7 @@ from helpers.steps import CONFIG, VOCAB, change, make_batch
 from helpers.tiny_runs import as_flags, environment, run_commands, tiny_settings, write_corpus
 
 from default_moe.config import Config, MoEConfig, default_config
-from default_moe.methods import METHODS, Method, TopK
+from default_moe.methods import BALANCERS, METHODS, Balancer, Method, NoBalancer, TopK
 from default_moe.moe import MoELayer
 from default_moe.training.program import Program
 
@@ -157,3 +157,6 @@ def test_two_methods_of_one_name_are_an_error():
     with pytest.raises(TypeError, match="Another and TopK have the same name, 'topk'"):
         type("Another", (Method,), {"name": "topk"})
     assert METHODS["topk"] is TopK
+    with pytest.raises(TypeError, match="Another and NoBalancer have the same name, 'none'"):
+        type("Another", (Balancer,), {"name": "none"})
+    assert BALANCERS["none"] is NoBalancer
