@@ -1,5 +1,6 @@
-"""Metrics on the disk: metrics.jsonl, TensorBoard's event files, and pictures. No failure to write stops a run."""
+"""Metrics on the disk: metrics.jsonl, expert_load.jsonl, TensorBoard's event files. No failure to write stops a run."""
 
+import functools
 import json
 import math
 import os
@@ -15,11 +16,12 @@ from default_moe.errors import shown, tell
 from default_moe.files import io_failure, write_atomically
 from default_moe.runs.pictures import load_heat_map
 
-_PICTURES_KEPT = 5
+METRICS_FILE = "metrics.jsonl"
+LOAD_FILE = "expert_load.jsonl"
 
 
 class MetricsWriter:
-    """Writes a run's metrics to `<workdir>/metrics.jsonl`, `<workdir>/tensorboard` and `<workdir>/figures`.
+    """Writes a run's metrics to `metrics.jsonl`, `expert_load.jsonl` and `tensorboard/` in its work directory.
 
     resume_step: the step that the run continues from; what was written for later steps is dropped, so that a run that
       was killed leaves the same file as one that was not. None starts anew.
@@ -32,13 +34,12 @@ class MetricsWriter:
         self, workdir: str | os.PathLike[str], resume_step: int | None = None, report: Callable[[str], None] = tell
     ):
         self._active = jax.process_index() == 0
-        self._figures = Path(workdir) / "figures"
         self._report = report
         self._failing: set[str] = set()
-        self._lines = _LineFile(Path(workdir) / "metrics.jsonl")
+        self._lines = {name: _LineFile(Path(workdir) / name) for name in (METRICS_FILE, LOAD_FILE)}
         self._events = _EventFile(Path(workdir) / "tensorboard", 0 if resume_step is None else resume_step + 1)
-        if self._active:
-            self._try("metrics.jsonl", lambda: self._lines.drop_after(resume_step))
+        for name, lines in self._lines.items() if self._active else ():
+            self._try(name, functools.partial(lines.drop_after, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, {"step": step, ...}, flushed, and TensorBoard scalars.
@@ -49,31 +50,33 @@ class MetricsWriter:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
         nulled = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": step, **nulled}) + "\n"
-        self._try("metrics.jsonl", lambda: self._lines.append(line.encode()))
+        self._write_line(METRICS_FILE, {"step": step, **nulled})
         self._try("tensorboard", lambda: self._events.write_scalars(step, values))
 
-    def write_load(self, step: int, tokens_per_expert: np.ndarray, layers: Sequence[int] | None = None) -> None:
-        """The picture of `load_heat_map` in figures/expert_load_step_N.png, of which the latest stay, and TensorBoard.
+    def write_load(self, step: int, split: str, tokens_per_expert: np.ndarray, layers: Sequence[int]) -> None:
+        """One line of expert_load.jsonl; of held-out text also the picture of `load_heat_map` for TensorBoard.
 
-        tokens_per_expert: counts [layers, experts].  layers: their numbers; None counts from 0.
+        split: "train", of the batch of that step, or "eval".  tokens_per_expert: counts [layers, experts].
+        layers: numbers of the layers in the model.
         """
-        if self._active:
+        if not self._active:
+            return
+        counts = np.asarray(tokens_per_expert).astype(int).tolist()
+        self._write_line(LOAD_FILE, {"step": step, "split": split, "layers": layers, "tokens_per_expert": counts})
+        if split == "eval":
             title = f"load of each expert at step {step} (1 = mean)"
-            self._try("figures", lambda: self._write_pictures(step, load_heat_map(tokens_per_expert, title, layers)))
+            draw = functools.partial(load_heat_map, tokens_per_expert, title, layers)
+            self._try("pictures", lambda: self._events.write_png(step, "expert_load", draw()))
 
     def close(self) -> None:
+        for name, lines in self._lines.items() if self._active else ():
+            self._try(name, lines.close)
         if self._active:
-            self._try("metrics.jsonl", self._lines.close)
             self._try("tensorboard", self._events.close)
 
-    def _write_pictures(self, step: int, png: bytes) -> None:
-        self._try("tensorboard", lambda: self._events.write_png(step, "expert_load", png))
-        self._figures.mkdir(exist_ok=True)
-        write_atomically(self._figures / f"expert_load_step_{step}.png", png)
-        pictures = sorted(self._figures.glob("expert_load_step_*.png"), key=lambda path: path.stat().st_mtime_ns)
-        for old in pictures[:-_PICTURES_KEPT]:
-            old.unlink()
+    def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
+        line = json.dumps(values) + "\n"
+        self._try(name, lambda: self._lines[name].append(line.encode()))
 
     def _try(self, what: str, write: Callable[[], None]) -> None:
         try:

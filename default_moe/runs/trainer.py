@@ -255,8 +255,12 @@ class _Loop:
                 f"step {step}: the loss or a gradient is not finite; nothing was updated ({bad_in_row} in a row)"
             )
         if step % train.log_every_steps == 0 or bad_in_row:
-            values = self._measurements.scalars(step, jax.device_get(metrics))
+            metrics = jax.device_get(metrics)
+            values = self._measurements.scalars(step, metrics)
             self.writer.write(step, values)
+            if metrics["layers"]:
+                counts_YN = metrics["layers"].tokens_per_expert
+                self.writer.write_load(step, "train", counts_YN, self.program.config.model.moe_layers)
             self.progress.log(step, values)
         if bad_in_row >= train.max_bad_steps:
             self.store.wait()
@@ -281,7 +285,7 @@ class _Loop:
         self.writer.write(step, values)
         if result.layers:
             counts_YN = np.array([layer["tokens_per_expert"] for layer in result.layers])
-            self.writer.write_load(step, counts_YN, config.model.moe_layers)
+            self.writer.write_load(step, "eval", counts_YN, config.model.moe_layers)
         self.progress.message(
             f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"

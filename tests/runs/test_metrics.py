@@ -19,8 +19,8 @@ from default_moe.runs.pictures import load_heat_map, picture_file
 from default_moe.runs.progress import Progress
 
 
-def lines(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def lines(workdir, name="metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
 def write_losses(writer, steps) -> None:
@@ -85,29 +85,37 @@ writer.close()
 
 
 def test_a_place_that_cannot_be_written_does_not_end_the_run(tmp_path):
-    for name in ("tensorboard", "figures"):
-        (tmp_path / name).write_text("in the way")
-    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("in the way")
+    for name in ("metrics.jsonl", "expert_load.jsonl"):
+        (tmp_path / name).mkdir()
     reports = []
     writer = MetricsWriter(tmp_path, resume_step=3, report=reports.append)
     for step in range(3):
         writer.write(step, {"loss": 1.0})
-        writer.write_load(step, np.ones((1, 2)))
+        writer.write_load(step, "eval", np.ones((1, 2)), (1,))
     writer.close()
-    assert sorted(report.split()[0] for report in reports) == ["figures", "metrics.jsonl", "tensorboard"]
+    assert sorted(report.split()[0] for report in reports) == [
+        "expert_load.jsonl",
+        "metrics.jsonl",
+        "pictures",
+        "tensorboard",
+    ]
 
 
-def test_pictures_of_load_and_which_are_kept(tmp_path):
+def test_load_is_numbers_in_a_file_and_the_newest_a_picture(tmp_path):
     writer = MetricsWriter(tmp_path)
-    for step in (90, 100, 110, 120, 130, 140):
-        writer.write_load(step, np.ones((2, 4)))
+    for step in (90, 100):
+        writer.write_load(step, "train", np.float32([[3, 1], [0, 4]]), (1, 3))
+    writer.write_load(100, "eval", np.array([[30, 10], [20, 20]]), (1, 3))
     writer.close()
-    names = sorted((path.name for path in (tmp_path / "figures").iterdir()), key=lambda name: int(name[17:-4]))
-    assert names == [f"expert_load_step_{step}.png" for step in (100, 110, 120, 130, 140)]
-    images = [v.image for e in read_events(tmp_path) for v in e.summary.value if v.tag == "expert_load"]
-    assert len(images) == 6
-    picture = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string))
-    assert picture.shape[:2] == (images[-1].height, images[-1].width)
+    train, *_, evaluated = lines(tmp_path, "expert_load.jsonl")
+    assert train == {"step": 90, "split": "train", "layers": [1, 3], "tokens_per_expert": [[3, 1], [0, 4]]}
+    assert evaluated == {"step": 100, "split": "eval", "layers": [1, 3], "tokens_per_expert": [[30, 10], [20, 20]]}
+    [image] = [v.image for e in read_events(tmp_path) for v in e.summary.value if v.tag == "expert_load"]
+    picture = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
+    assert picture.shape[:2] == (image.height, image.width)
+    MetricsWriter(tmp_path, resume_step=90).close()
+    assert [line["step"] for line in lines(tmp_path, "expert_load.jsonl")] == [90]
 
 
 def test_heat_map_shows_load_relative_to_the_layers_mean():
@@ -191,12 +199,12 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     reports = []
     writer = MetricsWriter(tmp_path, report=reports.append)
     for step in range(2):
-        writer.write_load(step, np.ones((1, 2)))
+        writer.write_load(step, "eval", np.ones((1, 2)), (1,))
     writer.write(2, {"loss": 1.0})
     writer.close()
     assert [line["step"] for line in lines(tmp_path)] == [2]
     assert reports == [
-        "figures cannot be written (ValueError: no such backend): training continues, writing is retried"
+        "pictures cannot be written (ValueError: no such backend): training continues, writing is retried"
     ]
 
 

@@ -77,7 +77,10 @@ def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
     last = [line for line in lines if "eval/loss" in line][-1]
     assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
     assert last["eval/bits_per_byte"] == pytest.approx(last["eval/loss"] / np.log(2), rel=0.01)  # a byte a token
-    assert (workdir / "figures" / "expert_load_step_30.png").read_bytes().startswith(b"\x89PNG")
+    loads = [json.loads(line) for line in (workdir / "expert_load.jsonl").read_text().splitlines()]
+    assert [load["step"] for load in loads if load["split"] == "train"] == list(range(1, 31))
+    assert [load["step"] for load in loads if load["split"] == "eval"] == [12, 24, 30]
+    assert all(np.sum(load["tokens_per_expert"]) == 8 * 32 * 2 for load in loads if load["split"] == "train")
     assert all(path.stat().st_size for path in (workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert steps(workdir) == [24, 28, 30]
