@@ -187,10 +187,12 @@ def config_name(argv: list[str], default: str) -> str:
 
 def path(flag: flags.FlagHolder, default: str = "") -> Path:
     """The path that a flag gives, or else the default. Raises ConfigError if no file can have that name."""
-    value = flag.value or default
-    fault = path_fault(value)
-    check(not fault, f"--{flag.name} is {quoted(value)}, but must {fault}")
-    return Path(value).expanduser()
+    return _path(flag.name, flag.value or default)
+
+
+def paths(flag: flags.FlagHolder) -> list[Path]:
+    """The paths that a flag gives which may be given several times. Raises ConfigError as `path` does."""
+    return [_path(flag.name, value) for value in flag.value]
 
 
 def file_to_write(flag: flags.FlagHolder) -> Path | None:
@@ -202,6 +204,12 @@ def file_to_write(flag: flags.FlagHolder) -> Path | None:
     check(folder.is_dir(), f"cannot write {file}: there is no directory {folder}")
     check(not file.is_dir(), f"cannot write {file}: it is a directory")
     return file
+
+
+def _path(name: str, value: str) -> Path:
+    fault = path_fault(value)
+    check(not fault, f"--{name} is {quoted(value)}, but must {fault}")
+    return Path(value).expanduser()
 
 
 def _parse(argv: list[str], values: flags.FlagValues, known_only: bool = False) -> list[str]:
@@ -251,7 +259,9 @@ def _help(main: Callable[[list[str]], int]) -> int:
     width = min(shutil.get_terminal_size((100, 0)).columns, 120)
     lines = [inspect.cleandoc(getattr(main, "__globals__", {}).get("__doc__") or ""), "", "Flags:"]
     of_module = flags.FLAGS.flags_by_module_dict()
-    for flag in (flag for module in (sys.argv[0], main.__module__, __name__) for flag in of_module.get(module, ())):
+    own = {module for module in of_module if module.startswith("default_moe.")} - {main.__module__, __name__}
+    modules = (sys.argv[0], main.__module__, *sorted(own), __name__)
+    for flag in (flag for module in modules for flag in of_module.get(module, ())):
         default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         lines.append(f"  --{flag.name}" + (f"={default}" if default is not None else ""))
         lines += textwrap.wrap(flag.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -92,6 +92,11 @@ def own_flags():
     }
 
     def remove():
+        for module in flags.FLAGS.flags_by_module_dict():
+            if module.startswith("default_moe.") and module != cli.__name__:
+                package, _, name = module.rpartition(".")  # a program that imports it is to have its flags
+                sys.modules.pop(module, None)
+                vars(sys.modules[package]).pop(name, None)
         for name in list(flags.FLAGS):
             if name not in absl_own and name in flags.FLAGS:
                 delattr(flags.FLAGS, name)
