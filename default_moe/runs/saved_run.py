@@ -1,6 +1,7 @@
 """A checkpoint of a run opened to be looked at: its weights, its text, and a program that fits them."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,6 +94,20 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, mesh: MeshCon
         program = Program(config, tokenizer.vocab_size, None if mesh else jax.devices()[:1], training=False)
         step, params, variables = _restore(store, program, step, newest)
     return TrainedModel(step, program, tokenizer, params, variables)
+
+
+def read_earlier(workdir: Path, program: Program, step: int) -> dict[int, Callable[[], tuple[Any, Any]]]:
+    """Return by step what reads the parameters and variables of each checkpoint before `step`, on `program`'s devices.
+
+    To be called it raises CheckpointError if that checkpoint is damaged, gone or of another shape.
+    """
+
+    def read(earlier: int) -> tuple[Any, Any]:
+        with CheckpointStore(workdir, read_only=True) as store:
+            return _restore(store, program, earlier, newest=False)[1:]
+
+    with CheckpointStore(workdir, read_only=True) as store:
+        return {earlier: functools.partial(read, earlier) for earlier in store.steps() if earlier < step}
 
 
 def _restore(store: CheckpointStore, program: Program, step: int, newest: bool) -> tuple[int, Any, Mapping[str, Any]]:
