@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.name.startswith(SLOW.get(item.path.stem, ())):
             item.add_marker("slow")
-    for name in ("tpu", "hf", "campaign"):  # another environment, an hour: only who asks for it gets it
+    for name in ("tpu", "hf", "browser", "campaign"):  # another environment, an hour: only who asks for it gets it
         if name not in config.getoption("markexpr"):
             left_out = [item for item in items if item.get_closest_marker(name)]
             items[:] = [item for item in items if item not in left_out]
