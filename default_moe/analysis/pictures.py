@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from default_moe.files import write_report
-from default_moe.runs.pictures import as_png, new_figure
+from default_moe.runs.pictures import COLORS, as_png, new_figure
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 _PANEL = 2.5  # inches
 _MOST_COLUMNS = 3
 MOST_PANELS = 6

@@ -7,7 +7,8 @@ import numpy as np
 
 from default_moe.analysis import statistics
 from default_moe.analysis.observation import Observation
-from default_moe.analysis.pictures import COLORS, Part
+from default_moe.analysis.pictures import Part
+from default_moe.runs.pictures import COLORS
 
 _TOLD = 12  # tokens of each expert
 _NAMED = 3  # experts of a token, when the mouse is over it

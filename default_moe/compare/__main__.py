@@ -1,7 +1,7 @@
 """Which method is better, by how much, with what certainty: `python -m default_moe.compare --config=... --workdir=...`.
 
 Trains every combination of --methods, --seeds and the values of each --set, each seed with the same weights and order
-of data for all methods, and writes report.md, report.json and report.png to the work directory. The same command goes
+of data for all methods, and writes report.md, report.json and pictures to the work directory. The same command goes
 on where it was stopped, and adds what is new to what is done: more seeds, another method.
 """
 
@@ -18,7 +18,7 @@ from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
 from default_moe.runs.identity import RUN_FILE
-from default_moe.runs.pictures import picture_file
+from default_moe.runs.pictures import picture_files
 from default_moe.runs.progress import Progress
 
 _DEFAULT_CONFIG = "configs/compare_small.py"
@@ -26,8 +26,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file; {_DEFAU
 _METHODS = flags.DEFINE_list(
     "methods",
     ["topk", "default"],
-    "Values of moe.router, with settings of their own after colons (default:substitute=backward); the first is the "
-    "baseline.",
+    "Values of moe.router, with settings after colons: a method's own (default:substitute=backward) or any "
+    "(topk:moe.balancer=quantile); the first is the baseline.",
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Values of train.seed.")
 _SET = flags.DEFINE_multi_string(
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     text = report.markdown(tasks, vocab_sizes, failures)
     say(f"\n{text}")
     files: dict[str, Any] = {"report.md": text, "report.json": report.as_json(tasks, entries, base.to_dict(), failures)}
-    files |= picture_file("report.png", lambda: plot.picture(tasks), say)
+    files |= picture_files("report.png", lambda: plot.pictures(tasks), say)
     write_report(workdir, files)
     say(f"written to {workdir}: {', '.join(files)}")
     if failures:

@@ -1,6 +1,7 @@
 """Runs held against the baseline: who wins, by how much, with what certainty."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ import numpy as np
 
 from default_moe.compare.matrix import Candidate, Entry, Settings
 from default_moe.compare.runs import Result
-from default_moe.compare.statistics import Curve, Paired, mean_curve, paired, standard_error, tokens_to_reach
+from default_moe.compare.statistics import Curve, Paired, holm, mean_curve, paired, standard_error, tokens_to_reach
 from default_moe.config import Config
+
+_FEWEST_SEEDS = 4  # for a sentence about better or worse
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Row:
         averaged over seeds.
       speed: tokens per second in multiples of the baseline's, median over seeds; None if not known.
     None in the baseline's own row, and where no seed is shared.
+    corrected_p: `difference.p`, corrected for all methods and tasks that are held against a baseline; None if there
+      is none, and in rows that are not their method's best.
     missing: how many of its runs have no result, for they diverged.
     best: whether its mean loss is the method's lowest in this task, among those with the fewest runs missing.
     """
@@ -39,6 +44,7 @@ class Row:
     speed: float | None
     missing: int
     best: bool
+    corrected_p: float | None = None
 
     @property
     def curve(self) -> Curve:
@@ -86,14 +92,23 @@ def compare(entries: Sequence[Entry], results: Mapping[str, Result], baseline: s
 
     results: by folder, those that there are.
     """
-    tasks: dict[Settings, list[Entry]] = {}
+    of_tasks: dict[Settings, list[Entry]] = {}
     for entry in entries:
-        tasks.setdefault(entry.task, []).append(entry)
-    return [
+        of_tasks.setdefault(entry.task, []).append(entry)
+    tasks = [
         _task(settings, of_task, results, baseline)
-        for settings, of_task in tasks.items()
+        for settings, of_task in of_tasks.items()
         if any(entry.candidate.method == baseline and entry.folder in results for entry in of_task)
     ]
+    ps = [row.difference.p for task in tasks for row in task.contenders if row.difference]
+    corrected = iter(holm([p for p in ps if p is not None]))
+
+    def judged(task: Task) -> Task:
+        known = [row for row in task.contenders if row.difference and row.difference.p is not None]
+        rows = (dataclasses.replace(row, corrected_p=next(corrected)) if row in known else row for row in task.rows)
+        return dataclasses.replace(task, rows=tuple(rows))
+
+    return [judged(task) for task in tasks]
 
 
 def _task(settings: Settings, entries: Sequence[Entry], results: Mapping[str, Result], baseline: str) -> Task:
@@ -147,6 +162,14 @@ def _tokens_to_target(curve: Curve, baseline: Curve) -> float:
     return tokens_to_reach(curve, baseline.final) / tokens_to_reach(baseline, baseline.final)
 
 
+def _unequal(row: Row, baseline: Row) -> str:
+    """Return a sentence if they do not run equally many experts per token."""
+    ours, theirs = (of.mean_of("experts_per_token") for of in (row, baseline))
+    if not abs(ours - theirs) > 0.05 * theirs:
+        return ""
+    return f" It runs {ours:.2f} experts per token, {baseline.candidate} {theirs:.2f}: the computation is not equal."
+
+
 def conclusions(task: Task) -> list[str]:
     """For each other method, one sentence about what may be concluded, and nothing that may not."""
     nothing = [f"{method}: every run failed." for method in task.without]
@@ -162,13 +185,14 @@ def _conclusion(row: Row, baseline: Row) -> str:
     if difference is None:
         return f"{name}: no seed has come to its end with {other} too, so nothing can be concluded.{failed}"
     seeds = f"{difference.lower} of {difference.count} seeds"
-    if difference.low is None or difference.high is None:
+    failed = _unequal(row, baseline) + failed
+    if difference.count < _FEWEST_SEEDS or difference.low is None or difference.high is None or row.corrected_p is None:
         return (
-            f"{name} differs from {other} by {difference.mean:+.4f} on one seed: chance cannot be told from effect."
-            f"{failed}"
+            f"{name} differs from {other} by {difference.mean:+.4f}, lower on {seeds}: fewer than {_FEWEST_SEEDS} "
+            f"seeds decide nothing.{failed}"
         )
     interval = f"{difference.mean:+.4f} nats per token, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
-    if not difference.certain:
+    if row.corrected_p >= 0.05:
         return f"{name} cannot be told from {other}: {interval}, lower on {seeds}.{failed}"
     if difference.mean > 0:
         return f"{name} ends with a higher held-out loss than {other}: {interval}, lower on {seeds}.{failed}"

@@ -18,14 +18,15 @@ from default_moe.errors import ConfigError, check, closest, quoted, shown
 from default_moe.methods import METHODS
 
 _MOST_RUNS = 1000
+_TAKEN = ("moe.router", "train.seed")
 Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given
 
 
 @dataclass(frozen=True)
 class Method:
-    """A value of --methods: a name in `METHODS`, and settings of that method, by the names they have in a config.
+    """A value of --methods: a name in `METHODS`, and settings that go with it, by the names they have in a config.
 
-    label: what it is called, "default:substitute=backward" for instance.
+    label: what it is called, "default:substitute=backward" or "topk:moe.balancer=quantile" for instance.
     """
 
     label: str
@@ -75,9 +76,7 @@ def parse_sets(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
             f"--set is {quoted(text)}, but must be a setting and its values, optim.peak_lr=3e-3,6e-3 for instance",
         )
         check(name not in dict(sets), f"--set gives {name} twice: put all of its values in one")
-        check(
-            name not in ("moe.router", "train.seed"), f"--set gives {name}: that is what --methods and --seeds are for"
-        )
+        check(name not in _TAKEN, f"--set gives {name}: that is what --methods and --seeds are for")
         check(len(set(parts)) == len(parts), f"--set is {quoted(text)}, but a value is given twice")
         sets.append((name, [_value(part) for part in parts]))
     return sets
@@ -95,10 +94,9 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
-    """Read ["topk", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
+    """Read ["topk:optim.peak_lr=1e-2", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
     labels = [text.strip() for text in texts]
     check(len(set(labels)) == len(labels), f"--methods is {quoted(','.join(labels))}, but a method is given twice")
-    check(len(labels) > 1, f"--methods is {quoted(','.join(labels))}, but a comparison takes two, the baseline first")
     return [_method(label) for label in labels]
 
 
@@ -110,14 +108,21 @@ def _method(label: str) -> Method:
     parts = [setting.partition("=") for setting in settings]
     for key, equals, value in parts:
         check(
-            key in of_method and bool(equals and value),
-            f"--methods has {quoted(label)}, but what follows a method must be its settings, "
-            + (f"{of_method[0]}=VALUE for instance{closest(key, of_method)}" if of_method else f"and {name} has none"),
+            (key in of_method or "." in key) and bool(equals and value),
+            f"--methods has {quoted(label)}, but what follows a method must be settings: any one, as "
+            "optim.peak_lr=VALUE, or its own"
+            + (
+                f", {of_method[0]}=VALUE for instance{closest(key, of_method)}"
+                if of_method
+                else f", and {name} has none"
+            ),
         )
+        check(key not in _TAKEN, f"--methods has {quoted(label)}: {key} is what --methods and --seeds are for")
     check(
         len({key for key, _, _ in parts}) == len(parts), f"--methods has {quoted(label)}, which gives a setting twice"
     )
-    return Method(label, name, tuple((f"moe.{name}.{key}", _value(value)) for key, _, value in parts))
+    of_config = (key if "." in key else f"moe.{name}.{key}" for key, _, _ in parts)
+    return Method(label, name, tuple(zip(of_config, (_value(value) for _, _, value in parts), strict=True)))
 
 
 def entries(
@@ -128,6 +133,10 @@ def entries(
     A method does not have a run for each value of another method's settings. Raises ConfigError on bad settings.
     """
     labels = ",".join(method.label for method in methods)
+    check(
+        len(methods) > 1 or any(len(to_try) > 1 for _, to_try in sets),
+        f"--methods is {labels!r}, which has nothing to compare with: give another, or several values with --set",
+    )
     for name, to_try in sets:
         for value in to_try:
             _assign(copy.deepcopy(base), name, value)
@@ -135,6 +144,9 @@ def entries(
             any(_applies(name, method) for method in methods),
             f"--set gives {name}, but none of --methods={labels} leaves it open",
         )
+        # Of a task's settings, one method's would make a table of its own.
+        fixed = [method.label for method in methods if name in dict(method.settings) and not marked(name, TUNED)]
+        check(not fixed, f"--set gives {name}, which {', '.join(fixed)} fixes: give one of the two")
     number = len(methods) * len(seeds) * math.prod(len(values) for _, values in sets)
     check(number <= _MOST_RUNS, f"--methods, --seeds and --set make {number} runs, but must at most {_MOST_RUNS}")
     found: dict[str, Entry] = {}

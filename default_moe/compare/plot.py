@@ -1,66 +1,161 @@
-"""The picture of a comparison: loss curves, and how far each method is from the baseline on the way."""
+"""Pictures of a comparison: loss curves, how far each method is from the baseline, and losses over a tuned setting.
 
+A colour is a method, a style of line is what was tuned for it.
+"""
+
+import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from default_moe.compare.comparison import Row, Task
-from default_moe.compare.statistics import paired
-from default_moe.runs.pictures import as_png, new_figure
+from default_moe.compare.statistics import paired, standard_error
+from default_moe.runs.pictures import COLORS, as_png, new_figure
+
+_STYLES = ("-", "--", ":", "-.")
 
 
-def picture(tasks: Sequence[Task]) -> bytes:
-    """A PNG. Above held-out loss over training tokens, below its difference to the baseline; a column per task."""
-    figure = new_figure(max(5.2 * len(tasks), 6.4), 7.2)
+def pictures(tasks: Sequence[Task]) -> dict[str, bytes]:
+    """Return the files report.png and report.pdf, and with numbers that were tuned sweep.png and sweep.pdf."""
+    figures = {"report": _report(tasks)}
+    name = _swept(tasks)
+    if name:
+        figures["sweep"] = _sweep(tasks, name)
+    files: dict[str, bytes] = {}
+    for stem, figure in figures.items():
+        pdf = io.BytesIO()
+        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+        files |= {f"{stem}.png": as_png(figure), f"{stem}.pdf": pdf.getvalue()}
+    return files
+
+
+def _report(tasks: Sequence[Task]) -> Any:
+    """Above held-out loss over training tokens, below its difference to the baseline; a column per task."""
+    figure = new_figure(max(4.6 * len(tasks), 6.4), 6.6)
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    styles = _Styles(tasks)
     for column, task in enumerate(tasks):
-        _draw_losses(axes[0, column], task)
-        _draw_differences(axes[1, column], task)
+        _draw_losses(axes[0, column], task, styles)
+        _draw_differences(axes[1, column], task, styles)
         axes[1, column].set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylabel("held-out loss (nats per token)")
     axes[1, 0].set_ylabel("difference to the baseline")
-    return as_png(figure)
+    _legend(figure, [*axes.flat])
+    return figure
 
 
-def _draw_losses(axes: Any, task: Task) -> None:
-    for index, row in enumerate(task.rows):
+class _Styles:
+    """The colour and the style of line of each candidate, the same in all tasks."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        candidates = [row.candidate for task in tasks for row in task.rows]
+        self._methods = list(dict.fromkeys(c.method for c in candidates))
+        self._tuned = {
+            method: list(dict.fromkeys(c.tuned for c in candidates if c.method == method)) for method in self._methods
+        }
+
+    def of(self, row: Row) -> dict[str, Any]:
+        method = row.candidate.method
+        style = self._tuned[method].index(row.candidate.tuned)
+        return {"color": self.color(method), "linestyle": _STYLES[style % len(_STYLES)]}
+
+    def color(self, method: str) -> str:
+        return COLORS[self._methods.index(method) % len(COLORS)]
+
+
+def _draw_losses(axes: Any, task: Task, styles: _Styles) -> None:
+    for row in task.rows:
         losses = np.array([result.held_out.loss for result in row.results.values()])
-        axes.plot(_millions(row), losses.mean(axis=0), color=f"C{index % 10}", label=str(row.candidate))
-        if len(losses) > 1:
-            axes.fill_between(
-                _millions(row), losses.min(axis=0), losses.max(axis=0), color=f"C{index % 10}", alpha=0.15
-            )
+        _draw_band(axes, row, losses, styles)
     axes.axhline(task.baseline.loss, color="grey", linewidth=0.8, linestyle="--")
     # The beginning is the same for all: leave it out of the scale.
     lowest = min(min(row.curve.loss) for row in task.rows)
     middle = max(float(np.interp(0.3 * row.curve.tokens[-1], row.curve.tokens, row.curve.loss)) for row in task.rows)
     axes.set_ylim(lowest - 0.05 * (middle - lowest + 1e-3), middle + 1e-3)
-    axes.set_title(task.name or "all seeds: mean and range", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.set_title(task.name or "mean and 95 % interval over seeds", fontsize=10)
 
 
-def _draw_differences(axes: Any, task: Task) -> None:
-    axes.axhline(0, color="C0", linewidth=1)
+def _draw_differences(axes: Any, task: Task, styles: _Styles) -> None:
+    axes.axhline(0, color="grey", linewidth=0.8, linestyle="--")
     shown = []
-    for index, row in enumerate(task.rows[1:], 1):
+    for row in task.rows[1:]:
         seeds = [seed for seed in row.results if seed in task.baseline.results]
         if not seeds:
             continue
         ours = np.array([row.results[seed].held_out.loss for seed in seeds])
         theirs = np.array([task.baseline.results[seed].held_out.loss for seed in seeds])
-        points = [paired(ours[:, i].tolist(), theirs[:, i].tolist()) for i in range(ours.shape[1])]
-        mean = np.array([point.mean for point in points])
-        axes.plot(_millions(row), mean, color=f"C{index % 10}")
-        for seed_difference in ours - theirs:
-            axes.plot(_millions(row), seed_difference, color=f"C{index % 10}", linewidth=0.5, alpha=0.5)
-        shown.append((ours - theirs)[:, len(mean) // 5 :])  # the beginning, again, is left out of the scale
+        _draw_band(axes, row, ours - theirs, styles)
+        shown.append((ours - theirs)[:, ours.shape[1] // 5 :])  # the beginning, again, is left out of the scale
     if shown:
         low, high = min(0, *(d.min() for d in shown)), max(0, *(d.max() for d in shown))
-        margin = 0.1 * (high - low) + 1e-6
+        margin = 0.15 * (high - low) + 1e-6
         axes.set_ylim(low - margin, high + margin)
-    axes.set_title("mean, and each seed (thin)", fontsize=10)
 
 
-def _millions(row: Row) -> np.ndarray:
-    return np.array(row.curve.tokens) / 1e6
+def _draw_band(axes: Any, row: Row, values: np.ndarray, styles: _Styles) -> None:
+    """Draw the mean over seeds, and Student's 95 % interval. values: [seeds, points]."""
+    xs = np.array(row.curve.tokens) / 1e6
+    axes.plot(xs, values.mean(axis=0), label=str(row.candidate), **styles.of(row))
+    if len(values) > 1:
+        points = [paired(of_point.tolist(), [0.0] * len(values)) for of_point in values.T]
+        low, high = [p.low for p in points], [p.high for p in points]
+        axes.fill_between(xs, low, high, color=styles.of(row)["color"], alpha=0.15, linewidth=0)
+
+
+def _swept(tasks: Sequence[Task]) -> str | None:
+    """The first tuned setting of which a method has two numbers or more."""
+    values: dict[tuple[str, str], set[float]] = {}
+    for row in (row for task in tasks for row in task.rows):
+        for name, value in row.candidate.tuned:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                values.setdefault((name, row.candidate.method), set()).add(value)
+    return next((name for (name, _), numbers in values.items() if len(numbers) > 1), None)
+
+
+def _sweep(tasks: Sequence[Task], name: str) -> Any:
+    """The final held-out loss over a tuned setting, mean and 95 % interval over seeds; a column per task."""
+    figure = new_figure(max(4.6 * len(tasks), 6.4), 3.6)
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    styles = _Styles(tasks)
+    for panel, task in zip(axes, tasks, strict=True):
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for row in task.rows:
+            value = dict(row.candidate.tuned).get(name)
+            if isinstance(value, int | float):
+                lines.setdefault(_without(row, name), []).append((value, row.loss, _half_width(row)))
+        for label, points in lines.items():
+            xs, losses, halves = zip(*sorted(points), strict=True)
+            panel.errorbar(
+                xs, losses, halves, label=label, color=styles.color(label.split(" ")[0]), marker=".", capsize=2
+            )
+        if all(x > 0 for points in lines.values() for x, _, _ in points):
+            panel.set_xscale("log")
+        panel.set_xlabel(name)
+        panel.set_title(task.name, fontsize=10)
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    _legend(figure, [*axes])
+    return figure
+
+
+def _without(row: Row, name: str) -> str:
+    """What a candidate is called without one of its settings."""
+    rest = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in row.candidate.tuned if key != name]
+    return " ".join([row.candidate.method, *rest])
+
+
+def _half_width(row: Row) -> float:
+    losses = [result.held_out.final for result in row.results.values()]
+    error = standard_error(losses)
+    return 0.0 if error is None or math.isnan(error) else float(stats.t.ppf(0.975, len(losses) - 1)) * error
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """Add one legend for all panels, beside them and over no curve."""
+    handles: dict[str, Any] = {}
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend([*handles.values()], [*handles], loc="outside right upper", fontsize=8, frameon=False)

@@ -19,6 +19,7 @@ _COLUMNS = (
     "lower on",
     "tokens to target",
     "tokens/s",
+    "experts/token",
     "balance loss",
     "max load",
 )
@@ -87,7 +88,8 @@ def _cells(row: Row) -> list[str]:
             _tokens_to_target(row),
             "-" if row.speed is None else f"{row.speed:.2f}",
         ]
-    return [*cells, f"{row.mean_of('load_balance_loss'):.3f}", f"{row.mean_of('max_load'):.2f}"]
+    of_routing = (("experts_per_token", 2), ("load_balance_loss", 3), ("max_load", 2))
+    return [*cells, *(f"{row.mean_of(name):.{digits}f}" for name, digits in of_routing)]
 
 
 def _tokens_to_target(row: Row) -> str:
@@ -121,8 +123,9 @@ def _explanation(baseline: Row) -> str:
         f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. "
         "Difference: to the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to "
         "reach the baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in "
-        "multiples of the baseline's, as timed when each ran. Balance loss (1 is perfect) and the load of the busiest "
-        "expert in any layer, in multiples of the mean: over the last quarter of training. Bold: a method's best."
+        "multiples of the baseline's, as timed when each ran. Experts that a token runs, balance loss (1 is perfect) "
+        "and the load of the busiest expert in any layer, in multiples of the mean: over the last quarter of training. "
+        "Bold: a method's best."
     )
 
 
@@ -137,6 +140,7 @@ def _caveat(tasks: Sequence[Task]) -> str:
     )
     return (
         "This holds for this model, this text and this many tokens; it says nothing about larger models or longer "
-        "training. The interval is about seeds (weights and order of data), not about other texts, and each comparison "
-        f"has its own, so that one in twenty misses. {choice}"
+        "training. Each interval is about seeds (weights and order of data), not about other texts, and one in twenty "
+        "misses. The sentences say better or worse only where chance alone would give such a difference in fewer than "
+        f"one of twenty reports like this one (Holm's correction for all of its comparisons). {choice}"
     )

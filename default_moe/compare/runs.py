@@ -34,8 +34,8 @@ class Result:
 
     held_out, training: loss in nats per token.  bits_per_byte: of held-out text, at the end.
     tokens_per_second: median over the run, None if it was too short to tell.
-    load_balance_loss, max_load: of the last quarter of training, means over its logged steps; max_load is that of the
-      busiest expert of any layer, in multiples of the mean.
+    load_balance_loss, max_load, experts_per_token: of the last quarter of training, means over its logged steps;
+      max_load is that of the busiest expert of any layer, in multiples of the mean.
     """
 
     held_out: Curve
@@ -44,6 +44,7 @@ class Result:
     tokens_per_second: float | None
     load_balance_loss: float
     max_load: float
+    experts_per_token: float
 
 
 class Programs:
@@ -186,6 +187,7 @@ def _result(lines: list[dict[str, Any]], config: Config) -> Result:
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         load_balance_loss=mean_at_the_end("train/load_balance_loss"),
         max_load=mean_at_the_end("train/max_load"),
+        experts_per_token=mean_at_the_end("train/experts_per_token"),
     )
 
 

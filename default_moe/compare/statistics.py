@@ -14,19 +14,16 @@ class Paired:
     """How a method differs from the baseline over seeds, each seed with itself.
 
     mean: of method minus baseline.  low, high: its 95 % interval by Student's t; None with one seed.
+    p: how often chance alone would give such a mean or one further from zero, by Student's t; None with one seed.
     lower, count: on how many of all seeds the method's value is the lower one.
     """
 
     mean: float
     low: float | None
     high: float | None
+    p: float | None
     lower: int
     count: int
-
-    @property
-    def certain(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -40,7 +37,20 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
     mean, error = float(differences.mean()), standard_error(differences.tolist())
     half = None if error is None else float(stats.t.ppf(0.975, len(differences) - 1)) * error
     low, high = (None, None) if half is None else (mean - half, mean + half)
-    return Paired(mean, low, high, int((differences < 0).sum()), len(differences))
+    p = None
+    if error is not None:
+        p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1)) if error else float(mean == 0)
+    return Paired(mean, low, high, p, int((differences < 0).sum()), len(differences))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values of several comparisons, corrected for their number (Holm 1979): the smallest counts n times."""
+    order = sorted(range(len(ps)), key=lambda index: ps[index])
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min((len(ps) - rank) * ps[index], 1.0))
+        corrected[index] = largest
+    return corrected
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import numpy as np
 
 from default_moe.errors import shown
 
+# Okabe and Ito (2008): people with any common colour blindness tell them apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 _LARGEST = 4.0  # colours go from a quarter of the mean to four times, so that pictures of different steps compare
 
 
@@ -33,8 +35,13 @@ def as_png(figure: Any) -> bytes:
 
 def picture_file(name: str, draw: Callable[[], bytes], say: Callable[[str], None]) -> dict[str, bytes]:
     """Return the picture by its file's name; say so in a line, and return none, if it cannot be drawn."""
+    return picture_files(name, lambda: {name: draw()}, say)
+
+
+def picture_files(name: str, draw: Callable[[], dict[str, bytes]], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Return several of them, the first of which is `name`, as `picture_file` does."""
     try:
-        return {name: draw()}
+        return draw()
     except Exception as error:  # whatever a library for pictures may raise: no figures are to be lost of it
         say(f"{name} cannot be drawn ({shown(f'{type(error).__name__}: {error}')}): the figures are written without it")
         return {}

@@ -3,11 +3,12 @@
 import math
 
 import pytest
+from scipy import stats
 
 from default_moe.compare import comparison, matrix, report
-from default_moe.compare.plot import picture
+from default_moe.compare.plot import pictures
 from default_moe.compare.runs import Result
-from default_moe.compare.statistics import Curve, mean_curve, paired, standard_error, tokens_to_reach
+from default_moe.compare.statistics import Curve, holm, mean_curve, paired, standard_error, tokens_to_reach
 from default_moe.config import default_config
 from default_moe.errors import ConfigError
 
@@ -25,17 +26,26 @@ def test_differences_are_taken_seed_by_seed():
     half = 3.182446 * math.sqrt(14 / 12)
     assert difference.mean == -1.0
     assert (difference.low, difference.high) == pytest.approx((-1 - half, -1 + half), abs=1e-5)
-    assert (difference.lower, difference.count, difference.certain) == (3, 4, False)
+    assert (difference.lower, difference.count) == (3, 4)
+    # t = -1 / sqrt(14/12) = -0.9258 with 3 degrees of freedom.
+    assert difference.p == pytest.approx(2 * stats.t.cdf(-1 / math.sqrt(14 / 12), 3)) and 0.4 < difference.p < 0.45
     # What all seeds share cancels: 5 and 50 both fall by 1 and a bit.
     assert paired([4.0, 48.9], [5.0, 50.0]).high == pytest.approx(-1.05 + 12.7062 * 0.05, abs=1e-4)
-    assert paired([4.0, 48.9], [5.0, 50.0]).certain
+    assert paired([4.0, 48.9], [5.0, 50.0]).p < 0.05
+    assert (paired([1.0, 2.0], [1.0, 2.0]).p, paired([1.0, 2.0], [2.0, 3.0]).p) == (1, 0)
 
 
 def test_one_seed_has_no_interval():
     difference = paired([1.0], [2.0])
-    assert (difference.mean, difference.low, difference.high, difference.certain) == (-1.0, None, None, False)
+    assert (difference.mean, difference.low, difference.high, difference.p) == (-1.0, None, None, None)
     assert standard_error([1.0]) is None
     assert standard_error([1.0, 3.0]) == pytest.approx(1.0)  # deviation sqrt(2), by sqrt(2)
+
+
+def test_holms_correction_by_hand():
+    """0.01, 0.02, 0.04 and 0.5: times 4, 3, 2 and 1, and none smaller than one before it."""
+    assert holm([0.04, 0.01, 0.5, 0.02]) == pytest.approx([0.08, 0.04, 0.5, 0.06])
+    assert holm([0.03, 0.03]) == pytest.approx([0.06, 0.06]) and holm([0.9, 0.8]) == [1, 1] and holm([]) == []
 
 
 def test_tokens_to_reach_a_loss():
@@ -107,14 +117,50 @@ def test_a_method_with_settings_counts_as_one_of_its_own():
     assert (method.substitute, method.ema_decay) == ("backward", 0.5)
 
 
+def test_any_setting_can_go_with_a_method():
+    methods = matrix.parse_methods(["topk:moe.balancer=quantile", "topk:optim.peak_lr=1e-2:model.norm=rms", "hash"])
+    sets = matrix.parse_sets(["optim.peak_lr=3e-3,6e-3"])
+    entries = matrix.entries(default_config(), methods, [0], sets)
+    assert [(str(e.candidate), e.folder) for e in entries if e.candidate.method.startswith("topk")] == [
+        ("topk:moe.balancer=quantile peak_lr=0.003", "topk/moe.balancer=quantile/seed_0"),
+        ("topk:optim.peak_lr=1e-2:model.norm=rms", "topk/model.norm=rms/optim.peak_lr=0.01/seed_0"),
+        ("topk:moe.balancer=quantile peak_lr=0.006", "topk/moe.balancer=quantile/optim.peak_lr=0.006/seed_0"),
+    ]
+    assert entries[0].config.moe.load_balancer.name == "quantile" and entries[1].config.model.norm == "rms"
+    assert {entry.task for entry in entries} == {()}
+    with pytest.raises(ConfigError, match=r"--set gives moe\.top_k, which topk:moe\.top_k=2 fixes"):
+        fixed = matrix.parse_methods(["topk", "topk:moe.top_k=2"])
+        matrix.entries(default_config(), fixed, [0], matrix.parse_sets(["moe.top_k=1,2"]))
+
+
+def test_one_method_alone_is_a_sweep():
+    sets = matrix.parse_sets(["optim.peak_lr=1e-3,2e-3,4e-3"])
+    entries = matrix.entries(default_config(), matrix.parse_methods(["topk"]), range(4), sets)
+    losses = {0.001: 3.0, 0.002: 2.5, 0.004: 2.6}
+    results = {entry.folder: result(losses[entry.config.optim.peak_lr] + 0.01 * entry.seed) for entry in entries}
+    (task,) = comparison.compare(entries, results, "topk")
+    assert [str(row.candidate) for row in task.rows] == [f"topk peak_lr={lr}" for lr in (0.002, 0.001, 0.004)]
+    text = report.markdown([task], {(): 257}, {})
+    assert "+0.5000" in text and "Nothing to compare with." in text
+    files = pictures([task])
+    assert sorted(files) == ["report.pdf", "report.png", "sweep.pdf", "sweep.png"]
+    assert files["sweep.png"].startswith(b"\x89PNG") and files["sweep.pdf"].startswith(b"%PDF")
+
+
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
         (["topk", "defualt"], "did you mean 'default'?"),
-        (["topk"], "a comparison takes two"),
+        (["topk"], "which has nothing to compare with: give another, or several values with --set"),
+        (["topk", "topk:moe.router=default"], "moe.router is what --methods and --seeds are for"),
+        (
+            ["topk", "topk:optim.peak_rl=1"],
+            "--methods gives 'optim.peak_rl', but there is no such setting; did you mean",
+        ),
+        (["topk", "topk:moe.top_k=1"], "topk and topk:moe.top_k=1, which are the same here"),
         (["topk", "topk"], "given twice"),
         (["topk", "default:ema_dekay=1"], "did you mean 'ema_decay'?"),
-        (["topk", "default:substitute"], "must be its settings"),
+        (["topk", "default:substitute"], "must be settings: any one, as optim.peak_lr=VALUE, or its own"),
         (["topk:decay=1", "default"], "and topk has none"),
         (["default", "default:ema_decay=0.9"], "default and default:ema_decay=0.9, which are the same here"),
         (["topk", "default:ema_decay=0.5:ema_decay=0.9"], "which gives a setting twice"),
@@ -159,9 +205,9 @@ def test_what_cannot_be_varied_is_refused(sets, words):
 # What is concluded
 
 
-def result(final, tokens=(100, 200, 300), speed=10.0):
+def result(final, tokens=(100, 200, 300), speed=10.0, experts=1.0):
     held_out = Curve(tuple(map(float, tokens)), (final + 2, final + 1, final))
-    return Result(held_out, held_out, final / math.log(2), speed, 1.0, 1.5)
+    return Result(held_out, held_out, final / math.log(2), speed, 1.0, 1.5, experts)
 
 
 def compared(losses, sets=()):
@@ -176,24 +222,27 @@ def compared(losses, sets=()):
 
 def test_a_clear_winner_is_named_with_how_much_sooner_it_gets_there():
     """It is 0.1 below the baseline, whose last 100 of 300 tokens bring 1: there after 290 of them."""
-    task = compared({"topk": [3.0, 4.0, 5.0], "default": [2.9, 3.9, 4.8999]})
+    task = compared({"topk": [3.0, 4.0, 5.0, 6.0], "default": [2.9, 3.9, 4.8999, 5.9]})
     row = task.rows[1]
-    assert row.tokens_to_target == pytest.approx({0: 290 / 300, 1: 290 / 300, 2: 289.99 / 300})
+    assert row.tokens_to_target == pytest.approx({0: 290 / 300, 1: 290 / 300, 2: 289.99 / 300, 3: 290 / 300})
     assert row.tokens_to_target_of_means == pytest.approx(290 / 300, abs=1e-3)
     (line,) = comparison.conclusions(task)
     assert line.startswith(
         "default ends with a lower held-out loss than topk: -0.1000 nats per token, 95 % interval -0.10"
     )
-    assert "lower on 3 of 3 seeds; it reaches the final loss of topk with 0.97 of its tokens" in line
+    assert "lower on 4 of 4 seeds; it reaches the final loss of topk with 0.97 of its tokens" in line
 
 
 def test_a_loser_a_draw_and_one_seed():
-    (line,) = comparison.conclusions(compared({"topk": [3.0, 4.0], "default": [3.1, 4.1001]}))
-    assert line.startswith("default ends with a higher held-out loss than topk: +0.10") and "0 of 2 seeds" in line
-    (line,) = comparison.conclusions(compared({"topk": [3.0, 4.0], "default": [2.9, 4.1]}))
-    assert line.startswith("default cannot be told from topk") and "lower on 1 of 2" in line
-    (line,) = comparison.conclusions(compared({"topk": [3.0], "default": [2.0]}))
-    assert "on one seed: chance cannot be told from effect" in line
+    (line,) = comparison.conclusions(compared({"topk": [3.0] * 4, "default": [3.1, 3.1001, 3.1, 3.1]}))
+    assert line.startswith("default ends with a higher held-out loss than topk: +0.10") and "0 of 4 seeds" in line
+    (line,) = comparison.conclusions(compared({"topk": [3.0] * 4, "default": [2.9, 3.1, 2.8, 3.1]}))
+    assert line.startswith("default cannot be told from topk") and "lower on 2 of 4" in line
+    for default in ([2.0], [2.0, 2.001, 2.0]):  # however far apart they are
+        (line,) = comparison.conclusions(compared({"topk": [3.0] * len(default), "default": default}))
+        assert line.startswith("default differs from topk by -") and line.endswith(
+            ": fewer than 4 seeds decide nothing."
+        )
     task = compared({"topk": [3.0, 3.0, 3.0], "default": [2.5, 3.1, 3.1]})
     assert task.rows[1].median_tokens_to_target == math.inf
 
@@ -223,7 +272,28 @@ def test_runs_that_failed_are_left_out_and_told_of():
     assert second == "dense: every run failed."
     text = report.markdown([task], {(): 257}, {"default/seed_1": "not finite"})
     assert "failed: default/seed_1: not finite" in text
-    assert picture([task]).startswith(b"\x89PNG")
+    assert sorted(pictures([task])) == ["report.pdf", "report.png"]
+
+
+def test_many_methods_make_chance_likely():
+    """One difference of p = 0.02 says something alone, and nothing among three."""
+    losses = {"topk": [3.0, 3.0, 3.0, 3.0], "default": [2.9, 2.98, 2.92, 2.95]}
+    p = compared(losses).rows[1].difference.p
+    assert 0.02 < p < 0.05 and compared(losses).rows[1].corrected_p == p
+    (line,) = comparison.conclusions(compared(losses))
+    assert "ends with a lower held-out loss" in line
+    more = {**losses, "densemixer": [3.0, 3.01, 2.99, 3.001], "frozen": [3.0, 2.98, 3.03, 3.001]}
+    task = compared(more)
+    assert task.rows[1].corrected_p == pytest.approx(3 * p)
+    assert comparison.conclusions(task)[0].startswith("default cannot be told from topk")
+
+
+def test_unequal_computation_is_told():
+    entries = matrix.entries(default_config(), TWO, range(4), [])
+    results = {e.folder: result(3.0, experts=3.0 if e.candidate.method == "default" else 1.0) for e in entries}
+    (task,) = comparison.compare(entries, results, "topk")
+    (line,) = comparison.conclusions(task)
+    assert "It runs 3.00 experts per token, topk 1.00: the computation is not equal." in line
 
 
 def test_a_setting_with_which_runs_fail_is_not_a_methods_best():
@@ -240,7 +310,7 @@ def test_a_setting_with_which_runs_fail_is_not_a_methods_best():
 def test_the_baseline_needs_its_own_tokens_even_if_its_loss_rises_at_the_end():
     """It is at 3 after 190 of 300 tokens already; a curve that is the same is there as soon."""
     curve = Curve((100.0, 200.0, 300.0), (4.0, 2.9, 3.0))
-    both = Result(curve, curve, 1.0, None, 1.0, 1.0)
+    both = Result(curve, curve, 1.0, None, 1.0, 1.0, 1.0)
     entries = matrix.entries(default_config(), TWO, [0], [])
     (task,) = comparison.compare(entries, {entry.folder: both for entry in entries}, "topk")
     assert task.rows[1].tokens_to_target == {0: 1.0}

@@ -288,7 +288,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     assert "2 runs in" in outcomes["again"][1] and "2 of them finished before" in outcomes["again"][1]
     errors = {
         "an unknown method": "--methods has 'defualt', but there are default, default_threshold, dense,",
-        "one method": "a comparison takes two, the baseline first",
+        "one method": "which has nothing to compare with",
         "bad seeds": "--seeds is '0,0', but must be different whole numbers",
         "a run's directory": "is the work directory of a run",
     }
