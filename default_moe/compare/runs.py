@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from default_moe.compare.causality import check_causal
 from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.statistics import Curve
 from default_moe.config import Config
@@ -54,10 +55,14 @@ class Programs:
         self._made: dict[tuple[Config, int], Program] = {}
 
     def __call__(self, config: Config, vocab_size: int, mesh: Mesh | None = None) -> Program:
-        shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        shared = _without_seed(config)
         if (shared, vocab_size) not in self._made:
             self._made[shared, vocab_size] = Program(config, vocab_size, mesh)
         return self._made[shared, vocab_size].with_seed(config.train.seed)
+
+
+def _without_seed(config: Config) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
 
 
 def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], int | None]:
@@ -66,12 +71,15 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     Returns:
       what went wrong with the runs that diverged, by folder, and the exit code if a run was asked to stop, else None.
 
-    Raises ConfigError, with nothing trained, if a run there was made with other settings.
+    Raises ConfigError, with nothing trained, if a run there was made with other settings, or if a method sees the
+    tokens that it is to predict.
     """
     say = Progress(0).message
     check_runs(entries, workdir)
     waiting = [entry for entry in entries if not _finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
+    for config, label in {_without_seed(e.config): e.candidate.method for e in waiting}.items():
+        check_causal(config, label)
     programs, failures = Programs(), {}
     with StopRequest() as stop:
         for number, entry in enumerate(waiting, 1):
