@@ -112,6 +112,18 @@ class TrainConfig:
         "result.",
         at_least(1),
     )
+    profile_steps: str | None = setting(
+        None,
+        "'10:13' profiles steps 10, 11 and 12: where their time goes is written to profile/ in the work directory.",
+        MAY_CHANGE,
+        NO_EFFECT,
+    )
+
+    @property
+    def profiled(self) -> range:
+        """The steps to profile; none if they are not set."""
+        first, _, end = (self.profile_steps or "0:0").partition(":")
+        return range(int(first), min(int(end), self.num_steps + 1))
 
     def __post_init__(self) -> None:
         check_settings(self, "train")
@@ -119,6 +131,12 @@ class TrainConfig:
             self.batch_size % self.grad_accum_steps == 0,
             f"train.batch_size is {self.batch_size}, but must be a multiple of train.grad_accum_steps = "
             f"{self.grad_accum_steps}",
+        )
+        match = re.fullmatch("([0-9]{1,10}):[0-9]{1,10}", self.profile_steps or "1:2")
+        check(
+            match is not None and int(match[1]) >= 1 and (not self.profile_steps or bool(self.profiled)),
+            f"train.profile_steps is {quoted(self.profile_steps)}, but must be FIRST:END, '10:13' for steps 10, 11 and "
+            f"12, with FIRST from 1 to train.num_steps = {self.num_steps} and END above FIRST",
         )
 
 
@@ -242,6 +260,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go, beside metrics.jsonl and TensorBoard."""
+
+    wandb: str | None = setting(None, "The project of Weights & Biases that gets them; the package must be installed.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "log")
+        check(
+            not self.wandb
+            or (len(self.wandb) <= 128 and self.wandb.isprintable() and not set(self.wandb) & set("/\\#?%:")),
+            f"log.wandb is {quoted(self.wandb)}, but a project's name has at most 128 characters, and none of /\\#?%:",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -265,6 +298,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=MAY_CHANGE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=MAY_CHANGE | NO_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, "")

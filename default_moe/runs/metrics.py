@@ -1,4 +1,4 @@
-"""Metrics on the disk: metrics.jsonl, expert_load.jsonl, TensorBoard's event files. No failure to write stops a run."""
+"""Metrics of a run, in its files and elsewhere. No failure to write stops a run."""
 
 import functools
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from default_moe.errors import shown, tell
 from default_moe.files import io_failure, write_atomically
 from default_moe.runs.pictures import load_heat_map
+from default_moe.runs.writers import Writer
 
 METRICS_FILE = "metrics.jsonl"
 LOAD_FILE = "expert_load.jsonl"
@@ -26,35 +27,40 @@ class MetricsWriter:
     resume_step: the step that the run continues from; what was written for later steps is dropped, so that a run that
       was killed leaves the same file as one that was not. None starts anew.
     report: takes one line when writing begins to fail.
+    more: other places, by name, that get the same scalars and pictures.
 
     With several processes only the first one writes.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], resume_step: int | None = None, report: Callable[[str], None] = tell
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int | None = None,
+        report: Callable[[str], None] = tell,
+        more: Mapping[str, Writer] | None = None,
     ):
         self._active = jax.process_index() == 0
         self._report = report
         self._failing: set[str] = set()
-        self._lines = {name: _LineFile(Path(workdir) / name) for name in (METRICS_FILE, LOAD_FILE)}
-        self._events = _EventFile(Path(workdir) / "tensorboard", 0 if resume_step is None else resume_step + 1)
-        for name, lines in self._lines.items() if self._active else ():
+        files = {name: _LineFile(Path(workdir) / name) for name in (METRICS_FILE, LOAD_FILE)}
+        events = _EventFile(Path(workdir) / "tensorboard", 0 if resume_step is None else resume_step + 1)
+        self._load = files[LOAD_FILE]
+        self._writers: dict[str, Writer] = {METRICS_FILE: files[METRICS_FILE], "tensorboard": events, **(more or {})}
+        for name, lines in files.items() if self._active else ():
             self._try(name, functools.partial(lines.drop_after, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, {"step": step, ...}, flushed, and TensorBoard scalars.
+        """One line of metrics.jsonl, {"step": step, ...}, flushed, and scalars in all other places.
 
         metrics: scalars by name, "train/loss" for instance. JSON has no NaN or infinity: they become null.
         """
         if not self._active:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        nulled = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write_line(METRICS_FILE, {"step": step, **nulled})
-        self._try("tensorboard", lambda: self._events.write_scalars(step, values))
+        self._write_all(lambda writer: writer.write_scalars(step, values))
 
     def write_load(self, step: int, split: str, tokens_per_expert: np.ndarray, layers: Sequence[int]) -> None:
-        """One line of expert_load.jsonl; of held-out text also the picture of `load_heat_map` for TensorBoard.
+        """One line of expert_load.jsonl; of held-out text also the picture of `load_heat_map` in all other places.
 
         split: "train", of the batch of that step, or "eval".  tokens_per_expert: counts [layers, experts].
         layers: numbers of the layers in the model.
@@ -62,21 +68,23 @@ class MetricsWriter:
         if not self._active:
             return
         counts = np.asarray(tokens_per_expert).astype(int).tolist()
-        self._write_line(LOAD_FILE, {"step": step, "split": split, "layers": layers, "tokens_per_expert": counts})
+        line = {"step": step, "split": split, "layers": layers, "tokens_per_expert": counts}
+        self._try(LOAD_FILE, lambda: self._load.write(line))
         if split == "eval":
             title = f"load of each expert at step {step} (1 = mean)"
-            draw = functools.partial(load_heat_map, tokens_per_expert, title, layers)
-            self._try("pictures", lambda: self._events.write_png(step, "expert_load", draw()))
+            self._try("pictures", lambda: self._write_picture(step, load_heat_map(tokens_per_expert, title, layers)))
 
     def close(self) -> None:
-        for name, lines in self._lines.items() if self._active else ():
-            self._try(name, lines.close)
         if self._active:
-            self._try("tensorboard", self._events.close)
+            self._write_all(lambda writer: writer.close())
+            self._try(LOAD_FILE, self._load.close)
 
-    def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
-        line = json.dumps(values) + "\n"
-        self._try(name, lambda: self._lines[name].append(line.encode()))
+    def _write_picture(self, step: int, png: bytes) -> None:
+        self._write_all(lambda writer: writer.write_png(step, "expert_load", png))
+
+    def _write_all(self, write: Callable[[Writer], None]) -> None:
+        for name, writer in self._writers.items():
+            self._try(name, functools.partial(write, writer))
 
     def _try(self, what: str, write: Callable[[], None]) -> None:
         try:
@@ -106,7 +114,18 @@ class _LineFile:
         if new != old:
             write_atomically(self._path, new)
 
-    def append(self, line: bytes) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._append(json.dumps(line).encode() + b"\n")
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.write({"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}})
+
+    def write_png(self, step: int, tag: str, png: bytes) -> None:
+        """Write what could not be written before; lines hold no pictures."""
+        if self._unwritten:
+            self._append(b"")
+
+    def _append(self, line: bytes) -> None:
         self._unwritten += line
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -122,7 +141,7 @@ class _LineFile:
 
     def close(self) -> None:
         if self._unwritten:
-            self.append(b"")
+            self._append(b"")
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -22,9 +22,11 @@ from default_moe.runs.evaluation import evaluate
 from default_moe.runs.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
 from default_moe.runs.measurements import StepMeasurements
 from default_moe.runs.metrics import MetricsWriter
+from default_moe.runs.profiling import Profiler
 from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import Sampling, sample_texts
 from default_moe.runs.workdir import Run, check_ours, open_run
+from default_moe.runs.writers import check_writers, open_writers
 from default_moe.training.memory import out_of_memory_in_one_line, step_memory
 from default_moe.training.optimizer import learning_rate_schedule
 from default_moe.training.program import Program, mesh_for
@@ -60,6 +62,7 @@ def train(
     progress = Progress(config.train.num_steps)
     mesh = mesh_for(config)
     check_ours(workdir)
+    check_writers(config)
     source = find_source(config, workdir, progress.message)
 
     data = distributed.in_turn(lambda: open_data(config.data, progress.message))
@@ -107,7 +110,8 @@ def train(
         except BaseException:
             run.discard()
             raise
-        writer = MetricsWriter(workdir, start if restored else None, report=progress.message)
+        more = open_writers(config, run, progress.message)
+        writer = MetricsWriter(workdir, start if restored else None, progress.message, more)
         loop = _Loop(program, train_step, data, train_rows, validation_rows, run, store, writer, progress, start)
         try:
             state, finished = loop.run(state, stop)
@@ -181,17 +185,29 @@ class _Loop:
         config = self.program.config
         self._bad_in_row = 0
         self._pending: tuple[int, Any] | None = None
-        with prefetched(self._load, self.start, config.data.prefetch) as batches:
+        with (
+            prefetched(self._load, self.start, config.data.prefetch) as batches,
+            Profiler(config.train.profiled, self.place.workdir / "profile", self.progress.message) as profiler,
+        ):
             self._measurements = StepMeasurements(self.program, self.start)
             self._last_save = time.monotonic()
             self.progress.start(self.start)
             for step in range(self.start + 1, config.train.num_steps + 1):
-                state, metrics = self.train_step(state, next(batches))
+                if profiler.begins(step):
+                    self._record_pending()
+                    profiler.start(step, state)
+                    self._measurements.restart(step - 1)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = self.train_step(state, next(batches))
                 self._record_pending()  # the step before, while this one runs: the device never waits
                 self._pending = step, metrics
                 self.progress.step(step)
 
                 finished, stopping = step == config.train.num_steps, stop.received()
+                if profiler.ends(step, stopping):
+                    self._record_pending()
+                    profiler.stop(state)
+                    self._measurements.restart(step)
                 held_out = None
                 if finished or step % config.eval.every_steps == 0:
                     self._record_pending()

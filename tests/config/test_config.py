@@ -53,6 +53,10 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("data.tokenizer", "bpe:100", "at least 257"),
         ("train.batch_size", 0, "at least 1"),
         ("train.grad_accum_steps", 5, "multiple of train.grad_accum_steps"),
+        ("train.profile_steps", "a:b", "train.profile_steps is 'a:b', but must be FIRST:END, '10:13' for"),
+        ("train.profile_steps", "13:10", "END above FIRST"),
+        ("train.profile_steps", "0:3", "FIRST from 1"),
+        ("train.profile_steps", "401:410", "to train.num_steps = 400"),
         ("optim.peak_lr", 0.0, "positive"),
         ("optim.peak_lr", float("inf"), "finite"),
         ("optim.peak_lr", 1e-13, "not below 1e-12"),
@@ -76,6 +80,11 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("mesh.fsdp", -1, "at most one of them -1"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("eval.temperature", -1.0, "at least 0"),
+        (
+            "log.wandb",
+            "team/moe",
+            "log.wandb is 'team/moe', but a project's name has at most 128 characters, and none of",
+        ),
         ("eval.temperature", 1e-320, "not below 1e-6"),
         ("moe.capacity_factor", math.inf, "finite"),
         ("moe.capacity_factor", 1e308, "at most 2147483647"),
@@ -191,12 +200,13 @@ def test_the_quickstart_is_valid():
 
 # Settings of groups that have a mark as a whole are not listed one by one.
 MARKED = {
-    "MAY_CHANGE": "checkpoint.* data.dir data.files data.prefetch eval.* mesh.* model.attention "
+    "MAY_CHANGE": "checkpoint.* data.dir data.files data.prefetch eval.* log.* mesh.* model.attention "
     "model.output_z_weight model.remat model.scan_unroll moe.coupling_margin moe.coupling_weight "
     "moe.expert_parallel moe.load_balance_over moe.load_balance_weight moe.matmul moe.plugin moe.router_z_weight "
     "moe.sequence_balance_weight moe.simbal_weight optim.* train.log_every_steps train.max_bad_steps "
-    "train.num_steps",
-    "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature train.max_bad_steps",
+    "train.num_steps train.profile_steps",
+    "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature log.* train.max_bad_steps "
+    "train.profile_steps",
     "TUNED": "moe.bias.* moe.coupling_margin moe.coupling_weight moe.default.* moe.default_threshold.* "
     "moe.densemixer.* moe.expert_threshold.* moe.load_balance_weight moe.loss_free.* moe.quantile.* moe.remoe.* "
     "moe.router_init_std moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight moe.simbal_weight "
