@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from default_moe.config.eval_sets import SetsReference
 from default_moe.config.mappings import flat_items
 from default_moe.config.run import Config
 from default_moe.methods import groups_of_settings
@@ -17,6 +18,8 @@ def default_config() -> ConfigDict:
     for name, method in groups_of_settings().items():
         if dataclasses.fields(method):
             config.moe[name] = _defaults(method)
+    del config.eval.sets
+    config.eval.sets = SetsReference(None, field_type=str)
     return config.lock()
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict
 
+from default_moe.config.eval_sets import split_sets
 from default_moe.config.mappings import MAY_CHANGE, NO_EFFECT, TUNED, section_from_mapping
 from default_moe.config.mesh import MeshConfig
 from default_moe.config.model import ModelConfig
@@ -247,12 +248,24 @@ class EvalConfig:
     every_steps: int = setting(100, "Steps from one evaluation to the next; there is one at the end too.", at_least(1))
     num_batches: int = setting(8, "Batches of an evaluation; 0: the whole split.", at_least(0))
     batch_size: int | None = setting(None, "Sequences of such a batch; None takes train.batch_size.", at_least(1))
+    sets: str | None = setting(
+        None,
+        "More text to evaluate, 'notes:texts/**/*.md,wiki:wiki/*.jsonl' for instance: globs of files as data.files "
+        "takes them, by name.",
+        names_of_files(),
+    )
     prompt: str = setting("def ", "The text that the sample continues.", NO_EFFECT)
     sample_tokens: int = setting(200, "Tokens of the sample; 0: none is made.", at_least(0, 10**6), NO_EFFECT)
     temperature: float = setting(0.7, "Of the sample; 0 takes the likeliest token each time.", at_least(0), NO_EFFECT)
 
+    @property
+    def globs_by_set(self) -> dict[str, str]:
+        """The globs of `sets` by name."""
+        return split_sets(self.sets or "")
+
     def __post_init__(self) -> None:
         check_settings(self, "eval")
+        _ = self.globs_by_set  # refuses what cannot be read
         check(
             self.temperature == 0 or self.temperature >= 1e-6,
             f"eval.temperature is {self.temperature}, but must be 0 or not below 1e-6",

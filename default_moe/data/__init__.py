@@ -2,9 +2,10 @@
 
 corpus.py, stdlib.py, text_files.py, tfds_text.py give documents; tokenizer.py makes them ids; token_store.py keeps the
 ids on the disk, sealed.py and sources.py what is known of them; packing.py cuts them into rows; pipeline.py puts these
-together; prefetch.py works ahead.
+together, held_out_sets.py adds more text to evaluate; prefetch.py works ahead.
 """
 
+from default_moe.data.held_out_sets import HeldOutSet, open_sets
 from default_moe.data.packing import Batch, Rows
 from default_moe.data.pipeline import Data, data_directory, measure_reading, open_data
 from default_moe.data.prefetch import prefetched
@@ -13,11 +14,13 @@ from default_moe.data.tokenizer import Tokenizer, tokenizer_fingerprint, tokeniz
 __all__ = [
     "Batch",
     "Data",
+    "HeldOutSet",
     "Rows",
     "Tokenizer",
     "data_directory",
     "measure_reading",
     "open_data",
+    "open_sets",
     "prefetched",
     "tokenizer_fingerprint",
     "tokenizer_from_dict",

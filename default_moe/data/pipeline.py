@@ -1,9 +1,10 @@
 """From `DataConfig` to batches: chooses the corpus and the tokenizer, prepares what is missing, opens the splits."""
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,15 @@ def open_data(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None 
     Raises ConfigError if the corpus, the tokenizer or the data directory cannot be used.
     """
     directory = data_directory(config)
-    try:
+    with usable(directory):
         return _open_data(config, directory, log, tokenizer)
+
+
+@contextlib.contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """Raises ConfigError for an OSError while prepared data in `directory` is read or written."""
+    try:
+        yield
     except OSError as error:
         reason = shown(error.strerror or error, 400)
         which = f" ({shown(error.filename)})" if error.filename else ""
@@ -149,13 +157,18 @@ def _open_data(config: DataConfig, directory: Path, log: Log, tokenizer: Tokeniz
         )
         data = _prepared(config, corpus, directory, log, tokenizer)
     _check_has_documents(config, documents)
-    if lost := data.train.info.lost + data.validation.info.lost:
-        share = 100 * lost / (data.train.info.sampled + data.validation.info.sampled)
+    tell_losses([data.train.info, data.validation.info], corpus, log)
+    return data
+
+
+def tell_losses(infos: Sequence[StoreInfo], corpus: Corpus, log: Log) -> None:
+    """A line to `log` for each way in which stores do not hold what their text was."""
+    if lost := sum(info.lost for info in infos):
+        share = 100 * lost / sum(info.sampled for info in infos)
         log(f"note: the tokenizer loses {share:.2g} % of the characters in a sample of the text")
-    if places := data.train.info.replaced + data.validation.info.replaced:
+    if places := sum(info.replaced for info in infos):
         example = f", {shown(next(iter(corpus.replaced)))} for one" if corpus.replaced else ""
         log(f"note: invalid Unicode in {places:,} places of the text became U+FFFD{example}")
-    return data
 
 
 def _prepared(config: DataConfig, corpus: Corpus, directory: Path, log: Log, tokenizer: Tokenizer | None) -> Data:

@@ -50,13 +50,16 @@ class TextFiles:
     """
 
     def __init__(self, patterns: str, text_field: str, validation_fraction: float) -> None:
-        """Raises ConfigError if a glob names no file or one of an unknown kind."""
+        """Raises ConfigError if a glob names no file or one of an unknown kind.
+
+        validation_fraction: 1 holds out all of them, and cuts few small files into no pieces.
+        """
         self.name = "text_files"
         self.replaced: Counter[str] = Counter()
         self._text_field = text_field
         self._validation_fraction = validation_fraction
         self._files = _find_files(patterns)
-        self._piece = _piece_size([path for _, path in self._files])
+        self._piece = LARGEST_PIECE if validation_fraction == 1 else _piece_size([path for _, path in self._files])
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((1, self._text_field, self._validation_fraction, self._piece)).encode())

@@ -1,10 +1,11 @@
 """The report of eval.py: a saved checkpoint evaluated."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from default_moe.config import Config
+from default_moe.data import Rows, open_sets
 from default_moe.files import write_report
 from default_moe.hardware import machine
 from default_moe.processes import distributed
@@ -25,7 +26,8 @@ def run(
 ) -> int:
     """Evaluate a checkpoint on the whole held-out split, print a table, write `<workdir>/eval/step_N.json`.
 
-    A report on other text than the run's is `step_N_HASH.json`, with the beginning of that text's `corpus_hash`.
+    All texts of `eval.sets` are evaluated too. A report on other text than the run's is `step_N_HASH.json`, with the
+    beginning of that text's `corpus_hash`.
 
     Args:
       workdir: of the run.
@@ -50,9 +52,19 @@ def run(
     run = open_saved_run(workdir, step, on_whole_split, asked, training=False)
     config = run.program.config
     if not prompt_only:
-        rows = run.data.validation_rows(config.train.sequence_length)
-        result = evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
-        say(_table(result, run.step, config))
+        sets = distributed.in_turn(
+            lambda: open_sets(
+                config.eval.globs_by_set, config.data, run.data.tokenizer, config.train.sequence_length, say
+            )
+        )
+        distributed.check_same({name: part.content_hash for name, part in sets.items()}, "eval.sets must be the same")
+
+        def of(rows: Rows) -> Evaluation:
+            return evaluate(run.program, run.params, run.variables, rows, config.eval.num_batches)
+
+        result = of(run.data.validation_rows(config.train.sequence_length))
+        of_sets = {name: of(part.rows) for name, part in sets.items()}
+        say(_table(result, run.step, config) + _table_of_sets(of_sets))
     prompts = prompts or [config.eval.prompt]
     texts, speed = run.sample(prompts, sampling.of(config.eval), stop)
     for prompt, text in zip(prompts, texts, strict=True):
@@ -64,6 +76,9 @@ def run(
         report = {
             "step": run.step,
             **dataclasses.asdict(result),
+            "sets": {
+                name: {**dataclasses.asdict(found), "hash": sets[name].content_hash} for name, found in of_sets.items()
+            },
             "samples": samples,
             "corpus_hash": run.data.corpus_hash,
             "settings": config.to_dict(),
@@ -90,4 +105,16 @@ def _table(result: Evaluation, step: int, config: Config) -> str:
     for layer, row in zip(config.model.moe_layers, result.layers, strict=True):
         values = (f"{row[name]:{width}.4g}" for name, width in zip(columns, widths, strict=True))
         lines.append(f"  {layer:5}" + "".join(values))
+    return "\n".join(lines)
+
+
+def _table_of_sets(of_sets: Mapping[str, Evaluation]) -> str:
+    """A line for each set, empty if there is none."""
+    if not of_sets:
+        return ""
+    width = max(len(name) for name in ["set", *of_sets])
+    lines = [f"\n  {'set':<{width}}    loss  bits per byte      tokens       bytes"]
+    for name, found in of_sets.items():
+        counts = f"{found.tokens:12,}{found.text_bytes:12,}"
+        lines.append(f"  {name:<{width}}{found.loss:8.4f}{found.bits_per_byte:15.4f}{counts}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -15,10 +15,19 @@ import numpy as np
 from default_moe.errors import shown, tell
 from default_moe.files import io_failure, write_atomically
 from default_moe.runs.pictures import load_heat_map
-from default_moe.runs.writers import Writer
 
 METRICS_FILE = "metrics.jsonl"
 LOAD_FILE = "expert_load.jsonl"
+
+
+class Writer(Protocol):
+    """Takes metrics step after step. What it raises is told, and ends no run: see `MetricsWriter`."""
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_png(self, step: int, tag: str, png: bytes) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:

@@ -12,13 +12,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from default_moe.config import Config, flat_items
-from default_moe.data import Data, Rows, measure_reading, open_data, prefetched, tokenizer_fingerprint
+from default_moe.data import (
+    Data,
+    HeldOutSet,
+    Rows,
+    measure_reading,
+    open_data,
+    open_sets,
+    prefetched,
+    tokenizer_fingerprint,
+)
 from default_moe.errors import ConfigError, Diverged, TrainingFailed
 from default_moe.processes import distributed
 from default_moe.processes.huge_pages import return_free_memory
 from default_moe.processes.stopping import StopRequest
 from default_moe.runs.checkpoint import CheckpointStore
-from default_moe.runs.evaluation import evaluate
+from default_moe.runs.evaluation import Evaluation, evaluate
 from default_moe.runs.fine_tuning import Source, check_tokenizer, find_source, fine_tuned_state
 from default_moe.runs.measurements import StepMeasurements
 from default_moe.runs.metrics import MetricsWriter
@@ -69,16 +78,22 @@ def train(
     train_rows = data.train_rows(config.train.sequence_length, config.train.seed)
     validation_rows = data.validation_rows(config.train.sequence_length)
     check_tokenizer(source, data.tokenizer)
+    sets = distributed.in_turn(
+        lambda: open_sets(
+            config.eval.globs_by_set, config.data, data.tokenizer, config.train.sequence_length, progress.message
+        )
+    )
     program = make_program(config, data.tokenizer.vocab_size, mesh)
     identity: dict[str, Any] = {
         "corpus_hash": data.corpus_hash,
         "vocab_size": program.vocab_size,
         "tokenizer_hash": tokenizer_fingerprint(data.tokenizer),
     }
-    distributed.check_same(identity, "data must be the same on every host")
+    texts = {f"eval.sets {name}": part.content_hash for name, part in sets.items()}
+    distributed.check_same({**identity, **texts}, "data must be the same on every host")
 
     with (
-        open_run(workdir, config, **identity, changes_since=data.changes_since) as run,
+        open_run(workdir, config, **identity, changes_since=data.changes_since, sets=sets) as run,
         CheckpointStore(workdir, config.checkpoint, report=progress.message) as store,
         contextlib.nullcontext(stop) if stop else StopRequest() as stop,
         out_of_memory_in_one_line(TrainingFailed, "training", config, program.num_batch_shards),
@@ -112,7 +127,7 @@ def train(
             raise
         more = open_writers(config, run, progress.message)
         writer = MetricsWriter(workdir, start if restored else None, progress.message, more)
-        loop = _Loop(program, train_step, data, train_rows, validation_rows, run, store, writer, progress, start)
+        loop = _Loop(program, train_step, data, train_rows, validation_rows, sets, run, store, writer, progress, start)
         try:
             state, finished = loop.run(state, stop)
         except Exception:
@@ -174,6 +189,7 @@ class _Loop:
     data: Data
     train_rows: Rows
     validation_rows: Rows
+    sets: Mapping[str, HeldOutSet]
     place: Run
     store: CheckpointStore
     writer: MetricsWriter
@@ -289,15 +305,19 @@ class _Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         config = self.program.config
+
+        def of(rows: Rows) -> Evaluation:
+            return evaluate(self.program, state.params, state.variables, rows, config.eval.num_batches)
+
         try:
-            result = evaluate(
-                self.program, state.params, state.variables, self.validation_rows, config.eval.num_batches
-            )
+            result, of_sets = of(self.validation_rows), {name: of(part.rows) for name, part in self.sets.items()}
         except Exception:  # of which no training is to be lost
             self._save(state, step, None)
             self.store.wait()
             raise
         values = {f"eval/{name}": value for name, value in {**result.scalars(), "tokens": result.tokens}.items()}
+        for name, found in of_sets.items():
+            values |= {f"eval/{name}/loss": found.loss, f"eval/{name}/bits_per_byte": found.bits_per_byte}
         self.writer.write(step, values)
         if result.layers:
             counts_YN = np.array([layer["tokens_per_expert"] for layer in result.layers])
@@ -306,6 +326,11 @@ class _Loop:
             f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens"
         )
+        for name, found in of_sets.items():
+            self.progress.message(
+                f"step {step}: set {name!r}: loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits/byte over "
+                f"{found.tokens:,} tokens"
+            )
         self._measurements.restart(step)
         return values
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from default_moe.config import MAY_CHANGE, OPTIMIZER_KINDS, Config, flat_items, marked
+from default_moe.data import HeldOutSet
 from default_moe.errors import ConfigError, TrainingFailed, check, shown
 from default_moe.files import read_json
 from default_moe.processes import distributed
@@ -94,6 +95,7 @@ def open_run(
     vocab_size: int,
     tokenizer_hash: str | None = None,
     changes_since: Callable[[str], list[str]] = lambda corpus_hash: [],
+    sets: Mapping[str, HeldOutSet] | None = None,
 ) -> Iterator[Run]:
     """A new run in an empty or absent `workdir`, or the same run there; while entered, no other process has it.
 
@@ -101,6 +103,7 @@ def open_run(
 
     tokenizer_hash: identifies the tokenizer's content, so that the file that holds it may move.
     changes_since: tells how a corpus of another hash differed.
+    sets: text that is evaluated too, by name, which may change.
     Raises ConfigError, with nothing written, if the directory holds other files or another run, if another process
     trains in it, or if it cannot be written. With several processes only the first one locks and writes; the others
     raise it if they do not see what that one wrote.
@@ -110,18 +113,20 @@ def open_run(
         yield _join_run(folder)
         return
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
-    _compare(folder, config, identity, changes_since)
+    sets = sets or {}
+    _compare(folder, config, identity, changes_since, sets)
     lock = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
             # Another process may have started it before the lock.
-            run = _compare(folder, config, identity, changes_since)
+            run = _compare(folder, config, identity, changes_since, sets)
             content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
             saved = read_json(folder / RUN_FILE) if run.resumed else {}
             source = saved.get("source") or source_of(config.init_from)
             content |= {"config": config.to_dict(), "source": source, "versions": _versions()}
+            content["eval_sets"] = {name: part.content_hash for name, part in sets.items()}
             content["history"] = _history(folder, run, saved)
             write_run(folder, content)
             distributed.share((folder / RUN_FILE).read_text())
@@ -162,7 +167,11 @@ def _join_run(folder: Path) -> Run:
 
 
 def _compare(
-    folder: Path, config: Config, identity: Mapping[str, Any], changes_since: Callable[[str], list[str]]
+    folder: Path,
+    config: Config,
+    identity: Mapping[str, Any],
+    changes_since: Callable[[str], list[str]],
+    sets: Mapping[str, HeldOutSet],
 ) -> Run:
     """The run that these settings begin or continue in `folder`. Raises ConfigError where they must not."""
     new = Run(folder, uuid.uuid4().hex, resumed=False, notes=[])
@@ -200,7 +209,19 @@ def _compare(
             "choose another --workdir, or set them back"
         )
     notes = [f"{name} was {shown(before[name], 60)}, is now {shown(now[name], 60)}" for name in changed]
+    notes += _changed_sets(saved.get("eval_sets"), sets)
     return Run(folder, str(saved.get("run_id") or new.id), resumed=True, notes=notes)
+
+
+def _changed_sets(before: Any, sets: Mapping[str, HeldOutSet]) -> list[str]:
+    """A line for each set of the same name whose text was another."""
+    known = before if isinstance(before, dict) else {}
+    notes = []
+    for name, part in sets.items():
+        if known.get(name, part.content_hash) != part.content_hash:
+            differences = "; ".join(part.changes_since(str(known[name])))
+            notes.append(f"the text of the set {name!r} of eval.sets" + (f" ({differences})" if differences else ""))
+    return notes
 
 
 def _may_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any], run: Mapping[str, Any]) -> bool:

@@ -1,28 +1,19 @@
-"""Where a run's metrics can go: what every such place has, and Weights & Biases."""
+"""Where a run's metrics go beside its own files: Weights & Biases."""
 
 import importlib
 import io
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from default_moe.config import Config
 from default_moe.errors import ConfigError, shown
+from default_moe.runs.metrics import Writer
 from default_moe.runs.workdir import Run
 
 _UPLOAD_SECONDS = 60.0  # for what has not been sent when the run ends; it stays on the disk if they do not suffice
-
-
-class Writer(Protocol):
-    """Takes metrics step after step. What it raises is told, and ends no run: see `MetricsWriter`."""
-
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def write_png(self, step: int, tag: str, png: bytes) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def check_writers(config: Config) -> None:

@@ -79,6 +79,11 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("mesh.data", 0, "positive"),
         ("mesh.fsdp", -1, "at most one of them -1"),
         ("checkpoint.keep_last", 0, "at least 1"),
+        ("eval.sets", "texts/*.md", "must begin with a name: 'code:texts/*.md', say"),
+        ("eval.sets", "a:x.md,b c:y.md", "eval.sets has the part 'b c:y.md', but must be NAME:GLOB"),
+        ("eval.sets", f"{'n' * 41}:x.md", "NAME of at most 40 letters, digits,"),
+        ("eval.sets", "a:x.md,b:", "eval.sets has the part 'b:', but must be"),
+        ("eval.sets", "a:x.md,a:y.md", "eval.sets has two sets called 'a'"),
         ("eval.temperature", -1.0, "at least 0"),
         (
             "log.wandb",
@@ -156,6 +161,22 @@ def test_a_config_survives_json_and_config_dict():
     assert MoEConfig.from_mapping(config.moe.to_dict()).num_experts == 4
     assert Config.from_mapping(json.loads(json.dumps(built.to_dict()))) == built
     assert Config.from_config_dict(to_config_dict(built)) == built
+
+
+def test_sets_to_evaluate_are_one_text_or_in_a_config_file_a_mapping():
+    sets = {"code": "a/*.md,b/*.txt", "wiki-2.0": "./odd:name.md"}
+    text = "code:a/*.md,b/*.txt,wiki-2.0:./odd:name.md"
+    config = default_config()
+    config.eval.sets = sets
+    built = Config.from_config_dict(config)
+    assert built.eval.sets == config.eval.sets == to_config_dict(built).eval.sets == text
+    assert built.eval.globs_by_set == Config.from_mapping({"eval": {"sets": text}}).eval.globs_by_set == sets
+    assert Config.from_mapping({"eval": {"sets": "a: x.md , b:y.md,"}}).eval.globs_by_set == {"a": "x.md", "b": "y.md"}
+    assert Config().eval.globs_by_set == Config.from_mapping({"eval": {"sets": ""}}).eval.globs_by_set == {}
+    for odd in ({"a": "x.md,b:y.md"}, {"a": 3}, {"": "x.md"}):
+        with refused("eval.sets "):
+            config.eval.sets = odd
+    assert default_config().eval.sets is None  # nothing of it is shared
 
 
 def test_no_limit_is_larger_than_what_there_is():

@@ -41,7 +41,12 @@ from default_moe.training.program import Program
 
 # Runs with other steps or learning rates are other programs, which take longer to compile than to run: most tests keep
 # to these.
-LEARNING = {"train": {"num_steps": 30}, "optim": {"peak_lr": 1e-2}, "eval": {"num_batches": 0, "sample_tokens": 8}}
+PAGE = REPOSITORY / "default_moe/data/README.md"
+LEARNING = {
+    "train": {"num_steps": 30},
+    "optim": {"peak_lr": 1e-2},
+    "eval": {"num_batches": 0, "sample_tokens": 8, "sets": f"page:{PAGE}"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,9 @@ def test_a_run_learns_and_leaves_what_scripts_rely_on(finished):
     assert all(path.stat().st_size for path in (workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert steps(workdir) == [24, 28, 30]
+    assert (
+        f"step 30: set 'page': loss {last['eval/page/loss']:.4f}, {last['eval/page/bits_per_byte']:.4f} bits" in output
+    )
     assert "a sample:\ndef " in output and "compiled the training step in" in output
 
 
@@ -119,7 +127,7 @@ def test_the_page_lists_every_tag_and_no_other(finished, monkeypatch):
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     listed = [tag for row in rows for tag in re.findall(r"`(.*?)`", row)]
     assert len(listed) == len(set(listed))
-    assert set(listed) == {re.sub(r"^layer_\d+", "layer_*", tag) for tag in written}
+    assert set(listed) == {re.sub(r"^layer_\d+", "layer_*", tag.replace("/page/", "/*/")) for tag in written}
 
 
 def test_a_finished_run_is_not_run_again_but_can_be_prolonged(folder, copy):
@@ -265,6 +273,12 @@ def test_evaluation_covers_the_whole_split_and_agrees_with_training(folder, fini
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert report[name] == pytest.approx(at_30[f"eval/{name}"], rel=1e-6)
     assert [sum(layer["tokens_per_expert"]) for layer in report["layers"]] == [2 * report["tokens"]]  # top 2
+    page, size = report["sets"]["page"], PAGE.stat().st_size
+    assert (page["tokens"], page["text_bytes"]) == (size, size - 1)  # and a separator; the first byte is no target
+    assert page["bits_per_byte"] == pytest.approx(page["loss"] / np.log(2) * size / (size - 1), rel=1e-6)
+    for name in ("loss", "bits_per_byte"):
+        assert page[name] == pytest.approx(at_30[f"eval/page/{name}"], rel=1e-6)
+    assert page["loss"] > 1.1 * report["loss"]  # other words than those that it learnt
     assert content(workdir / "checkpoints") == before
 
 
@@ -279,6 +293,9 @@ def test_evaluation_prints_what_it_writes(finished):
     (layer,) = report["layers"]
     assert table[header + 1] == ["1", *(f"{layer[name]:.4g}" for name in table[header][1:])]
     assert {"load_balance_loss", "router_entropy", "max_load", "default_vector_norm"} <= {*table[header]}
+    page = report["sets"]["page"]
+    found = [f"{page['loss']:.4f}", f"{page['bits_per_byte']:.4f}", f"{page['tokens']:,}", f"{page['text_bytes']:,}"]
+    assert ["page", *found] in table and ["set", "loss", "bits", "per", "byte", "tokens", "bytes"] in table
     [sample] = report["samples"]
     assert sample["prompt"] == "the " and sample["text"].startswith("the ")
     assert f"from the prompt 'the ':\n{sample['text']}\n" in output

@@ -11,6 +11,7 @@ import pytest
 from helpers.refusals import refused
 
 from default_moe.config import Config
+from default_moe.data import HeldOutSet
 from default_moe.runs.identity import RUN_FILE, mark_saved
 from default_moe.runs.workdir import open_run
 
@@ -47,6 +48,24 @@ def test_a_new_run_is_written_and_goes_on(tmp_path):
     with start(workdir) as run:
         assert run.resumed and run.notes == []
         assert run.id == first == json.loads((workdir / RUN_FILE).read_text())["run_id"]
+
+
+def test_sets_whose_text_has_changed_are_noted(tmp_path):
+    def of(content_hash, *differences):
+        return HeldOutSet(
+            None, content_hash, lambda before: [f"{difference} since {before}" for difference in differences]
+        )
+
+    begin(tmp_path, sets={"a": of("1"), "b": of("1"), "c": of("1")})
+    with start(tmp_path, sets={"a": of("1"), "b": of("2"), "c": of("2", "x"), "d": of("2", "y")}) as run:
+        noted = ["the text of the set 'b' of eval.sets", "the text of the set 'c' of eval.sets (x since 1)"]
+        assert run.resumed and run.notes == noted
+    saved = json.loads((tmp_path / RUN_FILE).read_text())
+    assert saved["history"][0]["changed"] == noted and saved["eval_sets"]["d"] == "2"
+    del saved["eval_sets"]  # as earlier versions wrote it
+    (tmp_path / RUN_FILE).write_text(json.dumps(saved))
+    with start(tmp_path, sets={"a": of("5")}) as run:
+        assert run.resumed and run.notes == []
 
 
 def test_settings_that_may_change_are_noted(tmp_path):
