@@ -164,8 +164,8 @@ def test_a_config_survives_json_and_config_dict():
 
 
 def test_sets_to_evaluate_are_one_text_or_in_a_config_file_a_mapping():
-    sets = {"code": "a/*.md,b/*.txt", "wiki-2.0": "./odd:name.md"}
-    text = "code:a/*.md,b/*.txt,wiki-2.0:./odd:name.md"
+    sets = {"code": "a/*.md,./b:c.txt", "wiki-2.0": "./odd:name.md"}
+    text = "code:a/*.md,./b:c.txt,wiki-2.0:./odd:name.md"
     config = default_config()
     config.eval.sets = sets
     built = Config.from_config_dict(config)
