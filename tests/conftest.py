@@ -52,6 +52,8 @@ SLOW = {
     "test_layer_order_runs": ("test_",),
     "test_optimizer": ("test_what_is_kept_",),
     "test_runs": ("test_a_run_whose_", "test_a_run_that_", "test_a_full_disk_", "test_evaluation_of_", "test_greedy_"),
+    "test_writers": ("test_a_run_",),
+    "test_profiling": ("test_steps_",),
     "test_mesh_training": ("test_losses_", "test_accumulation_", "test_state_"),
     "test_accelerator_bench": ("test_every_part_", "test_the_training_part_", "test_the_report_", "test_results_are_"),
     "test_fine_tuning": ("test_",),

@@ -60,7 +60,7 @@ def _open_set(
         store = open_store(folder / _STORE, corpus, "validation", tokenizer, log)
         if not (folder / RECORD).exists():
             write_sealed(folder / RECORD, corpus.sources())
-    tell_losses([store.info], corpus, log)
+    tell_losses([store.info], corpus, lambda line: log(f"{line} (set {name!r})"))
     if store.info.tokens < sequence_length + 1:
         raise ConfigError(
             f"it has {store.info.tokens} tokens, but train.sequence_length = {sequence_length} needs "

@@ -56,6 +56,14 @@ def test_changed_files_are_told(texts, opened):
     assert after.changes_since("of no record") == []
 
 
+def test_what_became_of_invalid_text_is_told_of_the_set(texts, opened):
+    (texts / "odd.md").write_bytes(b"\xff" * 40)
+    lines = opened(a=f"{texts}/30.txt", odd=f"{texts}/odd.md")[1]
+    assert [line for line in lines if line.startswith("note: ")] == [
+        f"note: invalid Unicode in 40 places of the text became U+FFFD, {texts}/odd.md for one (set 'odd')"
+    ]
+
+
 @pytest.mark.parametrize(
     ("glob", "words"),
     [
