@@ -34,7 +34,7 @@ def leaked(config: Config) -> float:
 
     In float32, whatever the config says: rounding in bfloat16 would hide a leak.
     """
-    model, moe = (dataclasses.replace(section, dtype="float32") for section in (config.model, config.moe))
+    model, moe = dataclasses.replace(config.model, dtype="float32"), dataclasses.replace(config.moe, dtype="float32")
     config = dataclasses.replace(config, model=model, moe=moe)
     length = min(config.train.sequence_length, _LONGEST)
     program = Program(config, config.model.vocab_size or 257, training=False)
