@@ -94,12 +94,7 @@ def test_a_place_that_cannot_be_written_does_not_end_the_run(tmp_path):
         writer.write(step, {"loss": 1.0})
         writer.write_load(step, "eval", np.ones((1, 2)), (1,))
     writer.close()
-    assert sorted(report.split()[0] for report in reports) == [
-        "expert_load.jsonl",
-        "metrics.jsonl",
-        "pictures",
-        "tensorboard",
-    ]
+    assert sorted(report.split()[0] for report in reports) == ["expert_load.jsonl", "metrics.jsonl", "tensorboard"]
 
 
 def test_load_is_numbers_in_a_file_and_the_newest_a_picture(tmp_path):
