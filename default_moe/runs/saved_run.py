@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -58,22 +58,29 @@ def open_saved_run(
     """
     say = Progress(0).message
     with CheckpointStore(workdir, read_only=True) as store:
-        distributed.check_same_start({"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})})
-        newest = step is None
-        step = store.newest_whole() if step is None else step
-        meta = store.read_meta(step)
-        saved, tokenizer = parse_meta(meta)
-        config = override(saved)
-        distributed.check_same(dict(flat_items(config.to_dict())), "start the same in every process")
-        data = distributed.in_turn(lambda: open_data(config.data, say, tokenizer))
+        found = _find(store, workdir, step, override, asked)
+        config = found.config
+        data = distributed.in_turn(lambda: open_data(config.data, say, found.tokenizer))
         distributed.check_same({"corpus_hash": data.corpus_hash}, "data must be the same on every host")
-        of_training = data.corpus_hash == meta.get("corpus_hash")
+        trained_on = found.meta.get("corpus_hash")
+        of_training = data.corpus_hash == trained_on
         if not of_training:
-            changes = "; ".join(data.changes_since(str(meta.get("corpus_hash")))) or "no record of that text is left"
+            changes = "; ".join(data.changes_since(str(trained_on))) or "no record of that text is left"
             say(f"note: this is not the text that the run was trained on, or another version of it ({changes})")
-        program = Program(config, tokenizer.vocab_size, training=training)
-        step, params, variables = _restore(store, program, step, newest)
+        program = Program(config, found.tokenizer.vocab_size, training=training)
+        step, params, variables = _restore(store, program, found.step, newest=step is None)
     return SavedRun(step, program, data.tokenizer, params, variables, data, of_training)
+
+
+def open_model(
+    workdir: Path, step: int | None, override: Callable[[Config], Config], asked: Mapping[str, Any] | None = None
+) -> TrainedModel:
+    """Open a checkpoint as `open_saved_run` does, without the text of its run, which need not be there."""
+    with CheckpointStore(workdir, read_only=True) as store:
+        found = _find(store, workdir, step, override, asked)
+        program = Program(found.config, found.tokenizer.vocab_size, training=False)
+        step, params, variables = _restore(store, program, found.step, newest=step is None)
+    return TrainedModel(step, program, found.tokenizer, params, variables)
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None, mesh: MeshConfig | None = None) -> TrainedModel:
@@ -108,6 +115,32 @@ def read_earlier(workdir: Path, program: Program, step: int) -> dict[int, Callab
 
     with CheckpointStore(workdir, read_only=True) as store:
         return {earlier: functools.partial(read, earlier) for earlier in store.steps() if earlier < step}
+
+
+class _Found(NamedTuple):
+    """A checkpoint that has not been read yet. config: with what the user changed."""
+
+    step: int
+    meta: Mapping[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+
+
+def _find(
+    store: CheckpointStore,
+    workdir: Path,
+    step: int | None,
+    override: Callable[[Config], Config],
+    asked: Mapping[str, Any] | None,
+) -> _Found:
+    """The checkpoint that `open_saved_run` is asked for, the same in all processes."""
+    distributed.check_same_start({"--workdir": str(workdir.absolute()), "--step": step, **(asked or {})})
+    step = store.newest_whole() if step is None else step
+    meta = store.read_meta(step)
+    saved, tokenizer = parse_meta(meta)
+    config = override(saved)
+    distributed.check_same(dict(flat_items(config.to_dict())), "start the same in every process")
+    return _Found(step, meta, config, tokenizer)
 
 
 def _restore(store: CheckpointStore, program: Program, step: int, newest: bool) -> tuple[int, Any, Mapping[str, Any]]:

@@ -63,6 +63,40 @@ def token_sums(
     )
 
 
+def token_scores(
+    unembedding: Unembedding, target_BQ: Array, position_BQ: Array, logits_per_chunk: int
+) -> tuple[Array, Array]:
+    """Log-probability of each target after the token at its position, float32 [B, Q], and whether none is likelier.
+
+    Logits are made for these positions only, by each device for its rows, in chunks as in `token_sums`.
+    """
+    x_BLD, head_DV = unembedding
+    batch_axes = sharding.mesh_axes("batch")
+
+    def local(x_BLD: Array, head_DV: Array, target_BQ: Array, position_BQ: Array) -> tuple[Array, Array]:
+        if batch_axes:
+            head_DV = sharding.whole_weight(head_DV, "embed", "vocab")
+        x_BQD = jnp.take_along_axis(x_BLD, position_BQ[..., None], axis=1)
+        num_chunks = min(target_BQ.size, -(-target_BQ.size * head_DV.shape[1] // logits_per_chunk))
+
+        def chunk(carry: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            x_RD, target_R = inputs
+            logits_RV = jnp.matmul(x_RD, head_DV, preferred_element_type=jnp.float32)
+            of_target_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+            return None, (of_target_R - jax.nn.logsumexp(logits_RV, axis=-1), logits_RV.argmax(axis=-1) == target_R)
+
+        rows = x_BQD.reshape(-1, x_BQD.shape[-1]), target_BQ.reshape(-1)
+        scores = _over_chunks(chunk, None, rows, num_chunks)[1]
+        return tuple(score.reshape(-1)[: target_BQ.size].reshape(target_BQ.shape) for score in scores)
+
+    if batch_axes:
+        rows = P(batch_axes)
+        local = jax.shard_map(
+            local, in_specs=(rows, sharding.weight_spec("embed", "vocab"), rows, rows), out_specs=(rows, rows)
+        )
+    return local(x_BLD, head_DV, target_BQ, position_BQ)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _loss_sums(
     x_TD: Array, head_DV: Array, target_T: Array, counted_T: Array, num_chunks: int, z_weight: float
