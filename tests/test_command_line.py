@@ -113,6 +113,14 @@ EVAL |= bad_paths("--workdir") | {
     "a share above all": (["--workdir={here}/trained", "--top_p=1.5"], "--top_p is 1.5, but must be above 0"),
     "a share that is no number": (["--workdir={here}/trained", "--top_p=nan"], "--top_p is nan"),
     "fewer than no tokens": (["--workdir={here}/trained", "--top_k=-1"], "--top_k=-1"),
+    "text beside tasks": (["--workdir={here}/trained", "--tasks=paper", "--prompt_only"], "--prompt_only does not go"),
+    "questions of no task": (["--workdir={here}/trained", "--limit=3"], "--limit goes with --tasks"),
+    "no question": (["--workdir={here}/trained", "--tasks=paper", "--limit=0"], "--limit=0"),
+    "tasks without a name": (["--workdir={here}/trained", "--tasks=,"], "--tasks names no task"),
+    "no folder of tasks": (
+        ["--workdir={here}/trained", "--tasks=a", "--include_path={here}/none"],
+        "--include_path is {here}/none, but there is no such folder",
+    ),
 }
 ANALYSIS = {
     "no analysis": ([], "which analysis is not said"),

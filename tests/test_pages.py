@@ -19,7 +19,7 @@ from default_moe.config import Config, default_config, flat_items
 from default_moe.methods import METHODS
 from default_moe.plan import topologies
 from default_moe.processes import distributed
-from default_moe.runs import saved_run, trainer
+from default_moe.runs import benchmarks, saved_run, trainer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(p for d in ("configs", "default_moe") for p in (ROOT / d).rglob("README.md"))]
@@ -138,6 +138,7 @@ def read_command(own_flags, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(distributed, "start", lambda *args: None)
     monkeypatch.setattr(trainer, "train", stop)
+    monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
     monkeypatch.setattr(saved_run, "CheckpointStore", Store)
     monkeypatch.setattr(comparison_runs, "do_runs", stop)
     for name in ("_tpu_devices", "_gpu_devices"):

@@ -3,10 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.hf_models import DENSE, FAMILIES, hf_model, our_logits, our_variables, write_tokenizer
+from helpers.hf_models import DENSE, FAMILIES, hf_model, our_logits, our_variables, save_random, write_tokenizer
 
 from default_moe.config import Config, MeshConfig
 from default_moe.convert.exporting import export_model
@@ -14,10 +13,8 @@ from default_moe.convert.families import DEFAULT_MOE
 from default_moe.convert.importing import import_model, read_model
 from default_moe.convert.upcycling import Upcycling, upcycle
 from default_moe.data.tokenizer import train_bpe
-from default_moe.model.language_model import build_model, traced_init
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.sampling import Sampling, generate
-from default_moe.sharding import unboxed
 from default_moe.training.program import Program
 
 pytestmark = pytest.mark.hf
@@ -161,24 +158,6 @@ OURS = {
     "gates that are ReLUs": ({"norm": "rms"}, {"router": "remoe"}, None),
     "no experts": ({"num_dense_layers": 3}, default(substitute_ramp_steps=8), None),
 }
-
-
-def save_random(config, workdir):
-    """A checkpoint with random numbers everywhere, norms, biases and default vectors among them, after 3 steps."""
-    rng = np.random.default_rng(0)
-
-    def drawn(path, leaf):
-        if leaf.dtype == np.int32:
-            return jnp.full_like(leaf, 3)
-        return jnp.float32(rng.normal(path[-1].key == "scale", 0.3, leaf.shape))
-
-    shapes = unboxed(traced_init(build_model(config, 257)).boxed_shapes)
-    variables = jax.tree_util.tree_map_with_path(drawn, shapes)
-    params = variables.pop("params")
-    with CheckpointStore(workdir) as store:
-        meta = {"step": 3, "config": config.to_dict(), "tokenizer": {"kind": "bytes"}}
-        present = {"variables": variables} if variables else {}
-        store.save(3, {"params": params, "step": jnp.int32(3), **present}, meta)
 
 
 @pytest.mark.parametrize("name", OURS)

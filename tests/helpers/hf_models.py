@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from default_moe.config import Config
 from default_moe.convert.folders import write_json
 from default_moe.data.json_tokenizer import byte_level_json
 from default_moe.model.language_model import build_model, traced_init
@@ -99,3 +101,21 @@ def our_logits(workdir: Path, tokens: np.ndarray) -> np.ndarray:
     model, variables = our_variables(workdir)
     apply = jax.jit(lambda variables, tokens: model.apply(variables, tokens, train=False)[0])
     return np.asarray(apply(variables, tokens))
+
+
+def save_random(config: Config, workdir: Path) -> None:
+    """A checkpoint with random numbers everywhere, norms, biases and default vectors among them, after 3 steps."""
+    rng = np.random.default_rng(0)
+
+    def drawn(path: Any, leaf: Any) -> Any:
+        if leaf.dtype == np.int32:
+            return jnp.full_like(leaf, 3)
+        return jnp.float32(rng.normal(path[-1].key == "scale", 0.3, leaf.shape))
+
+    shapes = unboxed(traced_init(build_model(config, 257)).boxed_shapes)
+    variables = jax.tree_util.tree_map_with_path(drawn, shapes)
+    params = variables.pop("params")
+    with CheckpointStore(workdir) as store:
+        meta = {"step": 3, "config": config.to_dict(), "tokenizer": {"kind": "bytes"}}
+        present = {"variables": variables} if variables else {}
+        store.save(3, {"params": params, "step": jnp.int32(3), **present}, meta)
