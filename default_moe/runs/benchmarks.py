@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,16 @@ def run(
     lm = BenchmarkModel(model)
     for task in manager.load(loaded)["tasks"].values():
         lm.check_task(task)
-    results: Any = simple_evaluate(
-        lm,
-        tasks=loaded,
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        log_samples=False,
-        bootstrap_iters=_BOOTSTRAP,
-    )
+    with contextlib.redirect_stdout(None if distributed.process_index() else sys.stdout):  # lm_eval prints too
+        results: Any = simple_evaluate(
+            lm,
+            tasks=loaded,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            bootstrap_iters=_BOOTSTRAP,
+        )
     if distributed.process_index() == 0:
         say(f"\nstep {model.step}\n{make_table(results)}")
         if "groups" in results:

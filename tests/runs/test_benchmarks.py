@@ -79,6 +79,8 @@ def here(tmp_path_factory):
     }
     for name, kind in kinds.items():
         write_task(here / "tasks", name, metric_list=[{"metric": metric} for metric in metrics[name]], **kind)
+    pair = {"group": "pair", "task": ["choice", "word"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (here / "tasks" / "pair.yaml").write_text(yaml.safe_dump(pair))
     return here, documents
 
 
@@ -230,13 +232,15 @@ def test_the_report_tells_how_it_was_made(here, report):
 
 
 @hf
-def test_fewer_questions_and_examples_before_them(here, report, capsys):
-    again = run_tasks(here[0], ["choice"], limit=3, num_fewshot=2)
-    assert again["n-samples"] == {"choice": {"original": 20, "effective": 3}}
-    assert again["n-shot"] == {"choice": 2} and report["n-shot"]["choice"] == 0
+def test_a_group_of_tasks_with_few_questions_and_examples_before_them(here, report, capsys):
+    again = run_tasks(here[0], ["pair"], limit=3, num_fewshot=2)
+    assert again["n-samples"] == {task: {"original": 20, "effective": 3} for task in ("choice", "word")}
+    assert again["n-shot"]["choice"] == 2 and report["n-shot"]["choice"] == 0
+    mean = np.mean([again["results"][task]["acc,none"] for task in ("choice", "word")])
+    assert again["groups"]["pair"]["acc,none"] == pytest.approx(mean)
     printed = capsys.readouterr().out
     assert re.search(r"\nloglikelihood in (\d+) batches\n(.*\n)*step \1/\1  tokens/s [\d,]+", printed)
-    assert "|Tasks |Version|" in printed and "|choice|" in printed
+    assert re.search(r"\n\| *Tasks *\|", printed) and re.search(r"\n\| *Groups *\|", printed)
     assert printed.endswith(f"written to {here[0] / 'run' / 'eval' / 'tasks_step_3.json'}\n")
 
 
