@@ -69,8 +69,9 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False, cached: 
         code = _report(error, 1)
     except AnotherProcessFailed:
         distributed.end_after_another()
-    except KeyboardInterrupt:
-        _report(KeyboardInterrupt("interrupted; the same command starts again or continues"), 128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        said = str(error) or "the same command starts again or continues"
+        _report(KeyboardInterrupt(f"interrupted; {said}"), 128 + signal.SIGINT)
         _flush_streams()
         os._exit(128 + signal.SIGINT)  # an orderly exit crashes if a compilation was interrupted
     except Exception as error:

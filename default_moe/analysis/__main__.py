@@ -23,7 +23,9 @@ _KINDS: dict[str, Callable[[list[Path], int | None, list[str]], int]] = {
     **{kind: functools.partial(report_command.run, kind) for kind in ("report", *report_command.PARTS)},
     "gradients": gradients_command.run,
 }
-_WORKDIR = flags.DEFINE_multi_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_multi_string(
+    "workdir", None, "Directory of the run; for gradients several times: runs that differ in train.seed."
+)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.", 0, 2**31 - 1)
 
 

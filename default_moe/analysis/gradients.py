@@ -11,21 +11,24 @@ pass with K experts, its own estimator. There are two references:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from default_moe.analysis.any_k import TOP_K, for_any_k, made, takes_any_k
 from default_moe.config import Config
 from default_moe.data import Rows
 from default_moe.errors import ConfigError, TrainingFailed
 from default_moe.methods import METHODS, Method
 from default_moe.moe.layer import DEFAULT_VECTORS, ROUTER_STATE
-from default_moe.runs.warm_up import warm_up
+from default_moe.runs.warm_up import make_warm_up
 from default_moe.training.memory import out_of_memory_in_one_line
 from default_moe.training.program import Program
 from default_moe.training.state import TrainState
@@ -36,21 +39,23 @@ REFERENCES = ("exact", "dense")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is analysed. variables: its collections, of the method it was trained with."""
+    """What is analysed. variables: its collections, of the method it was trained with. rows: its training text."""
 
     config: Config
     vocab_size: int
     step: int
     params: Any
     variables: Mapping[str, Any]
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A method's router gradients with K experts against the reference's, by batch and MoE layer.
+    """A method's router gradients with K experts against the reference's, by checkpoint, batch and MoE layer.
 
-    cosine: similarity of the gradients of the router's kernel, [batches, layers]; NaN where one of them is zero.
-    norm_ratio: norm in multiples of the reference's, [batches, layers].
+    cosine: similarity of the gradients of the router's kernel, [checkpoints, batches, layers]; NaN where one of them is
+      zero.
+    norm_ratio: norm in multiples of the reference's, of the same shape.
     """
 
     method: str
@@ -84,45 +89,69 @@ def _runs_top_k(config: Config, name: str) -> bool:
 
 
 def measure(
-    checkpoint: Checkpoint,
-    rows: Rows,
+    checkpoints: Sequence[Checkpoint],
     methods: Sequence[str],
     top_ks: Sequence[int],
     num_batches: int,
     reference: str,
     report: Callable[[Fidelity], None],
     omitted: Callable[[str], None],
-) -> list[Fidelity]:
-    """Every method with every K, on the training batches that come after the checkpoint.
+) -> Iterator[list[Fidelity]]:
+    """Every method with one K after the other, on the training batches that come after each checkpoint.
 
-    A method that the checkpoint was not trained with has its default settings. Default vectors are the checkpoint's
+    A method that the checkpoints were not trained with has its default settings. Default vectors are the checkpoint's
     with its own method and K, else means over the first training batches, taken with K experts.
-    report: takes each result as it comes.  omitted: takes one line for a method that cannot work with a K, and why.
+
+    Args:
+      checkpoints: of one step and of settings that are the same but for train.seed.
+      report: takes each result as it comes.
+      omitted: takes one line for a method that cannot work with a K, and why.
     """
-    batch_size = checkpoint.config.train.batch_size
-    starts = [(checkpoint.step + index) * batch_size for index in range(num_batches)]
-
-    def gradients(config: Config, state: TrainState | None = None) -> tuple[np.ndarray, TrainState]:
-        program = Program(config, checkpoint.vocab_size)
-        with out_of_memory_in_one_line(TrainingFailed, "computing gradients", config, program.num_batch_shards):
-            state = state or _state(checkpoint, program, rows)
-            return _gradients(program, state, rows, starts), state
-
-    true = gradients(config_for(checkpoint.config, "dense", 1))[0] if reference == "dense" else None
-    found = []
-    for top_k in top_ks:
-        for method in methods:
+    base, vocab_size = checkpoints[0].config, checkpoints[0].vocab_size
+    configs: dict[tuple[str, int], Config | ConfigError] = {}
+    for method in methods:
+        for top_k in top_ks:
             try:
-                config = config_for(checkpoint.config, method, top_k)
+                configs[method, top_k] = config_for(base, method, top_k)
             except ConfigError as error:
-                omitted(f"K {top_k}  {method} is left out: {error}")
+                configs[method, top_k] = error
+
+    @functools.cache
+    def estimators(method: str, top_k: int | None) -> tuple[Estimator, Estimator | None]:
+        """The method's own and its exact one, for this K or, with None, for every K that it can work with."""
+        of_method = {k: config for (name, k), config in configs.items() if name == method}
+        valid = [k for k, config in of_method.items() if isinstance(config, Config) and top_k in (None, k)]
+        config: Any = of_method[max(valid)]
+
+        def made_for(config: Config) -> Estimator:
+            moe = for_any_k(config.moe, min(valid)) if top_k is None else config.moe
+            return Estimator(dataclasses.replace(config, moe=moe), vocab_size)
+
+        return made_for(config), made_for(_exact(config)) if reference == "exact" else None
+
+    true: list[np.ndarray] = []
+    if reference == "dense":
+        dense = Estimator(config_for(base, "dense", 1), vocab_size)
+        true = [dense.gradients(c, dense.state(c, dense.config), num_batches) for c in checkpoints]
+    for top_k in top_ks:
+        found = []
+        for method in methods:
+            config = configs[method, top_k]
+            if isinstance(config, ConfigError):
+                omitted(f"K {top_k}  {method} is left out: {config}")
                 continue
-            ours, state = gradients(config)
-            theirs = gradients(_exact(config), state)[0] if true is None else true
-            fidelity = Fidelity(method, top_k, *similarity(ours, theirs))
+            any_k = takes_any_k(config.moe, config.model.d_model)
+            own, exact = estimators(method, None if any_k else top_k)
+            values = []
+            for index, checkpoint in enumerate(checkpoints):
+                state = own.state(checkpoint, config)
+                ours = own.gradients(checkpoint, state, num_batches)
+                theirs = exact.gradients(checkpoint, state, num_batches) if exact else true[index]
+                values.append(similarity(ours, theirs))
+            fidelity = Fidelity(method, top_k, *map(np.stack, zip(*values, strict=True)))
             report(fidelity)
             found.append(fidelity)
-    return found
+        yield found
 
 
 def similarity(ours: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,57 +197,65 @@ def _exact(config: Config) -> Config:
 @functools.cache
 def _exact_class(method: type[Method]) -> Any:
     name = f"{method.name} with an exact gradient"
-    made = type(f"Exact{method.__name__}", (method,), {"name": name, "dense_gradient": True})
-    del METHODS[name]  # it is not to be chosen in a config
-    return dataclass(frozen=True)(made)
+    return made(type(f"Exact{method.__name__}", (method,), {"name": name, "dense_gradient": True}))
 
 
-def _gradients(program: Program, state: TrainState, rows: Rows, starts: Sequence[int]) -> np.ndarray:
-    """Gradients of the routers' kernels, flat, [batches, layers, D N]."""
-    config = program.config
-    gradient = make_gradient(program.model, config)
+class Estimator:
+    """The router gradients of a config, compiled once for all checkpoints and, `for_any_k`, for every K."""
 
-    def router_gradient(state: TrainState, batch: Batch, rng: Array) -> Array:
-        grads, _, _ = gradient(state, batch, rng)
-        kernels_YDN = grads["moe_layers"]["moe"]["router"]["kernel"]
-        return kernels_YDN.reshape(kernels_YDN.shape[0], -1)
+    def __init__(self, config: Config, vocab_size: int):
+        self.config = config
+        self.program = program = Program(config, vocab_size)
+        # Of a new state only what is not of the checkpoint's parameters' size is made.
+        self._new_state = program.jit(
+            lambda: dataclasses.replace(program.initial_state(0, optax.identity()), params=None)
+        )
+        self._warm_up = make_warm_up(program) if config.moe.default_vectors else None
+        gradient = make_gradient(program.model, config)
 
-    compiled = program.jit(router_gradient, out_shardings=program.replicated)
-    found = []
-    for index, start in enumerate(starts):
+        def router_gradient(state: TrainState, batch: Batch, rng: Array) -> Array:
+            grads, _, _ = gradient(state, batch, rng)
+            kernels_YDN = grads["moe_layers"]["moe"]["router"]["kernel"]
+            return kernels_YDN.reshape(kernels_YDN.shape[0], -1)
 
-        def load(first: int, count: int, start: int = start) -> Batch:
-            return rows.batch(start + first, count)
+        self._gradient = program.jit(router_gradient, out_shardings=program.replicated)
 
-        batch = program.put_batch(load, config.train.batch_size)
-        found.append(jax.device_get(compiled(state, batch, jax.random.fold_in(state.rng, index))))
-    return np.stack(found)
+    def state(self, checkpoint: Checkpoint, config: Config) -> TrainState:
+        """The checkpoint's parameters, with the collections that go with the method and the K of `config`."""
+        moe, trained = config.moe, checkpoint.config.moe
+        same_method, same_k = moe.method == trained.method, moe.top_k == trained.top_k
+        of_balancer = set(moe.load_balancer.initial_state(moe) if moe.load_balancer == trained.load_balancer else ())
+        old = flatten_dict(checkpoint.variables)
 
+        def chosen(path: tuple[str, ...], new: Array) -> Array:
+            if path[0] == ROUTER_STATE and path[-1] == TOP_K:
+                return jnp.full_like(new, moe.top_k)
+            if path[0] == DEFAULT_VECTORS:
+                return old[path] if same_method and same_k else new
+            return old[path] if same_method or path[-1] in of_balancer else new
 
-def _state(checkpoint: Checkpoint, program: Program, rows: Rows) -> TrainState:
-    """The checkpoint's parameters, with the collections that go with the program's method and K."""
-    moe, trained = program.config.moe, checkpoint.config.moe
-    # Of a new state only what is not of the checkpoint's parameters' size is made.
-    new = program.jit(lambda: dataclasses.replace(program.initial_state(0, optax.identity()), params=None))()
-    state = dataclasses.replace(new, params=checkpoint.params)
-    if moe.method == trained.method and moe.top_k == trained.top_k:
-        return dataclasses.replace(state, variables=dict(checkpoint.variables))
-    if moe.load_balancer.biased and moe.load_balancer == trained.load_balancer:
-        names = set(moe.load_balancer.initial_state(moe))
-        taken = _taken_over(state.variables[ROUTER_STATE], checkpoint.variables[ROUTER_STATE], names)
-        state = dataclasses.replace(state, variables={**state.variables, ROUTER_STATE: taken})
-    if moe.default_vectors:
-        state = warm_up(program, state, rows, max(moe.default_vectors.warm_up_batches, 1))
-    # What the method keeps beside them goes with any K.
-    kept = {name: value for name, value in checkpoint.variables.items() if name != DEFAULT_VECTORS}
-    if moe.method == trained.method:
-        state = dataclasses.replace(state, variables={**state.variables, **kept})
-    return state
+        with self._out_of_memory_in_one_line():
+            state = dataclasses.replace(self._new_state(), params=checkpoint.params)
+            variables = {path: chosen(path, new) for path, new in flatten_dict(state.variables).items()}
+            state = dataclasses.replace(state, variables=unflatten_dict(variables))
+            if self._warm_up is None or (same_method and same_k):
+                return state
+            vectors: Any = moe.default_vectors
+            return self._warm_up(state, checkpoint.rows, max(vectors.warm_up_batches, 1))
 
+    def gradients(self, checkpoint: Checkpoint, state: TrainState, num_batches: int) -> np.ndarray:
+        """Gradients of the routers' kernels on the batches after the checkpoint, flat: [batches, layers, D N]."""
+        batch_size, found = self.config.train.batch_size, []
+        for index in range(num_batches):
 
-def _taken_over(new: Any, old: Any, names: set[str]) -> dict[str, Any]:
-    """`new` with the arrays of these names as they are in `old`, a tree of dicts like it."""
-    return {
-        name: _taken_over(value, old[name], names) if isinstance(value, dict) else old[name] if name in names else value
-        for name, value in new.items()
-    }
+            def load(first: int, count: int, start: int = (checkpoint.step + index) * batch_size) -> Batch:
+                return checkpoint.rows.batch(start + first, count)
+
+            with self._out_of_memory_in_one_line():
+                batch = self.program.put_batch(load, batch_size)
+                found.append(jax.device_get(self._gradient(state, batch, jax.random.fold_in(state.rng, index))))
+        return np.stack(found)
+
+    def _out_of_memory_in_one_line(self) -> Any:
+        shards = self.program.num_batch_shards
+        return out_of_memory_in_one_line(TrainingFailed, "computing gradients", self.config, shards)

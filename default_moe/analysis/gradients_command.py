@@ -1,6 +1,7 @@
 """The analysis `gradients` as a command: its flags, what it prints and what it writes."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from absl import flags
 from default_moe import cli
 from default_moe.analysis import gradients, gradients_report
 from default_moe.analysis.gradients import Checkpoint, Fidelity
-from default_moe.config import Config
+from default_moe.config import Config, flat_items
 from default_moe.errors import ConfigError, check, quoted
 from default_moe.files import write_report
 from default_moe.hardware import machine
@@ -30,42 +31,81 @@ _BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the
 
 def run(workdirs: list[Path], step: int | None, overrides: list[str]) -> int:
     """Measure, print and write router gradients; returns the exit code."""
-    check(len(workdirs) == 1, "--workdir is given several times, but gradients are those of one run")
-    workdir = workdirs[0]
     say = Progress(0).message
-    methods = [name.strip() for name in _METHODS.value]
+    methods, reference = [name.strip() for name in _METHODS.value], _REFERENCE.value
 
     def chosen(saved: Config) -> Config:
         config = cli.parse_overrides(overrides, saved, allowed=("mesh", "data"))
         _top_ks(config)
-        gradients.check_methods(methods, config, _REFERENCE.value)
+        gradients.check_methods(methods, config, reference)
         return config
 
-    run = open_saved_run(workdir, step, chosen)
-    config, step, top_ks = run.program.config, run.step, _top_ks(run.program.config)
-    checkpoint = Checkpoint(config, run.program.vocab_size, step, run.params, run.variables)
-    rows = run.data.train_rows(config.train.sequence_length, config.train.seed)
+    checkpoints: list[Checkpoint] = []
+    for workdir in workdirs:
+        checkpoint = _open(workdir, step, chosen)
+        if checkpoints:
+            _check_differ_in_seed(workdirs[0], checkpoints, workdir, checkpoint)
+        checkpoints.append(checkpoint)
+    config, top_ks = checkpoints[0].config, _top_ks(checkpoints[0].config)
+    several = len(workdirs) > 1
     say(
-        f"step {step} of {workdir}, trained with {config.moe.method.name!r}, top {config.moe.top_k} of "
-        f"{config.moe.num_experts}: cosine similarity of router gradients to the {_REFERENCE.value} ones, mean over "
-        f"layers ± standard deviation over {_BATCHES.value} batches, by layer, and their norms relative to those"
+        f"step {checkpoints[0].step} of {', '.join(map(str, workdirs))}, trained with {config.moe.method.name!r}, top "
+        f"{config.moe.top_k} of {config.moe.num_experts}: cosine similarity of router gradients to the {reference} "
+        f"ones, mean over layers ± standard deviation over {_BATCHES.value} batches"
+        + (f" ± that over {len(workdirs)} runs" if several else "")
+        + ", by layer, and their norms relative to those"
     )
 
     def report(fidelity: Fidelity) -> None:
         say(gradients_report.line(fidelity))
 
-    found = gradients.measure(checkpoint, rows, methods, top_ks, _BATCHES.value, _REFERENCE.value, report, say)
+    folder, name = workdirs[0] / "analysis", f"gradients_{reference}" + ("_seeds" if several else "")
+    found: list[Fidelity] = []
+    written = ""
+
+    def draw() -> bytes:
+        return gradients_report.picture(found, reference, config.model.moe_layers)
+
+    try:
+        for of_k in gradients.measure(checkpoints, methods, top_ks, _BATCHES.value, reference, report, say):
+            found += of_k
+            if of_k:
+                files: dict[str, Any] = {
+                    f"{name}.json": gradients_report.as_json(found, checkpoints, reference, machine())
+                }
+                files |= picture_file(f"{name}.png", draw, say)
+                write_report(folder, files)
+                written = f"written to {folder}: {', '.join(files)}"
+    except KeyboardInterrupt:
+        if not written:
+            raise
+        done = ", ".join(map(str, dict.fromkeys(f.top_k for f in found)))
+        raise KeyboardInterrupt(f"{written}, as far as K = {done}") from None
     if not found:
         raise ConfigError(f"--methods={','.join(methods)} can run with no K of {', '.join(map(str, top_ks))}")
     for method in methods[1:]:
         say(gradients_report.verdict(found, method, methods[0]))
-    folder, name = workdir / "analysis", f"gradients_{_REFERENCE.value}"
-    files: dict[str, Any] = {f"{name}.json": gradients_report.as_json(found, checkpoint, _REFERENCE.value, machine())}
-    layers = config.model.moe_layers
-    files |= picture_file(f"{name}.png", lambda: gradients_report.picture(found, _REFERENCE.value, layers), say)
-    write_report(folder, files)
-    say(f"written to {folder}: {', '.join(files)}")
+    say(written)
     return 0
+
+
+def _open(workdir: Path, step: int | None, chosen: Callable[[Config], Config]) -> Checkpoint:
+    run = open_saved_run(workdir, step, chosen)
+    config = run.program.config
+    rows = run.data.train_rows(config.train.sequence_length, config.train.seed)
+    return Checkpoint(config, run.program.vocab_size, run.step, run.params, run.variables, rows)
+
+
+def _check_differ_in_seed(first: Path, others: list[Checkpoint], workdir: Path, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError if a run is not one of the same settings as the others, with another seed."""
+    ours, theirs = (dict(flat_items(c.config.to_dict())) for c in (checkpoint, others[0]))
+    names = [name for name in ours | theirs if name != "train.seed" and ours.get(name) != theirs.get(name)]
+    both, seed = f"{first} and {workdir}", checkpoint.config.train.seed
+    check(not names, f"{both} differ in {', '.join(names)}: runs may differ only in train.seed")
+    check(seed not in [c.config.train.seed for c in others], f"{workdir} has train.seed {seed}, as another run does")
+    check(checkpoint.vocab_size == others[0].vocab_size, f"{both} have tokenizers of different sizes")
+    steps = f"steps {others[0].step} and {checkpoint.step}"
+    check(checkpoint.step == others[0].step, f"{both} are at {steps}: give one that both have as --step")
 
 
 def _top_ks(config: Config) -> list[int]:

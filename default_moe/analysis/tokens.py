@@ -63,6 +63,24 @@ def expert_colors(number: int) -> list[str]:
     return [f"hsl({round(360 * i / number)} 70% {(60, 75, 88)[i % 3]}%)" for i in range(number)]
 
 
+def color_rules(number: int) -> str:
+    """Return the CSS that `coloured` needs for so many experts."""
+    return "".join(f".e{expert}{{background:{color}}}" for expert, color in enumerate(expert_colors(number)))
+
+
+def coloured(pieces: Sequence[str], probs_TN: np.ndarray, first_T: np.ndarray) -> str:
+    """Return a text as HTML, each token in the colour of its expert, with its likeliest experts as a hint.
+
+    pieces: the tokens' texts.  probs_TN, first_T: router probabilities and first experts in one layer.
+    """
+    spans = []
+    for text, probs_N, first in zip(pieces, probs_TN, first_T, strict=True):
+        likeliest = np.argsort(-probs_N, kind="stable")[:_NAMED]
+        hint = ", ".join(f"expert {i}: {probs_N[i]:.2f}" for i in likeliest)
+        spans.append(f'<span class=e{first} data-e="{first}" title="{hint}">{_as_html(text)}</span>')
+    return "".join(spans)
+
+
 _TABLES = (
     "<p class=caption>The tokens that tell an expert most apart, by what they add to the mutual information of token "
     "and expert, and the share of each token's occurrences that the expert takes.</p>"
@@ -80,23 +98,16 @@ document.getElementById("numbers").addEventListener("input", event => {
 def _coloured(sample: Observation, layers: Sequence[int], piece: Callable[[int], str]) -> str:
     num_experts = sample.probs.shape[-1]
     pieces = [piece(int(token)) for token in sample.tokens]
-    rules = "".join(f".e{i}{{background:{color}}}" for i, color in enumerate(expert_colors(num_experts)))
     legend = " ".join(f"<span class=e{expert}>&nbsp;{expert}&nbsp;</span>" for expert in range(num_experts))
     texts = []
     for index, layer in enumerate(layers):
-        spans = []
-        for token, text in enumerate(pieces):
-            probs = sample.probs[index, token]
-            likeliest = np.argsort(-probs, kind="stable")[:_NAMED]
-            hint = ", ".join(f"expert {i}: {probs[i]:.2f}" for i in likeliest)
-            first = int(sample.first[index, token])
-            spans.append(f'<span class=e{first} data-e="{first}" title="{hint}">{_as_html(text)}</span>')
+        spans = coloured(pieces, sample.probs[index], sample.first[index])
         hidden = " hidden" if index else ""
-        texts.append(f'<div class=tokens data-layer="{layer}"{hidden}>{"".join(spans)}</div>')
+        texts.append(f'<div class=tokens data-layer="{layer}"{hidden}>{spans}</div>')
     options = "".join(f'<option value="{layer}">layer {layer}</option>' for layer in layers)
     return (
-        f"<style>{rules}</style><h3>A text by expert</h3><p class=caption>Each token of a text in the colour of the "
-        "expert that counts most for it. With the mouse over a token its likeliest experts show.</p>"
+        f"<style>{color_rules(num_experts)}</style><h3>A text by expert</h3><p class=caption>Each token of a text in "
+        "the colour of the expert that counts most for it. With the mouse over a token its likeliest experts show.</p>"
         f"<p><select id=layer>{options}</select> <label><input type=checkbox id=numbers> numbers</label> {legend}</p>"
         f"<div id=coloured>{''.join(texts)}</div>{_SCRIPT}<h3>Tokens of each expert</h3>"
     )

@@ -91,12 +91,16 @@ class Load(NamedTuple):
     observed: State = {}  # noqa: RUF012 - as above
 
 
-def largest(scores_BLN: Array, top_k: int) -> Array:
+def largest(scores_BLN: Array, top_k: int | Array) -> Array:
     """int32 [B, L, K], the experts of the K largest scores of each token, largest first, ties to the lower.
 
     Logits in the place of scores rank experts alike, those too whose scores are rounded to one number.
+    With a K that is an array, so that one compiled program serves every K: [B, L, N], N for none after the first K.
     """
-    return _top_k(scores_BLN, top_k)[1]
+    if isinstance(top_k, int):
+        return _top_k(scores_BLN, top_k)[1]
+    num_experts = scores_BLN.shape[-1]
+    return jnp.where(jnp.arange(num_experts) < top_k, _top_k(scores_BLN, num_experts)[1], num_experts)
 
 
 def largest_values(scores_BLN: Array, top_k: int) -> Array:

@@ -31,10 +31,14 @@ def active_experts(index: Array, num_experts: int) -> Array:
     return active
 
 
-def inactive_experts(index_TK: Array, num_experts: int) -> Array:
-    """int32 [T, N - K]: the experts that are not among the K different choices of each token, in order."""
+def inactive_experts(index_TK: Array, num_experts: int, fewest: int) -> Array:
+    """int32 [T, N - fewest]: the experts that are not among the choices of each token, in order; N stands for none.
+
+    fewest: different experts that every token has among its choices at least.
+    """
     inactive_TN = ~active_experts(index_TK, num_experts)
-    return jax.lax.top_k(inactive_TN.astype(jnp.int32), num_experts - index_TK.shape[1])[1]
+    is_one_TC, expert_TC = jax.lax.top_k(inactive_TN.astype(jnp.int32), num_experts - fewest)
+    return expert_TC if fewest == index_TK.shape[1] else jnp.where(is_one_TC > 0, expert_TC, num_experts)
 
 
 def within_capacity(index_BLK: Array, num_experts: int, capacity: int, mask_BL: Array | None) -> Array:

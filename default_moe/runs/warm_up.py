@@ -19,10 +19,14 @@ from default_moe.training.step import model_inputs, split_batch
 
 def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -> TrainState:
     """`state` with default vectors that are the means over the next batches of `rows`, and nothing else changed."""
+    return make_warm_up(program)(state, rows, num_batches)
+
+
+def make_warm_up(program: Program) -> Callable[[TrainState, Rows, int], TrainState]:
+    """Make `warm_up(state, rows, num_batches)` of a program, compiled once for all states."""
     config, batch_size = program.config, program.config.train.batch_size
     shardings, replicated = program.state_shardings, program.replicated
-    vectors = state.variables[DEFAULT_VECTORS]
-    sums = program.jit(zero_sums, out_shardings=replicated)(vectors)
+    no_sums = program.jit(zero_sums, out_shardings=replicated)
     step = program.jit(
         _make_warm_up_step(program.model, config),
         in_shardings=(
@@ -35,16 +39,22 @@ def warm_up(program: Program, state: TrainState, rows: Rows, num_batches: int) -
         ),
         out_shardings=(shardings.variables[DEFAULT_VECTORS], replicated),
     )
-    for index in range(int(state.step), int(state.step) + num_batches):
 
-        def load(first: int, count: int, start: int = index * batch_size) -> Batch:
-            return rows.batch(start + first, count)
+    def warmed_up(state: TrainState, rows: Rows, num_batches: int) -> TrainState:
+        vectors = state.variables[DEFAULT_VECTORS]
+        sums = no_sums(vectors)
+        for index in range(int(state.step), int(state.step) + num_batches):
 
-        batch = program.put_batch(load, batch_size)
-        variables = {**state.variables, DEFAULT_VECTORS: vectors}
-        vectors, sums = step(state.params, variables, sums, batch, state.rng, np.int32(index))
-    jax.block_until_ready(vectors)  # so that running out of memory is noticed here
-    return dataclasses.replace(state, variables={**state.variables, DEFAULT_VECTORS: vectors})
+            def load(first: int, count: int, start: int = index * batch_size) -> Batch:
+                return rows.batch(start + first, count)
+
+            batch = program.put_batch(load, batch_size)
+            variables = {**state.variables, DEFAULT_VECTORS: vectors}
+            vectors, sums = step(state.params, variables, sums, batch, state.rng, np.int32(index))
+        jax.block_until_ready(vectors)  # so that running out of memory is noticed here
+        return dataclasses.replace(state, variables={**state.variables, DEFAULT_VECTORS: vectors})
+
+    return warmed_up
 
 
 def _make_warm_up_step(

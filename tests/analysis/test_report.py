@@ -7,10 +7,12 @@ import subprocess
 
 import flax.linen as nn
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from helpers.refusals import refused
-from helpers.tiny_runs import environment, run_commands, tiny_config, trained, write_corpus
+from helpers.tiny_runs import REPOSITORY, environment, run_commands, tiny_config, trained, write_corpus
 
 import default_moe
 from default_moe.analysis import domains
@@ -198,6 +200,19 @@ def test_a_browser_opens_the_page_without_an_error(runs, reported, tmp_path):
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("addEventListener", "addEventListenerr", 1))
     assert open_page(broken)[1] != []  # it would be seen
+
+
+def test_the_notebook_runs(runs, monkeypatch):
+    """On a small run in the place of the quickstart: every cell, and what it says about that run."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    path = REPOSITORY / "default_moe" / "analysis" / "tour.ipynb"
+    notebook = nbformat.reads(path.read_text().replace("runs/quickstart\\"", f"{runs / 'default'}\\""), 4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(runs)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert printed.startswith("step 8, 'default', 2 of 8 experts\ndef load(path):")
+    assert "layer 3: tokens by expert" in printed and "layer 1: R2 " in printed and "topk     [" in printed
+    assert sum("<span class=e" in output.get("data", {}).get("text/html", "") for output in outputs) == 1
 
 
 def test_a_run_without_default_vectors(runs, reported):

@@ -36,5 +36,5 @@ def test_a_run_names_its_layers_and_continues_bit_for_bit(folder):
     assert metrics(folder / "stopped") == metrics(folder / "whole")
     assert_same_state(folder / "stopped", folder / "whole", 8)
 
-    found = gradients_report.as_json([], Checkpoint(config, 257, 8, {}, {}), "dense", {})
+    found = gradients_report.as_json([], [Checkpoint(config, 257, 8, {}, {}, None)], "dense", {})
     assert found["layers"] == [1, 5]

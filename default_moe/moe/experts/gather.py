@@ -64,7 +64,8 @@ def gathered_experts(
         expert_gradient=bool(settings and settings.expert_gradient),
     )
     if config.method.dense_gradient and config.top_k < config.num_experts:
-        others_TK = inactive_experts(index_TK, config.num_experts) - first
+        fewest = config.method.fewest_experts_per_token(config)
+        others_TK = inactive_experts(index_TK, config.num_experts, fewest) - first
         y_TD += experts_for_gradient(x_TD, gates_TM, others_TK, params, config.num_experts, backend)
         gates_TM = jax.lax.stop_gradient(gates_TM)  # they have their exact gradient: default vectors give none
     if settings and defaults is not None:
