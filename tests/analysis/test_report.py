@@ -206,7 +206,7 @@ def test_the_notebook_runs(runs, monkeypatch):
     """On a small run in the place of the quickstart: every cell, and what it says about that run."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     path = REPOSITORY / "default_moe" / "analysis" / "tour.ipynb"
-    notebook = nbformat.reads(path.read_text().replace("runs/quickstart\\"", f"{runs / 'default'}\\""), 4)
+    notebook = nbformat.reads(path.read_text().replace("runs/quickstart", str(runs / "default")), 4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(runs)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)
