@@ -407,7 +407,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder, runs):
     ]
     assert outcomes["interrupted at once"][0] == 130 and "written" not in outcomes["interrupted at once"][2]
     errors = {
-        "no kind": "which analysis is not said: python -m default_moe.analysis gradients --workdir=...",
+        "no kind": "which analysis is not said: python -m default_moe.analysis KIND --workdir=..., KIND one of report,",
         "an unknown kind": "there is no analysis 'gradient'",
         "no workdir": "--workdir is missing",
         "no such run": "there is no work directory",
