@@ -64,8 +64,9 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def split(line: str) -> list[list[str]]:
-    """The commands of a line. One that another machine runs is a command too."""
+    """The commands of a line. One that another machine runs is a command too, and so is a job of an array."""
     found = []
+    line = line.replace("$SLURM_ARRAY_TASK_ID", "0")
     for words in (shlex.split(part) for part in re.split(r" && (?=[^']*(?:'[^']*'[^']*)*$)", line) if part):
         if words[0] == "srun":
             words = words[1:]

@@ -2,10 +2,12 @@
 
 Trains every combination of --methods, --seeds and the values of each --set, each seed with the same weights and order
 of data for all methods, and writes report.md, report.json and pictures to the work directory. The same command goes
-on where it was stopped, and adds what is new to what is done: more seeds, another method.
+on where it was stopped, and adds what is new to what is done: more seeds, another method. With --shard several
+processes share the runs, on one machine or on many with one file system.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -37,6 +39,9 @@ _SET = flags.DEFINE_multi_string(
     "method's own (moe.default.*) are each method's to choose: its best counts. Others make tables of their own.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
+_SHARD = flags.DEFINE_string("shard", None, "I/N: do only the I-th of N shares of the runs, I from 0 on.")
+_REPORT = flags.DEFINE_bool("report", False, "Train nothing: report on the runs that are finished.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: list the runs, and how long the rest takes.")
 
 
 def main(argv: list[str]) -> int:
@@ -47,13 +52,37 @@ def main(argv: list[str]) -> int:
     workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
-    if __name__ == "__main__":
-        go_on_in_children(lambda: runs.checkpoints(workdir))
+    index, count = matrix.parse_shard(_SHARD.value) if _SHARD.value else (0, 1)
     say = Progress(0).message
-    failures, code = runs.do_runs(entries, workdir)
+    if _DRY_RUN.value:
+        for line in runs.plan(entries[index::count], workdir):
+            say(line)
+        return 0
+    failures: dict[str, str] = {}
+    code = None
+    if not _REPORT.value:
+        if __name__ == "__main__":
+            go_on_in_children(lambda: runs.checkpoints(workdir))
+        failures, code = runs.do_runs(entries[index::count], workdir)
+    missing = [e.folder for e in entries if e.folder not in failures and not runs.finished(e, workdir)]
+    entries = [entry for entry in entries if entry.folder not in missing]
+    if missing:
+        say(f"{len(missing)} runs are not finished: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}")
     if code is not None:
         say("the comparison is not finished; the same command continues it")
-        return code
+    if missing and not any(e.candidate.method == methods[0].label and e.folder not in failures for e in entries):
+        say(f"there is nothing to report yet: no run of {methods[0].label} is finished")
+        return code or 0
+    _write_report(entries, methods[0].label, failures, missing, base, workdir)
+    return code or 0
+
+
+def _write_report(
+    entries: list[matrix.Entry], baseline: str, failures: dict[str, str], missing: list[str], base: Any, workdir: Path
+) -> None:
+    """Raises TrainingFailed, after writing what there is, if runs have failed."""
+    say = Progress(0).message
+    runs.check_same_text([entry for entry in entries if entry.folder not in failures], workdir)  # of all shares
     results = {}
     for entry in entries:
         if entry.folder not in failures:
@@ -61,19 +90,19 @@ def main(argv: list[str]) -> int:
                 results[entry.folder] = runs.read_result(entry, workdir)
             except Diverged as error:
                 failures[entry.folder] = str(error)
-    tasks = compare(entries, results, methods[0].label)
+    tasks = compare(entries, results, baseline)
     if not tasks:
-        raise TrainingFailed(f"no run of {methods[0].label} came to its end: {next(iter(failures.values()))}")
+        raise TrainingFailed(f"no run of {baseline} came to its end: {next(iter(failures.values()))}")
     vocab_sizes = {entry.task: runs.vocab_size(entry, workdir) for entry in entries if entry.folder in results}
-    text = report.markdown(tasks, vocab_sizes, failures)
+    text = report.markdown(tasks, vocab_sizes, failures, missing)
     say(f"\n{text}")
-    files: dict[str, Any] = {"report.md": text, "report.json": report.as_json(tasks, entries, base.to_dict(), failures)}
+    as_json = report.as_json(tasks, entries, base.to_dict(), failures, missing)
+    files: dict[str, Any] = {"report.md": text, "report.json": as_json}
     files |= picture_files("report.png", lambda: plot.pictures(tasks), say)
     write_report(workdir, files)
     say(f"written to {workdir}: {', '.join(files)}")
     if failures:
         raise TrainingFailed(f"{len(failures)} of {len(entries)} runs failed: {', '.join(failures)}")
-    return 0
 
 
 if __name__ == "__main__":

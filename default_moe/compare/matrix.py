@@ -93,6 +93,14 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
     return seeds
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """(0, 4) of "0/4", the first of four. Raises ConfigError."""
+    found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text.strip())
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    check(index < count, f"--shard is {quoted(text)}, but must be 0/4, 1/4, 2/4 or 3/4 for instance, of four processes")
+    return index, count
+
+
 def parse_methods(texts: Sequence[str]) -> list[Method]:
     """Read ["topk:optim.peak_lr=1e-2", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
     labels = [text.strip() for text in texts]

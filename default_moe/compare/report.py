@@ -25,10 +25,16 @@ _COLUMNS = (
 )
 
 
-def markdown(tasks: Sequence[Task], vocab_sizes: Mapping[Settings, int], failures: Mapping[str, str]) -> str:
+def markdown(
+    tasks: Sequence[Task],
+    vocab_sizes: Mapping[Settings, int],
+    failures: Mapping[str, str],
+    missing: Sequence[str] = (),
+) -> str:
     """What was compared, a table per task, and what may be concluded.
 
-    vocab_sizes: of each task.  failures: what went wrong, by folder of the run.
+    vocab_sizes: of each task.  failures: what went wrong, by folder of the run.  missing: folders of runs that are not
+    finished.
     """
     lines = [
         "# Comparison",
@@ -41,11 +47,16 @@ def markdown(tasks: Sequence[Task], vocab_sizes: Mapping[Settings, int], failure
         lines += [f"**{line}**" for line in conclusions(task)] or ["Nothing to compare with."]
     lines += ["", _caveat(tasks), "", "![curves](report.png)", "", _explanation(tasks[0].baseline)]
     lines += ["", *(f"- failed: {folder}: {message}" for folder, message in failures.items())] if failures else []
+    lines += ["", *(f"- not finished, and left out: {folder}" for folder in missing)] if missing else []
     return "\n".join(lines) + "\n"
 
 
 def as_json(
-    tasks: Sequence[Task], entries: Sequence[Entry], base: Mapping[str, Any], failures: Mapping[str, str]
+    tasks: Sequence[Task],
+    entries: Sequence[Entry],
+    base: Mapping[str, Any],
+    failures: Mapping[str, str],
+    missing: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything the report is made of, curves included.
 
@@ -55,6 +66,7 @@ def as_json(
         "machine": machine(),
         "config": base,
         "failures": dict(failures),
+        "missing": list(missing),
         "folders": [entry.folder for entry in entries],
         "tasks": [
             {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from default_moe.runs import trainer
 from default_moe.runs.checkpoint import CheckpointStore
 from default_moe.runs.identity import RUN_FILE, same_source
 from default_moe.runs.progress import Progress
+from default_moe.runs.workdir import Busy
 from default_moe.training.program import Program
 
 RUNS = "runs"
@@ -66,7 +68,7 @@ def _without_seed(config: Config) -> Config:
 
 
 def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], int | None]:
-    """Train all that has not come to its end yet.
+    """Train all that has not come to its end yet, but for runs that another process trains.
 
     Returns:
       what went wrong with the runs that diverged, by folder, and the exit code if a run was asked to stop, else None.
@@ -76,26 +78,70 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     """
     say = Progress(0).message
     check_runs(entries, workdir)
-    waiting = [entry for entry in entries if not _finished(entry, workdir)]
+    waiting = [entry for entry in entries if not finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
     for config, label in {_without_seed(e.config): e.candidate.method for e in waiting}.items():
         check_causal(config, label)
     programs, failures = Programs(), {}
+    began = time.monotonic()
     with StopRequest() as stop:
         for number, entry in enumerate(waiting, 1):
-            say(f"\nrun {number} of {len(waiting)}: {entry.folder}")
+            left = (time.monotonic() - began) / (number - 1) * (len(waiting) - number + 1) if number > 1 else 0.0
+            say(
+                f"\nrun {number} of {len(waiting)}: {entry.folder}"
+                + (f" ({_about(left)} for all that is left)" if left else "")
+            )
             try:
                 trainer.train(entry.config, workdir / RUNS / entry.folder, programs, stop)
+            except Busy:
+                say("another process trains it")
             except Diverged as error:
                 failures[entry.folder] = str(error)
                 say(f"failed: {error}")
-            if stop.requested and (number < len(waiting) or not _finished(entry, workdir)):
+            if stop.requested and (number < len(waiting) or not finished(entry, workdir)):
                 return failures, stop.exit_code
-    _check_same_text([entry for entry in entries if entry.folder not in failures], workdir)
+    check_same_text([e for e in entries if e.folder not in failures and finished(e, workdir)], workdir)
     return failures, None
 
 
-def _check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
+def plan(entries: Sequence[Entry], workdir: Path) -> list[str]:
+    """A line for each run, what is done of it, and how long the rest takes at the speed of those that are finished."""
+    check_runs(entries, workdir)
+    speeds: dict[str, list[float]] = {}
+    for entry in entries:
+        if finished(entry, workdir):
+            speed = read_result(entry, workdir).tokens_per_second
+            speeds.setdefault(entry.candidate.method, []).extend([speed] if speed else [])
+    known = [speed for of_method in speeds.values() for speed in of_method]
+    lines, seconds = [], 0.0
+    for entry in entries:
+        train, done = entry.config.train, _steps_done(entry, workdir)
+        left = (train.num_steps - done) * train.batch_size * train.sequence_length
+        of_method = speeds.get(entry.candidate.method) or known
+        seconds += left / float(np.median(of_method)) if of_method else 0.0
+        state = (
+            f"finished ({done} steps)" if not left else f"at step {done} of {train.num_steps}" if done else "not begun"
+        )
+        lines.append(f"{entry.folder}: {state}")
+    estimate = (
+        f"about {_about(seconds)} of training are left" if known else "no run is finished yet, so no time is known"
+    )
+    return [*lines, f"{len(entries)} runs; {estimate}, one after the other, without compiling and evaluating"]
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} minutes"
+
+
+def _steps_done(entry: Entry, workdir: Path) -> int:
+    folder = workdir / RUNS / entry.folder
+    if not (folder / RUN_FILE).exists():
+        return 0
+    with CheckpointStore(folder, read_only=True) as store:
+        return max(store.steps(), default=0)
+
+
+def check_same_text(entries: Sequence[Entry], workdir: Path) -> None:
     """Raises ConfigError if runs that are to be compared read different text: it may have changed between them."""
     first: dict[Settings, tuple[Entry, Any]] = {}
     for entry in entries:
@@ -162,12 +208,9 @@ def vocab_size(entry: Entry, workdir: Path) -> int:
     return int(_run_file(entry, workdir)["vocab_size"])
 
 
-def _finished(entry: Entry, workdir: Path) -> bool:
-    folder = workdir / RUNS / entry.folder
-    if not (folder / RUN_FILE).exists():
-        return False
-    with CheckpointStore(folder, read_only=True) as store:
-        return store.steps()[-1:] == [entry.config.train.num_steps]
+def finished(entry: Entry, workdir: Path) -> bool:
+    """Whether a run has come to its end."""
+    return _steps_done(entry, workdir) == entry.config.train.num_steps
 
 
 def _result(lines: list[dict[str, Any]], config: Config) -> Result:

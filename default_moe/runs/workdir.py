@@ -33,6 +33,10 @@ _NOBODYS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)")  # of a file system
 _UNTIL_SEEN = 60.0  # seconds: network file systems look for new files about once in 30
 
 
+class Busy(ConfigError):
+    """Another process trains in the work directory."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run in its work directory.
@@ -261,7 +265,7 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ConfigError(
+        raise Busy(
             f"another process is training in the work directory {folder}: stop it, or choose another --workdir"
         ) from error
     except OSError:

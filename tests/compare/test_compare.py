@@ -202,6 +202,16 @@ def test_what_cannot_be_varied_is_refused(sets, words):
     assert words in str(caught.value)
 
 
+def test_shares_take_every_run_once():
+    entries = matrix.entries(default_config(), TWO, range(3), matrix.parse_sets(["moe.top_k=1,2"]))
+    shares = [matrix.parse_shard(f"{index}/5") for index in range(5)]
+    taken = [entry.folder for index, count in shares for entry in entries[index::count]]
+    assert sorted(taken) == sorted(entry.folder for entry in entries)
+    for text in ("4/4", "1", "0/0", "-1/2", "a/b", "1/2/3", ""):
+        with pytest.raises(ConfigError, match=r"--shard is .*, but must be 0/4, 1/4, 2/4 or 3/4"):
+            matrix.parse_shard(text)
+
+
 # What is concluded
 
 

@@ -1,5 +1,6 @@
 """Whole comparisons: their runs, what stops them, and the command from end to end."""
 
+import fcntl
 import json
 import math
 import os
@@ -148,6 +149,25 @@ def test_a_comparison_that_was_interrupted_goes_on(folder, done, monkeypatch, st
         assert runs.read_result(entry, stopped).held_out == runs.read_result(entry, done).held_out
 
 
+def test_a_run_of_another_process_is_left_to_it(folder, done, capsys):
+    """A lock that the other one holds while it lives: the run is skipped, the others are not."""
+    entries, place = entries_for(folder), folder / "shared"
+    shutil.copytree(done, place)
+    for name in ("checkpoints", "run.json"):
+        remove = shutil.rmtree if name == "checkpoints" else os.unlink
+        remove(place / "runs" / entries[0].folder / name)
+    (place / "runs" / entries[0].folder / "metrics.jsonl").unlink()
+    lock = os.open(place / "runs" / entries[0].folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert runs.do_runs(entries, place) == ({}, None)
+    os.close(lock)
+    assert "another process trains it" in capsys.readouterr().out
+    assert [runs.finished(entry, place) for entry in entries] == [False, True, True, True]
+    *lines, last = runs.plan(entries, place)
+    assert lines[0] == "topk/seed_0: not begun" and lines[1] == "default/seed_0: finished (6 steps)"
+    assert last.startswith("4 runs; about 1 minutes of training are left")
+
+
 def test_runs_on_text_that_has_changed_are_not_compared(folder, tmp_path):
     shutil.copytree(folder / "text", tmp_path / "text")
     base = to_config_dict(Config.from_mapping(settings(tmp_path)))
@@ -264,7 +284,11 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     flags = [*as_flags(settings(folder)), "--config.data.prefetch=0"]
     commands = {
         "whole": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2"],
+        "more to do": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=2", "--dry_run"],
+        "half": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=2", "--report"],
         "again": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2"],
+        "nothing": [f"--workdir={folder / 'none'}", "--report"],
+        "a bad share": ["--shard=2/2", f"--workdir={folder / 'none'}"],
         "an unknown method": ["--methods=topk,defualt", f"--workdir={folder / 'none'}"],
         "one method": ["--methods=topk", f"--workdir={folder / 'none'}"],
         "bad seeds": ["--seeds=0,0", f"--workdir={folder / 'none'}"],
@@ -286,7 +310,13 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     assert text in outcomes["whole"][1] and text in outcomes["again"][1]
     assert (folder / "whole" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "2 runs in" in outcomes["again"][1] and "2 of them finished before" in outcomes["again"][1]
+    assert "topk/moe.top_k=2/seed_1: not begun" in outcomes["more to do"][1]
+    code, output, _ = outcomes["half"]
+    assert code == 0 and "2 runs are not finished: topk/moe.top_k=2/seed_1" in output
+    assert "- not finished, and left out: default/moe.top_k=2/seed_1" in output
+    assert outcomes["nothing"][0] == 0 and "nothing to report yet: no run of topk" in outcomes["nothing"][1]
     errors = {
+        "a bad share": "--shard is '2/2'",
         "an unknown method": "--methods has 'defualt', but there are default, default_threshold, dense,",
         "one method": "which has nothing to compare with",
         "bad seeds": "--seeds is '0,0', but must be different whole numbers",
