@@ -15,7 +15,7 @@ from helpers.refusals import refused
 from helpers.tiny_runs import REPOSITORY, environment, run_commands, tiny_config, trained, write_corpus
 
 import default_moe
-from default_moe.analysis import domains
+from default_moe.analysis import domains, watch
 from default_moe.analysis.observation import observe
 from default_moe.config import MeshConfig
 from default_moe.data import open_data
@@ -65,6 +65,7 @@ def reported(runs):
         ],
         "defaults": ["defaults", f"--workdir={runs / 'topk'}"],
         "experts": ["experts", f"--workdir={runs / 'topk'}", few],
+        "watch": ["watch", workdir],
     }
     done = run_commands([[ANALYSIS, *command] for command in commands.values()], runs, environment())
     return dict(zip(commands, done, strict=True))
@@ -215,6 +216,20 @@ def test_the_notebook_runs(runs, monkeypatch):
     assert sum("<span class=e" in output.get("data", {}).get("text/html", "") for output in outputs) == 1
 
 
+def test_a_run_is_watched(runs, reported):
+    code, output, error = reported["watch"]
+    assert code == 0, error
+    first, loss, held_out, speed, head, *layers = output.splitlines()
+    assert first == f"{runs / 'default'}: 'default', step 8 of 8"
+    logged = [json.loads(line) for line in (runs / "default" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if "train/loss" in line][-1]
+    assert loss.startswith(f"loss       {last['train/loss']:.4f}  █")  # the first is the highest
+    assert held_out.split()[-1] <= held_out.split()[2] and "tokens/s, 0 minutes left" in speed
+    assert head.split() == ["layer", *watch._COLUMNS] and [line.split()[0] for line in layers] == ["1", "3"]
+    assert float(layers[0].split()[2]) == pytest.approx(last["layer_1/router_entropy"], abs=1e-3)
+    assert watch.curve(np.arange(9.0)) == "▁▂▃▄▅▅▆▇█" and watch.curve(np.ones(200)) == "▁" * 60
+
+
 def test_a_run_without_default_vectors(runs, reported):
     code, _, error = reported["defaults"]
     assert code == 2 and "has no default vectors: its method is 'topk'" in error
@@ -231,6 +246,7 @@ REFUSALS = {
     "no glob": (["domains", "--domains=a,b"], "--domains has 'a', but must be different names with a glob each"),
     "no text": (["tokens", "--text=nowhere.txt"], "--text cannot be read from nowhere.txt"),
     "no such run to compare with": (["training", "--against=nowhere"], "--against is nowhere, which is no run"),
+    "nothing to watch": (["watch", "--step=3"], "watch takes --workdir and nothing else"),
     "no such step": (["routing", "--step=7"], "step 7"),
     "a setting of the model": (["routing", "--config.moe.top_k=1"], "moe.* is fixed by the checkpoint"),
 }
