@@ -3,6 +3,7 @@
 Dimension key: T tokens of all batches, Y MoE layers, N experts, C choices of a token, D model.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from default_moe.methods.routing import active_experts
 from default_moe.moe import MoELayer
 from default_moe.moe.layer import DEFAULT_VECTORS, ROUTING
 from default_moe.runs.trained_model import TrainedModel
+from default_moe.training.program import Program
 from default_moe.training.step import model_inputs
 
 _OF_TOKENS = ("router_probs", "combine_weights", "expert_index")
@@ -73,7 +75,7 @@ def observe(
     batch_size = config.eval.batch_size or config.train.batch_size
     count = max(min(-(-num_tokens // rows.sequence_length), len(rows)), 1)
     check(len(rows) > 0, "the text fills no sequence: give more text")
-    run = _make_forward(model, experts)
+    run = _make_forward(model.program, experts)
     params, others = variables or (model.params, model.variables)
     found: list[dict[str, np.ndarray]] = []
     sums: dict[str, np.ndarray] = {}
@@ -166,9 +168,8 @@ def expert_sums(
     }
 
 
-def _make_forward(model: TrainedModel, experts: bool) -> Any:
-    config = model.config
-
+@functools.cache  # a report observes several texts and checkpoints with one program
+def _make_forward(program: Program, experts: bool) -> Any:
     def ask_experts(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = next_call(*args, **kwargs)
         layer = context.module
@@ -178,14 +179,12 @@ def _make_forward(model: TrainedModel, experts: bool) -> Any:
         return output
 
     def forward(params: Any, variables: Any, batch: Batch) -> Any:
-        inputs = model_inputs(batch, config)
-        with nn.intercept_methods(ask_experts if experts else lambda call, args, kwargs, _: call(*args, **kwargs)):
-            _, sown = model.program.model.apply(
-                {"params": params, **variables}, train=False, mutable=[ROUTING], **inputs
-            )
+        inputs = model_inputs(batch, program.config)
+        with nn.intercept_methods(ask_experts) if experts else contextlib.nullcontext():
+            _, sown = program.model.apply({"params": params, **variables}, train=False, mutable=[ROUTING], **inputs)
         return sown[ROUTING]["moe_layers"]["moe"]
 
-    return model.program.jit(forward, out_shardings=model.program.replicated)
+    return program.jit(forward, out_shardings=program.replicated)
 
 
 def _sums_of_layer(layer: MoELayer, x_BLD: Array, mask_BL: Array | None, aux: Mapping[str, Array]) -> dict[str, Array]:
