@@ -52,7 +52,7 @@ _OWN_CODE = {"AutoConfig": "configuration_default_moe.DefaultMoEConfig"} | {
 }
 _NUM_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for all but OLMoE
 # Methods whose evaluation DEFAULT_MOE computes.
-_CHOOSE_K = ("topk", "default", "densemixer", "loss_free", "frozen", "probmoe")
+_CHOOSE_K = ("topk", "default", "default_sampled", "densemixer", "loss_free", "frozen", "probmoe")
 _WRITTEN = (*_CHOOSE_K, "dense", "remoe")
 FAMILIES = {family.model_type: family for family in (OLMOE, QWEN3, MIXTRAL)}
 # Models without experts, which are only read.

@@ -6,11 +6,13 @@ from default_moe.methods.balancers import NoBalancer as NoBalancer
 from default_moe.methods.decision import Decision as Decision
 from default_moe.methods.decision import Load as Load
 from default_moe.methods.decision import RouterInputs as RouterInputs
+from default_moe.methods.decision import Samples as Samples
 from default_moe.methods.decision import choose as choose
 from default_moe.methods.decision import decide as decide
 from default_moe.methods.decision import largest as largest
 from default_moe.methods.decision import scores as scores
 from default_moe.methods.default import DefaultMoE as DefaultMoE
+from default_moe.methods.default_sampled import DefaultSampled as DefaultSampled
 from default_moe.methods.dense import Dense as Dense
 from default_moe.methods.densemixer import DenseMixer as DenseMixer
 from default_moe.methods.expert_threshold import DefaultThreshold as DefaultThreshold

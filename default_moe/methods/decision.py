@@ -62,6 +62,19 @@ class RouterInputs(NamedTuple):
     state: State = {}  # noqa: RUF012 - nobody changes it, and JAX must find a dict in it
 
 
+class Samples(NamedTuple):
+    """Experts that are run for some tokens that did not choose them, for their outputs alone.
+
+    position_BP: int32 [B, P], the place of each such token in its sequence.
+    expert_BP: int32 [B, P], the expert; N stands for none.
+    factor: float32 scalar, what the gate's gradient counts of <dL/dy, E_i(x) - V_i>, V_i the expert's default vector.
+    """
+
+    position_BP: Array
+    expert_BP: Array
+    factor: Array
+
+
 class Decision(NamedTuple):
     """What a method decides about the tokens of a batch.
 
@@ -71,12 +84,14 @@ class Decision(NamedTuple):
     expert_index: int32 [B, L, C], the experts that run, in any order; N stands for none.
     probs: float32 [B, L, N], the token's distribution over experts, for balance losses and statistics.
     substitution: float32 scalar that the share of default vectors in the output is multiplied by; None stands for 1.
+    samples: in training, of a method with default vectors, which are then averaged over these; None without any.
     """
 
     gates: Array
     expert_index: Array
     probs: Array
     substitution: Array | None = None
+    samples: Samples | None = None
 
 
 class Load(NamedTuple):

@@ -33,6 +33,27 @@ class DefaultVectors(NamedTuple):
     weight: Array
 
 
+class SampledOutputs(NamedTuple):
+    """Outputs of experts for P tokens that did not choose them, see `methods.Samples`. They carry no gradient.
+
+    out_PD: float32.  token_P: int32, which of the T tokens, each at most once.  expert_P: int32, which of the M
+    experts, M for none or one that is held elsewhere.  factor: float32 scalar.
+    """
+
+    out_PD: Array
+    token_P: Array
+    expert_P: Array
+    factor: Array
+
+    def sums(self, mask_T: Array | None, num_experts: int) -> tuple[Array, Array]:
+        """Return for each expert the sum of its outputs, float32 [M, D], and how many these are, [M]."""
+        counts_PM = self.expert_P[:, None] == jnp.arange(num_experts)
+        if mask_T is not None:
+            counts_PM &= (mask_T[self.token_P] != 0)[:, None]
+        counts_PM = counts_PM.astype(jnp.float32)
+        return jnp.matmul(counts_PM.T, self.out_PD), counts_PM.sum(axis=0)
+
+
 def ema_weights(
     gates_TM: Array, active_TM: Array, mask_T: Array | None, settings: DefaultVectorSettings, dtype: jnp.dtype
 ) -> Array:
@@ -55,6 +76,7 @@ def update_and_combine(
     defaults: DefaultVectors,
     settings: DefaultVectorSettings,
     substitution: Array | None,
+    samples: SampledOutputs | None = None,
     *,
     other_axes: tuple[str, ...] = (),
     expert_axes: tuple[str, ...] = (),
@@ -68,6 +90,7 @@ def update_and_combine(
         at evaluation, when the vectors are used as they are.
       defaults: of the experts held here.
       substitution: share of the vectors in the output; None stands for 1.
+      samples: outputs that the gradient is corrected by.
       other_axes: mesh axes over which devices hold other tokens and the same experts: sums are added up over them.
       expert_axes: mesh axes over which `defaults` is split though the other arguments are of all experts: sums are
         scattered over them, and vectors gathered.
@@ -98,6 +121,8 @@ def update_and_combine(
         substitution = None
     elif substitution is None:
         substitution = jnp.ones((), jnp.float32)
+    if samples is not None:
+        y_TD = correct(y_TD, gates_TM, used_MD, samples)
     return combine(y_TD, gates_TM, used_MD, active_TM, substitution, expert_gradient), defaults
 
 
@@ -183,3 +208,28 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 def _inactive(values_TM: Array, active_TM: Array) -> Array:
     return jnp.where(active_TM, 0, values_TM)
+
+
+@jax.custom_vjp
+def correct(y_TD: Array, gates_TM: Array, ema_MD: Array, samples: SampledOutputs) -> Array:
+    """Return y, and add factor <g_t, E_i(x_t) - E^_i> to what `combine` gives the gates of sampled experts.
+
+    A factor of 1 puts <g_t, E_i(x_t)> in the place of <g_t, E^_i>. With 1 / the chance of i to be sampled for t the
+    mean over draws is that, for every inactive expert.
+    """
+    return y_TD
+
+
+def _correct_fwd(y_TD: Array, gates_TM: Array, ema_MD: Array, samples: SampledOutputs) -> tuple:
+    return y_TD, (ema_MD, samples)
+
+
+def _correct_bwd(residuals: tuple, g_TD: Array) -> tuple:
+    ema_MD, (out_PD, token_P, expert_P, factor) = residuals
+    ema_PD = ema_MD.at[expert_P].get(mode="fill", fill_value=0)
+    d_gates_P = factor * (g_TD[token_P] * (out_PD - ema_PD)).sum(axis=-1)
+    d_gates_TM = jnp.zeros((len(g_TD), len(ema_MD)), jnp.float32)
+    return g_TD, d_gates_TM.at[token_P, expert_P].set(d_gates_P, mode="drop"), None, None
+
+
+correct.defvjp(_correct_fwd, _correct_bwd)

@@ -147,7 +147,7 @@ class MoELayer(nn.Module):
 
         params = Experts(config, self.down_init_std, name="experts")(x.shape[-1], dtype)
         defaults = self._read_defaults(x.shape[-1]) if config.default_vectors else None
-        decided = Routing(decision.gates, index_BLK, decision.substitution, mask)
+        decided = Routing(decision.gates, index_BLK, decision.substitution, mask, decision.samples)
         y, defaults = sparse_experts(x.astype(dtype), decided, params, defaults, config, update=update)
         norm_BL = jnp.linalg.norm(jax.lax.stop_gradient(y), axis=-1)
         if config.num_shared_experts:

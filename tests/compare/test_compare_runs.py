@@ -316,7 +316,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     assert outcomes["nothing"][0] == 0 and "nothing to report yet: no run of topk" in outcomes["nothing"][1]
     errors = {
         "a bad share": "--shard is '2/2'",
-        "an unknown method": "--methods has 'defualt', but there are default, default_threshold, dense,",
+        "an unknown method": "--methods has 'defualt', but there are default, default_sampled, default_threshold,",
         "one method": "which has nothing to compare with",
         "bad seeds": "--seeds is '0,0', but must be different whole numbers",
         "a run's directory": "is the work directory of a run",

@@ -22,7 +22,7 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("moe.top_k", 0, "between 1 and moe.num_experts = 8"),
         ("moe.top_k", 9, "between 1 and moe.num_experts = 8"),
         ("moe.expert_dim", 0, "at least 1"),
-        ("moe.router", "densemix", "'default', 'default_threshold', 'dense', 'densemixer'"),
+        ("moe.router", "densemix", "'default', 'default_sampled', 'default_threshold', 'dense', 'densemixer'"),
         ("moe.default.ema_decay", 1.01, "[0, 1]"),
         ("moe.default.ema_decay", -0.1, "[0, 1]"),
         ("moe.default.substitute", "both", "'forward', 'backward'"),
@@ -228,8 +228,8 @@ MARKED = {
     "train.num_steps train.profile_steps",
     "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature log.* train.max_bad_steps "
     "train.profile_steps",
-    "TUNED": "moe.bias.* moe.coupling_margin moe.coupling_weight moe.default.* moe.default_threshold.* "
-    "moe.densemixer.* moe.expert_threshold.* moe.load_balance_weight moe.loss_free.* moe.quantile.* moe.remoe.* "
+    "TUNED": "moe.bias.* moe.coupling_margin moe.coupling_weight moe.default.* moe.default_sampled.* "
+    "moe.default_threshold.* moe.densemixer.* moe.expert_threshold.* moe.load_balance_weight moe.loss_free.* moe.quantile.* moe.remoe.* "
     "moe.router_init_std moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight moe.simbal_weight "
     "moe.sparsemixer.* optim.*",
 }

@@ -53,7 +53,11 @@ def expert(params: Params, i: int, x: np.ndarray) -> np.ndarray:
 
 
 def shares_in_mean(routes: Routes, i: int, s: Settings) -> dict[int, float]:
-    """What each kept token that activated expert i counts in the mean of its outputs (eq. 10)."""
+    """What each kept token that activated expert i, or sampled it, counts in the mean of its outputs (eq. 10)."""
+    if s.router == "default_sampled":
+        sampled = [t for t, j in s.samples if j == i and routes.mask[t]]
+        assert not any(i in routes.chosen[t] for t in sampled)
+        return dict.fromkeys(sampled, 1 / max(len(sampled), 1))
     active = [t for t in range(len(routes.active)) if i in routes.active[t] and routes.mask[t]]
     counts = {t: routes.weights[t, i] if s.ema_weighted else 1.0 for t in active}
     return {t: count / sum(counts.values()) for t, count in counts.items() if count > 0}
@@ -193,6 +197,8 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
             d_weights[t, i] += g[t] @ expert(params, i, x[t])
         elif s.router in VECTOR_METHODS:
             d_weights[t, i] += g[t] @ result.used[i]
+    for t, i in s.samples:
+        d_weights[t, i] += s.sample_factor * g[t] @ (expert(params, i, x[t]) - result.used[i])
     if s.product_form:
         for t, i in np.ndindex(shape_TN):
             d_weights[t, i] *= routes.weights[t, i] / s.weight_scale + (i in routes.chosen[t])

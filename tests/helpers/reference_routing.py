@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VECTOR_METHODS, THRESHOLD_METHODS = ("default", "default_threshold"), ("expert_threshold", "default_threshold")
+VECTOR_METHODS = ("default", "default_sampled", "default_threshold")
+THRESHOLD_METHODS = ("expert_threshold", "default_threshold")
 
 
 class Settings(NamedTuple):
@@ -19,6 +20,7 @@ class Settings(NamedTuple):
     substitution: share of default vectors in the output with substitute="forward".  bias: of loss_free and frozen, [N].
     thresholds: of the experts, [N].
     capacity: tokens of a sequence of `length` that an expert takes; None for no limit.
+    samples: (t, i), experts run for a token that did not choose them.
     """
 
     top_k: int
@@ -40,6 +42,8 @@ class Settings(NamedTuple):
     threshold: float = 0.1
     capacity: int | None = None
     length: int | None = None
+    samples: tuple[tuple[int, int], ...] = ()
+    sample_factor: float = 1.0
 
 
 class TokenRoute(NamedTuple):

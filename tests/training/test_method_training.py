@@ -70,6 +70,7 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         ({"router": "default", "balancer": Quantile()}, moved),
         ({"router": "sparsemixer", "mask_threshold": 0.45}, None),
         ({"router": "default_threshold", "substitute_ramp_steps": 2}, first_threshold),
+        ({"router": "default_sampled", "sample_every": 2}, None),
         ({"router": "probmoe", "top_k": 2}, None),
         ({"router": "frozen", "top_k": 2}, moved),
         ({"router": "hash"}, None),
@@ -83,6 +84,7 @@ WITH_RAMP = {"router": "default", "substitute_ramp_steps": 2, "router_noise_std"
         "quantile",
         "sparsemixer",
         "threshold",
+        "sampled",
         "probmoe",
         "frozen",
         "hash",
@@ -312,7 +314,7 @@ def test_a_weight_of_zero_and_groups_of_other_methods_are_no_contradiction():
         ({"remoe": {"lamda_factor": 1.1}}, "no setting 'moe.remoe.lamda_factor'; did you mean 'lambda_factor'"),
         ({"defualt": {"ema_decay": 0.5}}, "no setting 'moe.defualt'; did you mean 'default'"),
         ({"default": 3}, "moe.default is 3, but must be a group of settings"),
-        ({"router": []}, "moe.router is [], but must be one of 'default', 'default_threshold', 'dense'"),
+        ({"router": []}, "moe.router is [], but must be one of 'default', 'default_sampled', 'default_threshold'"),
     ):
         with refused(re.escape(words)):
             MoEConfig.from_mapping(mapping)
@@ -323,7 +325,7 @@ def test_settings_of_every_method_survive_being_saved(router):
     config = moe_config(router=router, num_experts=4)
     assert MoEConfig.from_mapping(config.to_dict()) == config
     assert config.balance_weight == (
-        0.01 if router in ("topk", "default", "densemixer", "sparsemixer", "probmoe") else 0
+        0.01 if router in ("topk", "default", "default_sampled", "densemixer", "sparsemixer", "probmoe") else 0
     )
     assert dataclasses.replace(config, top_k=2).method == config.method
 

@@ -18,9 +18,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from default_moe.config import MoEConfig
 from default_moe.methods.routing import active_experts
-from default_moe.moe.default_vectors import DefaultVectors, ema_weights, update_and_combine
+from default_moe.moe.default_vectors import DefaultVectors, SampledOutputs, ema_weights, update_and_combine
 from default_moe.moe.experts.backends import group_alignment, run_rows, slots_multiple
-from default_moe.moe.experts.layout import Axes, Routing, choice_values, dispatch, flat, group_by_expert, round_up
+from default_moe.moe.experts.layout import (
+    Axes,
+    Layout,
+    Routing,
+    choice_values,
+    dispatch,
+    flat,
+    group_by_expert,
+    round_up,
+    sum_choices,
+)
+from default_moe.moe.experts.samples import sampled_tokens
 from default_moe.moe.experts.sorted_rows import ema_sums, weigh
 from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertParams
 
@@ -112,6 +123,44 @@ def exchanged_experts(
     """
     x_TD, gates_TN, index_TK = (flat(a) for a in (x_BLD, routing.gates, routing.expert_index))
     mask_T = None if routing.mask is None else flat(routing.mask)
+    travel = functools.partial(_outputs_by_exchange, axes=axes, config=config, backend=backend)
+    out_SD, layout = travel(x_TD, index_TK, params)
+    y_TD = weigh(out_SD, choice_values(gates_TN, index_TK), layout)
+    settings = config.default_vectors
+    if settings and defaults is not None:
+        active_TN = active_experts(index_TK, config.num_experts)
+        sums = samples = None
+        if routing.samples is not None:
+            position_BP, expert_BP, factor = routing.samples
+            token_P, expert_P = sampled_tokens(position_BP, x_BLD.shape[1]), flat(expert_BP)
+            sampled_SD, placed = travel(*jax.lax.stop_gradient((x_TD[token_P], expert_P[:, None], params)))
+            samples = SampledOutputs(sum_choices(sampled_SD, placed, None), token_P, expert_P, factor)
+            sums = samples.sums(mask_T, config.num_experts)
+        elif update:
+            ema_weight_TN = ema_weights(gates_TN, active_TN, mask_T, settings, x_TD.dtype)
+            ema_weight_TK = choice_values(ema_weight_TN, index_TK)
+            align = group_alignment(backend)
+            sum_ND = ema_sums(out_SD, ema_weight_TK, layout, align, settings.expert_gradient)
+            sums = sum_ND, ema_weight_TN.sum(axis=0)
+        y_TD, defaults = update_and_combine(
+            y_TD,
+            gates_TN,
+            active_TN,
+            sums,
+            defaults,
+            settings,
+            routing.substitution,
+            samples,
+            other_axes=axes.others,
+            expert_axes=axes.experts,
+        )
+    return y_TD.reshape(x_BLD.shape), defaults
+
+
+def _outputs_by_exchange(
+    x_TD: Array, index_TK: Array, params: ExpertParams, *, axes: Axes, config: MoEConfig, backend: str
+) -> tuple[Array, Layout]:
+    """Send each token to the devices of its experts, and their outputs back: [S, D], and the layout of the S slots."""
     align = group_alignment(backend)
     layout = group_by_expert(index_TK, config.num_experts, align)
     sizes_GN = jax.lax.all_gather(layout.group_sizes_M, axes.experts)
@@ -127,26 +176,4 @@ def exchanged_experts(
     x_QD = checkpoint_name(exchange(x_SD, there, back, num_received, axes.experts), EXPERT_PRODUCT)
     out_QD = run_rows(x_QD, params, sizes_M, num_devices * index_TK.size, config.num_experts, backend)
     out_SD = checkpoint_name(exchange(out_QD, back, there, len(x_SD), axes.experts), EXPERT_PRODUCT)
-
-    y_TD = weigh(out_SD, choice_values(gates_TN, index_TK), layout)
-    settings = config.default_vectors
-    if settings and defaults is not None:
-        active_TN = active_experts(index_TK, config.num_experts)
-        sums = None
-        if update:
-            ema_weight_TN = ema_weights(gates_TN, active_TN, mask_T, settings, x_TD.dtype)
-            ema_weight_TK = choice_values(ema_weight_TN, index_TK)
-            sum_ND = ema_sums(out_SD, ema_weight_TK, layout, align, settings.expert_gradient)
-            sums = sum_ND, ema_weight_TN.sum(axis=0)
-        y_TD, defaults = update_and_combine(
-            y_TD,
-            gates_TN,
-            active_TN,
-            sums,
-            defaults,
-            settings,
-            routing.substitution,
-            other_axes=axes.others,
-            expert_axes=axes.experts,
-        )
-    return y_TD.reshape(x_BLD.shape), defaults
+    return out_SD, layout

@@ -13,6 +13,7 @@ from default_moe.moe.default_vectors import DefaultVectors, ema_weights, update_
 from default_moe.moe.experts.backends import lay_out, run_experts
 from default_moe.moe.experts.dense_gradient import experts_for_gradient
 from default_moe.moe.experts.layout import Axes, Routing, choice_values, flat
+from default_moe.moe.experts.samples import sampled_outputs, sampled_tokens
 from default_moe.moe.experts.swiglu import ExpertParams
 
 
@@ -50,7 +51,7 @@ def gathered_experts(
     active_TM = active_experts(layout.expert_TK, num_experts)
     settings = config.default_vectors
     ema_weight_TM = ema_weight_TK = None
-    if settings and update:
+    if settings and update and routing.samples is None:
         ema_weight_TM = ema_weights(gates_TM, active_TM, mask_T, settings, x_TD.dtype)
         ema_weight_TK = choice_values(ema_weight_TM, layout.expert_TK)
     y_TD, sum_MD = run_experts(
@@ -70,8 +71,16 @@ def gathered_experts(
         gates_TM = jax.lax.stop_gradient(gates_TM)  # they have their exact gradient: default vectors give none
     if settings and defaults is not None:
         sums = None if sum_MD is None or ema_weight_TM is None else (sum_MD, ema_weight_TM.sum(axis=0))
+        samples = None
+        if routing.samples is not None:
+            position_BP, expert_BP, factor = routing.samples
+            position_BP = tokens(position_BP).reshape(-1, position_BP.shape[1])
+            token_P = sampled_tokens(position_BP, x_BLD.shape[1])
+            expert_P = tokens(expert_BP) - first
+            samples = sampled_outputs(x_TD, token_P, expert_P, factor, params, config.num_experts, backend)
+            sums = samples.sums(mask_T, num_experts)
         y_TD, defaults = update_and_combine(
-            y_TD, gates_TM, active_TM, sums, defaults, settings, routing.substitution, other_axes=axes.others
+            y_TD, gates_TM, active_TM, sums, defaults, settings, routing.substitution, samples, other_axes=axes.others
         )
     if gathered:
         y_TD = jax.lax.psum_scatter(y_TD, axes.experts, tiled=True)

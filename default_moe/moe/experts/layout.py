@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from default_moe.methods.decision import Samples
+
 
 class Layout(NamedTuple):
     """Assignments (token t, choice k) placed in slots, grouped by expert; each group starts at a multiple of `align`.
@@ -124,16 +126,17 @@ def sum_choices(values_SD: Array, layout: Layout, gates_TK: Array | None) -> Arr
 
 
 class Routing(NamedTuple):
-    """What the router decided, and what counts as a sample; the first three as in `methods.Decision`.
+    """What the router decided, and which tokens count in statistics; all but the mask as in `methods.Decision`.
 
     gates: float32 [B, L, N].  expert_index: int32 [B, L, K], N for none.  substitution: scalar, or None.
-    mask: [B, L] or None, 0 where a token is no sample.
+    mask: [B, L] or None, 0 where a token does not count.
     """
 
     gates: Array
     expert_index: Array
     substitution: Array | None
     mask: Array | None
+    samples: Samples | None = None
 
 
 class Axes(NamedTuple):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
 from default_moe.config import MoEConfig
+from default_moe.methods.decision import Samples
 from default_moe.moe.default_vectors import DefaultVectors
 from default_moe.moe.experts.backends import resolve_backend
 from default_moe.moe.experts.exchange import exchanged_experts
@@ -66,7 +67,8 @@ def sparse_experts(
     ):
         sharding.check_divisible(what, size, axis)
     tokens, experts = P(axes.tokens or None), P(axes.experts or None)
-    routing_specs: Any = (tokens, tokens, P(), tokens)
+    of_samples: Any = (tokens, tokens, P())
+    routing_specs: Any = (tokens, tokens, P(), tokens, Samples(*of_samples) if routing.samples else None)
     param_specs = jax.tree.unflatten(jax.tree.structure(params), itertools.starmap(sharding.weight_spec, WEIGHT_AXES))
 
     def with_whole_weights(x_BLD: Array, routing: Routing, params: ExpertParams, defaults: Any) -> tuple:
