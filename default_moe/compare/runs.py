@@ -81,7 +81,8 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     waiting = [entry for entry in entries if not finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
     for config, label in {_without_seed(e.config): e.candidate.method for e in waiting}.items():
-        check_causal(config, label)
+        if note := check_causal(config, label):
+            say(note)
     programs, failures = Programs(), {}
     began = time.monotonic()
     with StopRequest() as stop:

@@ -229,9 +229,9 @@ MARKED = {
     "NO_EFFECT": "data.dir data.prefetch eval.prompt eval.sample_tokens eval.temperature log.* train.max_bad_steps "
     "train.profile_steps",
     "TUNED": "moe.bias.* moe.coupling_margin moe.coupling_weight moe.default.* moe.default_sampled.* "
-    "moe.default_threshold.* moe.densemixer.* moe.expert_threshold.* moe.load_balance_weight moe.loss_free.* moe.quantile.* moe.remoe.* "
-    "moe.router_init_std moe.router_noise_std moe.router_z_weight moe.sequence_balance_weight moe.simbal_weight "
-    "moe.sparsemixer.* optim.*",
+    "moe.default_threshold.* moe.densemixer.* moe.expert_threshold.* moe.load_balance_weight moe.loss_free.* "
+    "moe.quantile.* moe.remoe.* moe.router_init_std moe.router_noise_std moe.router_z_weight "
+    "moe.sequence_balance_weight moe.simbal_weight moe.sparsemixer.* optim.*",
 }
 
 
