@@ -179,6 +179,11 @@ class OptimConfig:
     )
     clip_norm: float = setting(1.0, "Norm of all gradients above which they are scaled down.", positive(math.inf))
     router_lr_multiplier: float = setting(1.0, "What the learning rate of the routers is multiplied by.", at_least(0))
+    train_only: str | None = setting(
+        None,
+        "The only parameters that are trained, by parts of their names as checkpoints have them: 'router' or "
+        "'experts,router' for instance. None: all.",
+    )
     moment_dtype: str = setting(
         "float32", "What moments and momentum are kept in; they are computed in float32.", one_of("float32", "bfloat16")
     )
@@ -303,6 +308,11 @@ class Config:
         "Branch off that run: take over the optimizer's state and the number of steps done too, and with that the "
         "places in the schedule and in the data.",
     )
+    init_new: str | None = setting(
+        None,
+        "Parameters that begin anew all the same, by parts of their names as checkpoints have them: 'router' for "
+        "instance.",
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -316,8 +326,10 @@ class Config:
     def __post_init__(self) -> None:
         check_settings(self, "")
         check(
-            self.init_from is not None or (self.init_step is None and not self.init_optimizer),
-            "init_from is not set, but init_step and init_optimizer need it: they say what is taken from that run",
+            self.init_from is not None
+            or (self.init_step is None and not self.init_optimizer and self.init_new is None),
+            "init_from is not set, but init_step, init_optimizer and init_new need it: they say what is taken from "
+            "that run",
         )
         for name, batch_size in (("train", self.train.batch_size), ("eval", self.eval.batch_size or 1)):
             check(

@@ -23,7 +23,7 @@ from default_moe.runs.saved_run import parse_meta
 from default_moe.runs.shapes import difference, shapes
 from default_moe.runs.warm_up import warm_up
 from default_moe.sharding import unboxed
-from default_moe.training.optimizer import make_optimizer
+from default_moe.training.optimizer import make_optimizer, named
 from default_moe.training.program import Program
 from default_moe.training.state import TrainState
 
@@ -142,12 +142,20 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
     config, abstract = program.config, program.abstract_state
     names = ["params", *(_BRANCHES_KEEP if config.init_optimizer else ())]
     nothing: dict[str, Any] = dict.fromkeys(names)
-    state = dataclasses.replace(program.new_state(), **nothing)  # frees these before others are read
+    state, new = program.new_state(), None
+    is_new = named(abstract.params, config.init_new, "init_new") if config.init_new is not None else None
+    if is_new is not None:
+        new = jax.tree.map(lambda wanted, one: one if wanted else None, is_new, state.params)
+    state = dataclasses.replace(state, **nothing)  # frees these before others are read
     wanted = {name: getattr(abstract, name) for name in names}
     if source.kept:  # an empty part is not what Orbax finds there
         wanted["variables"] = {name: abstract.variables[name] for name in source.kept}
     any_step = config.init_step is None and not config.init_optimizer
     restored, _, step = source.store.restore_for_eval(wanted, source.step, or_newest=any_step)
+    if is_new is not None:
+        restored["params"] = jax.tree.map(
+            lambda a, b: b if a is None else a, new, restored["params"], is_leaf=lambda node: node is None
+        )
     variables = {**state.variables, **restored.get("variables", {})}
     state = dataclasses.replace(state, **{**restored, "variables": variables})
     origins = dict.fromkeys(variables, "initial") | dict.fromkeys(source.kept, "taken over")
@@ -157,6 +165,8 @@ def fine_tuned_state(program: Program, source: Source, rows: Rows) -> tuple[Trai
         origins[DEFAULT_VECTORS] = f"averaged over {vectors.warm_up_batches} batches"
     weights = f"weights: from step {step} of {source.workdir} (router {source.config.moe.method.name!r})"
     parts = [f"{name.replace('_', ' ')}: {origin}" for name, origin in origins.items()]
+    if config.init_new is not None:
+        parts.append(f"{config.init_new}: begin anew")
     if config.init_optimizer:
         parts.append(f"optimizer: taken over; goes on at step {step + 1}")
     return state, "; ".join([weights, *parts, *changes_since(source.config, config)])

@@ -1,5 +1,6 @@
 """AdamW and Muon, learning rate schedules, and what takes less memory than Adam's moments, from optax."""
 
+import itertools
 import math
 from operator import itemgetter
 from typing import Any
@@ -10,6 +11,7 @@ import optax
 import optax.contrib
 
 from default_moe.config import OptimConfig
+from default_moe.errors import check, closest, quoted
 from default_moe.sharding import whole_matrices
 
 _MATRICES = ("kernel", "gate", "up", "down")
@@ -64,6 +66,31 @@ def _scale_by_learning_rate(schedule: optax.Schedule, router_factor: float) -> o
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(inner.init, update)
+
+
+def only_trained(tree: Any, config: OptimConfig) -> Any:
+    """Gradients or updates, zeros in the place of those of parameters that are not trained (optim.train_only)."""
+    if config.train_only is None:
+        return tree
+    is_trained = named(tree, config.train_only, "optim.train_only")
+    return jax.tree.map(lambda kept, one: one if kept else jnp.zeros_like(one), is_trained, tree)
+
+
+def named(params: Any, names: str, setting: str) -> Any:
+    """True for the parameters that have one of the names, "experts,router", as a part of their own.
+
+    Raises ConfigError, naming the setting, if there is none that has one of them.
+    """
+    parts = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    known = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+    asked = names.split(",")
+    for name in asked:
+        check(
+            name in known,
+            f"{setting} is {quoted(names)}, but must be of the names of this model's parameters: {', '.join(known)}"
+            f"{closest(name, known)}",
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), [not set(asked).isdisjoint(part) for part in parts])
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:

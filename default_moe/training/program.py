@@ -22,7 +22,7 @@ from default_moe.model.size import parameter_counts
 from default_moe.moe.experts.backends import resolve_backend
 from default_moe.moe.experts.parallel import resolve_expert_parallel
 from default_moe.training.memory import check_fits, out_of_memory_in_one_line, step_memory
-from default_moe.training.optimizer import make_optimizer
+from default_moe.training.optimizer import make_optimizer, named
 from default_moe.training.state import TrainState, first_state, initial_state
 from default_moe.training.step import Batch, make_eval_step, make_train_step
 
@@ -89,6 +89,9 @@ class Program:
             self.parameter_counts = parameter_counts(config, vocab_size)
             boxed = jax.eval_shape(lambda v: first_state(v, self.optimizer, jax.random.key(0)), self._init.boxed_shapes)
             self.abstract_state = sharding.abstract_arrays(boxed, self.mesh, config.mesh.rules)
+            for setting, names in (("optim.train_only", config.optim.train_only), ("init_new", config.init_new)):
+                if names is not None:
+                    named(self.abstract_state.params, names, setting)
             batch_axes = sharding.mesh_axes("batch")
             self.num_batch_shards = sharding.num_shards("batch")
             self._decide()

@@ -24,7 +24,7 @@ from default_moe.moe.layer import (
 )
 from default_moe.sharding import constrain
 from default_moe.training.losses import TokenSums, auxiliary_loss, token_sums
-from default_moe.training.optimizer import learning_rate_schedule
+from default_moe.training.optimizer import learning_rate_schedule, only_trained
 from default_moe.training.state import TrainState
 
 Batch = dict[str, Any]
@@ -53,10 +53,12 @@ def make_train_step(
 
     def update(old: dict[str, Any], grads: Any) -> dict[str, Any]:
         updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"])
+        updates = only_trained(updates, config.optim)  # weight decay has moved the others too
         return {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, loss, result = gradient(state, batch, jax.random.fold_in(state.rng, state.step))
+        grads = only_trained(grads, config.optim)
         grad_norm = optax.tree.norm(grads)
         old = {"params": state.params, "opt_state": state.opt_state, "variables": state.variables}
         new = {**update(old, grads), "variables": _moved(state.variables, result, config)}

@@ -1,5 +1,6 @@
 """Runs that start from the weights of another run, and default vectors averaged before they do."""
 
+import copy
 import dataclasses
 import functools
 import shutil
@@ -38,7 +39,9 @@ def config_for(folder, moe, init_from=None, **sections):
 
 
 def program_for(config):
-    return _program(dataclasses.replace(config, init_from=None))
+    program = copy.copy(_program(dataclasses.replace(config, init_from=None, init_new=None)))
+    program.config = config
+    return program
 
 
 @functools.cache
@@ -102,6 +105,17 @@ def assert_as_saved(name, tree, saved):
 
 def vectors_of(state):
     return np.asarray(state.variables["default_vectors"]["moe_layers"]["moe"]["ema"])
+
+
+def test_named_parameters_begin_anew(source, folder, rows):
+    config = dataclasses.replace(config_for(folder, {"router": "topk"}, source[0]), init_new="router")
+    state, line = first_state(config, rows)
+    assert line.endswith("(router 'topk'); router: begin anew")
+    new, saved = program_for(config_for(folder, {"router": "topk"})).new_state(), saved_state(source[0], 20)
+    kernel = state.params["moe_layers"]["moe"].pop("router")["kernel"]
+    np.testing.assert_array_equal(kernel, new.params["moe_layers"]["moe"]["router"]["kernel"])
+    del saved["params.moe_layers.moe.router.kernel"]
+    assert_as_saved("params", state.params, saved)
 
 
 def test_a_run_goes_on_from_the_weights_of_another(source, tuned, folder, rows):

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 from helpers.refusals import refused
-from helpers.steps import CONFIG, change
+from helpers.steps import CONFIG, change, make_batch, new_state, program_for, step_of
 
 from default_moe.config import MeshConfig, OptimConfig
 from default_moe.training.optimizer import make_optimizer
 from default_moe.training.program import Program
+from default_moe.training.step import make_gradient
 
 # No clipping, no decay, and a learning rate of 0.1 from the first step on.
 PLAIN = OptimConfig(peak_lr=0.1, warmup_fraction=0, final_lr_fraction=1, weight_decay=0, clip_norm=1e9)
@@ -192,3 +193,33 @@ def test_the_learning_rate_of_routers_is_multiplied():
     assert float(jnp.abs(plain["router"]["kernel"]).min()) > 0
     np.testing.assert_array_equal(scaled["router"]["kernel"], 0.25 * plain["router"]["kernel"])
     np.testing.assert_array_equal(scaled["experts"]["gate"], plain["experts"]["gate"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"name": "muon"}], ids=str)
+def test_only_the_named_parameters_are_trained(fields):
+    """No decay moves the others, and their gradients do not count in the norm."""
+    config = change(CONFIG, optim={"train_only": "router,head", "decay_all": True, **fields})
+    before, grads = new_state(config), program_for(config).jit(make_gradient(program_for(config).model, config))
+    found = grads(before, make_batch(), jax.random.fold_in(before.rng, 0))[0]
+    state, metrics = step_of(config)
+    trained = []
+    for (path, old), new, g in zip(
+        jax.tree_util.tree_leaves_with_path(before.params),
+        jax.tree.leaves(state.params),
+        jax.tree.leaves(found),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name in ("head", "moe_layers.moe.router.kernel"):
+            trained.append(g)
+            assert (new != old).any()
+        else:
+            np.testing.assert_array_equal(new, old, name)
+    assert len(trained) == 2
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(trained), rtol=1e-5)
+
+
+def test_a_name_of_no_parameter_is_refused():
+    for names in ("rooter", "router,", "", "router, experts"):
+        with refused(f"optim.train_only is '{names}', but must be of the names of this model's parameters: embed,"):
+            program_for(change(CONFIG, optim={"train_only": names}))
