@@ -14,9 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from default_moe import cli
-from default_moe.compare import matrix, plot, report, runs
+from default_moe.compare import matrix, plot, provenance, report, runs
 from default_moe.compare.comparison import compare
-from default_moe.errors import ConfigError, Diverged, TrainingFailed
+from default_moe.errors import ConfigError, Diverged, TrainingFailed, check
 from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
 from default_moe.runs.identity import RUN_FILE
@@ -41,6 +41,9 @@ _SET = flags.DEFINE_multi_string(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
 _SHARD = flags.DEFINE_string("shard", None, "I/N: do only the I-th of N shares of the runs, I from 0 on.")
 _REPORT = flags.DEFINE_bool("report", False, "Train nothing: report on the runs that are finished.")
+_AGAIN = flags.DEFINE_bool(
+    "again", False, "Train runs anew that were trained by other code; what is there is kept aside."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: list the runs, and how long the rest takes.")
 
 
@@ -52,10 +55,14 @@ def main(argv: list[str]) -> int:
     workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
+    check(
+        not (_AGAIN.value and _REPORT.value),
+        "--again trains runs anew, but --report trains nothing: leave one of them out",
+    )
     index, count = matrix.parse_shard(_SHARD.value) if _SHARD.value else (0, 1)
     say = Progress(0).message
     if _DRY_RUN.value:
-        for line in runs.plan(entries[index::count], workdir):
+        for line in runs.plan(entries[index::count], workdir, _AGAIN.value):
             say(line)
         return 0
     failures: dict[str, str] = {}
@@ -63,7 +70,8 @@ def main(argv: list[str]) -> int:
     if not _REPORT.value:
         if __name__ == "__main__":
             go_on_in_children(lambda: runs.checkpoints(workdir))
-        failures, code = runs.do_runs(entries[index::count], workdir)
+        failures, code = runs.do_runs(entries[index::count], workdir, _AGAIN.value)
+    found = runs.provenances(entries, workdir)
     missing = [e.folder for e in entries if e.folder not in failures and not runs.finished(e, workdir)]
     entries = [entry for entry in entries if entry.folder not in missing]
     if missing:
@@ -71,16 +79,27 @@ def main(argv: list[str]) -> int:
     if code is not None:
         say("the comparison is not finished; the same command continues it")
     if missing and not any(e.candidate.method == methods[0].label and e.folder not in failures for e in entries):
+        for line in provenance.lines(found) if _REPORT.value else []:
+            say(line)
         say(f"there is nothing to report yet: no run of {methods[0].label} is finished")
         return code or 0
-    _write_report(entries, methods[0].label, failures, missing, base, workdir)
+    _write_report(entries, methods[0].label, failures, missing, base, workdir, found)
     return code or 0
 
 
 def _write_report(
-    entries: list[matrix.Entry], baseline: str, failures: dict[str, str], missing: list[str], base: Any, workdir: Path
+    entries: list[matrix.Entry],
+    baseline: str,
+    failures: dict[str, str],
+    missing: list[str],
+    base: Any,
+    workdir: Path,
+    found: dict[str, provenance.Provenance],
 ) -> None:
-    """Raises TrainingFailed, after writing what there is, if runs have failed."""
+    """Write the report. Raises TrainingFailed, after that, if runs have failed.
+
+    found: by which code the runs were trained, by folder.
+    """
     say = Progress(0).message
     runs.check_same_text([entry for entry in entries if entry.folder not in failures], workdir)  # of all shares
     results = {}
@@ -94,9 +113,11 @@ def _write_report(
     if not tasks:
         raise TrainingFailed(f"no run of {baseline} came to its end: {next(iter(failures.values()))}")
     vocab_sizes = {entry.task: runs.vocab_size(entry, workdir) for entry in entries if entry.folder in results}
-    text = report.markdown(tasks, vocab_sizes, failures, missing)
+    notes = [f"**{line}.**" for line in provenance.lines(found)] + [provenance.commits_line(found)]
+    text = report.markdown(tasks, vocab_sizes, failures, missing, notes)
     say(f"\n{text}")
     as_json = report.as_json(tasks, entries, base.to_dict(), failures, missing)
+    as_json["code"] = provenance.as_json(found)
     files: dict[str, Any] = {"report.md": text, "report.json": as_json}
     files |= picture_files("report.png", lambda: plot.pictures(tasks), say)
     write_report(workdir, files)

@@ -30,17 +30,19 @@ def markdown(
     vocab_sizes: Mapping[Settings, int],
     failures: Mapping[str, str],
     missing: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """What was compared, a table per task, and what may be concluded.
 
     vocab_sizes: of each task.  failures: what went wrong, by folder of the run.  missing: folders of runs that are not
-    finished.
+    finished.  notes: lines about the code that trained the runs.
     """
     lines = [
         "# Comparison",
         "",
         f"{heading()}. Within a seed all methods see the same text in the same order and start from the same weights.",
     ]
+    lines += [text for note in notes for text in ("", note)]
     for task in tasks:
         lines += ["", f"## {task.name or 'Results'}", "", _description(task, vocab_sizes[task.settings]), ""]
         lines += [*_table([_cells(row) for row in task.rows]), ""]

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from default_moe.compare import provenance
 from default_moe.compare.causality import check_causal
 from default_moe.compare.matrix import Entry, Settings, same_run
+from default_moe.compare.provenance import Provenance
 from default_moe.compare.statistics import Curve
 from default_moe.config import Config
 from default_moe.errors import ConfigError, Diverged, check
@@ -67,8 +69,10 @@ def _without_seed(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
 
 
-def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], int | None]:
+def do_runs(entries: Sequence[Entry], workdir: Path, again: bool = False) -> tuple[dict[str, str], int | None]:
     """Train all that has not come to its end yet, but for runs that another process trains.
+
+    again: train those anew that were trained by other code than now. What is there of them is moved aside.
 
     Returns:
       what went wrong with the runs that diverged, by folder, and the exit code if a run was asked to stop, else None.
@@ -78,7 +82,11 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     """
     say = Progress(0).message
     check_runs(entries, workdir)
-    waiting = [entry for entry in entries if not finished(entry, workdir)]
+    found = provenances(entries, workdir)
+    for line in provenance.lines(found, again):
+        say(line)
+    anew = [folder for folder, each in found.items() if again and each.stale]
+    waiting = [entry for entry in entries if entry.folder in anew or not finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
     for config, label in {_without_seed(e.config): e.candidate.method for e in waiting}.items():
         if note := check_causal(config, label):
@@ -93,6 +101,8 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
                 + (f" ({_about(left)} for all that is left)" if left else "")
             )
             try:
+                if entry.folder in anew:
+                    provenance.move_aside(workdir / RUNS / entry.folder, entry.config)
                 trainer.train(entry.config, workdir / RUNS / entry.folder, programs, stop)
             except Busy:
                 say("another process trains it")
@@ -105,9 +115,13 @@ def do_runs(entries: Sequence[Entry], workdir: Path) -> tuple[dict[str, str], in
     return failures, None
 
 
-def plan(entries: Sequence[Entry], workdir: Path) -> list[str]:
-    """A line for each run, what is done of it, and how long the rest takes at the speed of those that are finished."""
+def plan(entries: Sequence[Entry], workdir: Path, again: bool = False) -> list[str]:
+    """A line for each run, what is done of it, and how long the rest takes at the speed of those that are finished.
+
+    again: as for `do_runs`. Then a line for each set of files by which runs were trained, and which have changed since.
+    """
     check_runs(entries, workdir)
+    found = provenances(entries, workdir)
     speeds: dict[str, list[float]] = {}
     for entry in entries:
         if finished(entry, workdir):
@@ -117,13 +131,16 @@ def plan(entries: Sequence[Entry], workdir: Path) -> list[str]:
     lines, seconds = [], 0.0
     for entry in entries:
         train, done = entry.config.train, _steps_done(entry, workdir)
+        anew = again and entry.folder in found and found[entry.folder].stale
+        done = 0 if anew else done
         left = (train.num_steps - done) * train.batch_size * train.sequence_length
         of_method = speeds.get(entry.candidate.method) or known
         seconds += left / float(np.median(of_method)) if of_method else 0.0
         state = (
             f"finished ({done} steps)" if not left else f"at step {done} of {train.num_steps}" if done else "not begun"
         )
-        lines.append(f"{entry.folder}: {state}")
+        lines.append(f"{entry.folder}: {'to be trained anew' if anew else state}")
+    lines += provenance.lines(found, again)
     estimate = (
         f"about {_about(seconds)} of training are left" if known else "no run is finished yet, so no time is known"
     )
@@ -140,6 +157,12 @@ def _steps_done(entry: Entry, workdir: Path) -> int:
         return 0
     with CheckpointStore(folder, read_only=True) as store:
         return max(store.steps(), default=0)
+
+
+def provenances(entries: Sequence[Entry], workdir: Path) -> dict[str, Provenance]:
+    """Return by which code each run that has begun was trained, by folder."""
+    found = {entry.folder: provenance.provenance(workdir / RUNS / entry.folder, entry.config) for entry in entries}
+    return {folder: each for folder, each in found.items() if each}
 
 
 def check_same_text(entries: Sequence[Entry], workdir: Path) -> None:

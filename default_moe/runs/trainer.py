@@ -34,6 +34,7 @@ from default_moe.runs.metrics import MetricsWriter
 from default_moe.runs.profiling import Profiler
 from default_moe.runs.progress import Progress
 from default_moe.runs.sampling import Sampling, sample_texts
+from default_moe.runs.starts import note_code
 from default_moe.runs.workdir import Run, check_ours, open_run
 from default_moe.runs.writers import check_writers, open_writers
 from default_moe.training.memory import out_of_memory_in_one_line, step_memory
@@ -68,6 +69,7 @@ def train(
       ConfigError: bad input, with nothing written but prepared data. TrainingFailed, CheckpointError: see there.
     """
     distributed.check_same_start({"--workdir": str(workdir.absolute()), **dict(flat_items(config.to_dict()))})
+    note_code(config.moe.plugin)
     progress = Progress(config.train.num_steps)
     mesh = mesh_for(config)
     check_ours(workdir)
@@ -120,6 +122,7 @@ def train(
                 state = _first_state(program, source, train_rows, progress)
                 start = int(state.step)
                 meta = {"config": source.config.to_dict()} if source and start else {}
+            run.begin(start, config)
             if jump := learning_rate_jump(meta, config, int(state.step) - int(state.bad_steps)):
                 progress.message(jump)
         except BaseException:
@@ -342,6 +345,7 @@ class _Loop:
             "config": self.program.config.to_dict(),
             "tokenizer": self.data.tokenizer.to_dict(),
             "corpus_hash": self.data.corpus_hash,
+            "start": self.place.start,
         }
         self.store.save(step, state, meta, held_out)
         self._last_save = time.monotonic()

@@ -5,11 +5,10 @@ data would be the same; other settings may change between starts.
 """
 
 import contextlib
+import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import time
 import uuid
@@ -26,6 +25,7 @@ from default_moe.errors import ConfigError, TrainingFailed, check, shown
 from default_moe.files import read_json
 from default_moe.processes import distributed
 from default_moe.runs.identity import RUN_FILE, flat_config, has_saved, same_source, source_of, write_run
+from default_moe.runs.starts import changed_code, named, starts_before, versions, with_start
 from default_moe.runs.step_folders import StepFolders
 
 _FORMAT = 1
@@ -42,13 +42,33 @@ class Run:
     """A run in its work directory.
 
     id: what no other run has.  resumed: whether it goes on from a start before.  notes: one line for each setting that
-    has changed since.
+    has changed since, and one for the code.  start: what `run.json` says of this one, once it has begun.
     """
 
     workdir: Path
     id: str
     resumed: bool
     notes: list[str]
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def begin(self, step: int, config: Config) -> None:
+        """Add this start, from a step on, to those that `run.json` keeps.
+
+        Raises ConfigError if it cannot be written, TrainingFailed as `check_there` does.
+        """
+        if distributed.process_index() > 0:
+            return
+        self.check_there()
+        try:
+            run = read_json(self.workdir / RUN_FILE)
+            added = with_start(run, config.moe, step, self.resumed)
+            write_run(self.workdir, {**run, **added})
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.workdir / RUN_FILE} cannot be written ({getattr(error, 'strerror', error)}): make room, and "
+                "start again"
+            ) from error
+        self.start.update(added["starts"][-1])
 
     def discard(self) -> None:
         """Leave nothing of a run that could not begin, unless one that never saved has left other files there."""
@@ -119,17 +139,18 @@ def open_run(
     identity = {"corpus_hash": corpus_hash, "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}
     sets = sets or {}
     _compare(folder, config, identity, changes_since, sets)
-    lock = None
+    descriptor = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
+            descriptor = lock(folder)
             # Another process may have started it before the lock.
             run = _compare(folder, config, identity, changes_since, sets)
             content = {"format": _FORMAT, "run_id": run.id, "saved": run.resumed, **identity}
             saved = read_json(folder / RUN_FILE) if run.resumed else {}
             source = saved.get("source") or source_of(config.init_from)
-            content |= {"config": config.to_dict(), "source": source, "versions": _versions()}
+            content |= {"config": config.to_dict(), "source": source, "versions": versions()}
+            content |= starts_before(saved if run.resumed else _unsaved(folder, content))
             content["eval_sets"] = {name: part.content_hash for name, part in sets.items()}
             content["history"] = _history(folder, run, saved)
             write_run(folder, content)
@@ -140,8 +161,8 @@ def open_run(
             ) from error
         yield run
     finally:
-        if lock is not None:
-            os.close(lock)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _history(folder: Path, run: Run, saved: Mapping[str, Any]) -> list[Any]:
@@ -153,6 +174,16 @@ def _history(folder: Path, run: Run, saved: Mapping[str, Any]) -> list[Any]:
         "changed": run.notes,
     }
     return [*(before if isinstance(before, list) else []), *([now] if run.notes else [])]
+
+
+def _unsaved(folder: Path, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The `run.json` of a run with the same settings and data that never saved a checkpoint; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        run = read_json(folder / RUN_FILE)
+        names = ("config", "corpus_hash", "vocab_size", "tokenizer_hash")
+        if all(run.get(name) == json.loads(json.dumps(new[name])) for name in names):
+            return run
+    return {}
 
 
 def _join_run(folder: Path) -> Run:
@@ -214,6 +245,7 @@ def _compare(
         )
     notes = [f"{name} was {shown(before[name], 60)}, is now {shown(now[name], 60)}" for name in changed]
     notes += _changed_sets(saved.get("eval_sets"), sets)
+    notes += [f"the code ({named(files)})"] if (files := changed_code(saved, config.moe)) else []
     return Run(folder, str(saved.get("run_id") or new.id), resumed=True, notes=notes)
 
 
@@ -258,8 +290,11 @@ def _check_empty(folder: Path) -> None:
         )
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps other processes on this host out; None where the file system has no locks."""
+def lock(folder: Path) -> int | None:
+    """A descriptor that keeps other processes on this host out; None where the file system has no locks.
+
+    Raises Busy if another one has it, OSError if the folder cannot be read.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,8 +307,3 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "optax", "orbax-checkpoint")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, damaged or moved to another mesh, and continue as if nothing had happened."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -139,9 +140,14 @@ def interrupted(folder, uninterrupted):
 
 
 def test_a_run_killed_three_times_equals_one_that_was_not(interrupted, uninterrupted):
-    workdir, _ = interrupted
+    workdir, (_, _, saved) = interrupted
     assert steps(workdir) == [36, 38, 40]
     assert_equal_runs(workdir, uninterrupted)
+    starts = json.loads((workdir / "run.json").read_text())["starts"]
+    begun = [each["from_step"] for each in starts]
+    assert len(begun) >= 3 and begun == sorted(begun) and begun[-1] == saved[-1]
+    meta = json.loads((workdir / "checkpoints" / "40" / "meta.json").read_text())
+    assert meta["start"] == starts[-1]
 
 
 def test_sigterm_ends_the_command_with_its_step_saved(interrupted):
