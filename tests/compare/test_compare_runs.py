@@ -277,16 +277,33 @@ runpy.run_path({str(REPOSITORY / COMPARE)!r}, run_name="__main__")
 """
 
 
+# As if a method's file had been edited since its run was trained.
+EDITING = """
+import json, pathlib, sys
+
+[workdir] = [flag.partition("=")[2] for flag in sys.argv if flag.startswith("--workdir=")]
+path = pathlib.Path(workdir, "runs", "default", "seed_0", "run.json")
+run = json.loads(path.read_text())
+run["code"][run["starts"][-1]["code"]]["default_moe/methods/default.py"] = "0" * 12
+path.write_text(json.dumps(run))
+"""
+
+
 def test_the_command_from_end_to_end_and_bad_input(folder):
     """The first command crashes on its way, and goes on in another process."""
     (folder / "crashing.py").write_text(CRASHING)
+    (folder / "editing.py").write_text(EDITING)
     flags = [*as_flags(settings(folder)), "--config.data.prefetch=0"]
     commands = {
         "whole": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2"],
         "more to do": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=2", "--dry_run"],
         "half": [f"--workdir={folder / 'whole'}", "--seeds=0,1", "--set", "moe.top_k=2", "--report"],
         "again": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2"],
+        "edited": [f"--workdir={folder / 'whole'}"],
+        "stale": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2", "--report"],
+        "anew": [f"--workdir={folder / 'whole'}", "--seeds=0", "--set", "moe.top_k=2", "--again"],
         "nothing": [f"--workdir={folder / 'none'}", "--report"],
+        "trains nothing": ["--report", "--again", f"--workdir={folder / 'none'}"],
         "a bad share": ["--shard=2/2", f"--workdir={folder / 'none'}"],
         "an unknown method": ["--methods=topk,defualt", f"--workdir={folder / 'none'}"],
         "one method": ["--methods=topk", f"--workdir={folder / 'none'}"],
@@ -294,8 +311,8 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
         "a run's directory": [f"--workdir={folder / 'whole' / 'runs' / 'topk' / 'seed_0'}"],
     }
     env = environment()
-    programs = [str(folder / "crashing.py"), *[COMPARE] * (len(commands) - 1)]
-    arguments = [[program, *flags, *more] for program, more in zip(programs, commands.values(), strict=True)]
+    programs = {"whole": str(folder / "crashing.py"), "edited": str(folder / "editing.py")}
+    arguments = [[programs.get(name, COMPARE), *flags, *more] for name, more in commands.items()]
     outcomes = dict(zip(commands, run_commands(arguments, REPOSITORY, env), strict=True))
     assert outcomes["whole"][0] == 0, outcomes["whole"]
     assert outcomes["whole"][2].count("the process was ended by SIGSEGV: another goes on") == 1
@@ -306,7 +323,14 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     assert [row["name"] for row in rows] == ["topk", "default"]
     assert len(rows[1]["results"]["0"]["held_out"]["loss"]) == 3
     text = (folder / "whole" / "report.md").read_text()
-    assert text in outcomes["whole"][1] and text in outcomes["again"][1]
+    assert all(text in outcomes[name][1] for name in ("whole", "again", "anew"))
+    line = "1 runs were trained by other code (default_moe/methods/default.py): "
+    assert f"**{line}`--again` trains them anew (default/seed_0).**" in outcomes["stale"][1]
+    assert "Commit of the runs: " in text and "other code" not in text
+    assert f"{line}they are trained anew" in outcomes["anew"][1] and outcomes["anew"][1].count(", a new run") == 1
+    code = {"commits": [json.loads((folder / "whole/runs/topk/seed_0/run.json").read_text())["starts"][0]["commit"]]}
+    assert written["code"] == dict.fromkeys(("topk/seed_0", "default/seed_0"), {**code, "other_code": []})
+    assert (folder / "whole" / "runs" / "default" / "seed_0.before-1" / "checkpoints" / "6").is_dir()
     assert (folder / "whole" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "2 runs in" in outcomes["again"][1] and "2 of them finished before" in outcomes["again"][1]
     assert "topk/seed_1: not begun" in outcomes["more to do"][1]
@@ -315,6 +339,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
     assert "- not finished, and left out: default/seed_1" in output
     assert outcomes["nothing"][0] == 0 and "nothing to report yet: no run of topk" in outcomes["nothing"][1]
     errors = {
+        "trains nothing": "--again trains runs anew, but --report trains nothing",
         "a bad share": "--shard is '2/2'",
         "an unknown method": "--methods has 'defualt', but there are default, default_sampled, default_threshold,",
         "one method": "which has nothing to compare with",
