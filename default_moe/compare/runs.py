@@ -101,7 +101,7 @@ def do_runs(entries: Sequence[Entry], workdir: Path, again: bool = False) -> tup
                 + (f" ({_about(left)} for all that is left)" if left else "")
             )
             try:
-                if entry.folder in anew:
+                if again:
                     provenance.move_aside(workdir / RUNS / entry.folder, entry.config)
                 trainer.train(entry.config, workdir / RUNS / entry.folder, programs, stop)
             except Busy:

@@ -185,6 +185,8 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     assert found(package.parent) == "v1"
     (package / "a.py").write_text("x = 1\n")
     assert found(package.parent) == "v1-dirty"
-    assert found(package.parent / "venv" / "lib") is None  # installed, in a checkout of something else
+    installed = package.parent / "venv" / "lib"
+    (installed / "default_moe").mkdir(parents=True)
+    assert found(installed) is None  # in a checkout of something else
     monkeypatch.setenv("PATH", str(tmp_path))
     assert found(package.parent) is None
