@@ -58,6 +58,9 @@ class DefaultSampled(DefaultMoE):
             "does not choose",
         )
 
+    def samples_per_token(self, config: LayerSettings) -> float:
+        return 1 / self.sample_every
+
     def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
         decision = super().route(inputs, config)
         if inputs.key is None:

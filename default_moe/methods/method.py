@@ -113,6 +113,10 @@ class Method(abc.ABC):
         """Return how many experts' outputs a token uses, on average."""
         return config.top_k
 
+    def samples_per_token(self, config: LayerSettings) -> float:
+        """Return how many experts are run for a token besides, forward only: `Decision.samples`."""
+        return 0.0
+
     def fewest_experts_per_token(self, config: LayerSettings) -> int:
         """Return how many different experts a token runs at least. Asked only of a `dense_gradient`."""
         return config.top_k

@@ -1,5 +1,6 @@
 """Experts run for tokens that did not choose them: `default_sampled` against loops, and its gradient over all draws."""
 
+import collections
 import functools
 import itertools
 
@@ -14,7 +15,10 @@ from helpers.reference import assert_close
 from helpers.refusals import refused
 
 from default_moe.methods import RouterInputs, default_sampled
-from default_moe.sharding import make_mesh
+from default_moe.moe.experts.parallel import gather_bytes
+from default_moe.plan.collectives import collectives, summary
+from default_moe.plan.hlo import Hlo
+from default_moe.sharding import AXES, make_mesh
 
 pytestmark = pytest.mark.usefixtures("tokamax_everywhere")
 
@@ -93,6 +97,18 @@ def test_every_mesh_equals_the_loops(same_draws, monkeypatch, sizes, fields, mas
     mesh = make_mesh(*sizes)
     got = sharded_layers.compiled_step(mesh, config, masked=masked)(*sharded_layers.arrays(config, mesh, masked=masked))
     check_results(config, got, expected, grads)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 1, 8)], ids=str)
+def test_what_crosses_the_expert_axis_is_counted(sizes):
+    config = make_config(router="default_sampled", sample_every=sharded_layers.LENGTH, matmul="blocks")
+    program = Hlo(sharded_layers.compiled_step(make_mesh(*sizes), config).as_text())
+    sent = collections.Counter()
+    for kind, axes, _, size in summary(collectives(program, dict(zip(AXES, sizes, strict=True)))):
+        if axes == ("expert",) and kind in ("all-gather", "reduce-scatter"):
+            sent[kind] += size
+    expected = gather_bytes(config, sharded_layers.TOKENS // 8, sharded_layers.D_MODEL, sizes[2])
+    assert sum(sent.values()) == pytest.approx(expected, abs=10)  # each collective is rounded to bytes
 
 
 def test_at_evaluation_nothing_is_drawn():

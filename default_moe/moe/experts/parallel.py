@@ -46,10 +46,12 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
     """Count what a device receives from the others along the expert axis, forward and backward.
 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
-    gradient, the float32 probabilities and their gradient, and the int32 choices.
+    gradient, the float32 probabilities and their gradient, and the int32 choices. Of every sample its place and its
+    expert, int32.
     """
     a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.most_experts_per_token
-    return (num_devices - 1) * num_tokens * a_token
+    samples = 8 * config.method.samples_per_token(config)
+    return (num_devices - 1) * num_tokens * (a_token + samples)
 
 
 def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: int) -> float:
@@ -58,11 +60,13 @@ def exchange_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices
     With balanced routing its experts run T K choices, and so do its tokens, of which (G - 1) / G come from, or go to,
     other devices: rows and their outputs' gradients arrive for its experts, outputs and the rows' gradients for its
     tokens, all in the compute dtype. The same share of the float32 default vectors and of their sums, [N, D] each. And
-    the int32 sizes of N groups from G - 1 devices.
+    the int32 sizes of N groups from G - 1 devices. Samples, and their sizes, travel forward only.
     """
-    rows = 4 * num_tokens * config.experts_per_token * d_model * _itemsize(config)
+    samples = config.method.samples_per_token(config)
+    rows = (4 * config.experts_per_token + 2 * samples) * num_tokens * d_model * _itemsize(config)
     vectors = 2 * config.num_experts * d_model * 4 if config.default_vectors else 0
-    return (num_devices - 1) * ((rows + vectors) / num_devices + 4 * config.num_experts)
+    sizes = 4 * config.num_experts * (2 if samples else 1)
+    return (num_devices - 1) * ((rows + vectors) / num_devices + sizes)
 
 
 def _itemsize(config: MoEConfig) -> int:

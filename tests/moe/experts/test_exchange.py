@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import sharded_layers
 from helpers.emulation import emulate_exchange
-from helpers.layers import check_results, make_config
+from helpers.layers import check_results, make_config, with_settings
 from helpers.refusals import refused
 
 from default_moe.config import MoEConfig
@@ -116,6 +116,11 @@ def test_the_choice_is_what_moves_less(monkeypatch):
     assert gather_bytes(config, 100, 8, 4) == 300 * (2 * 8 * 2 + 2 * 8 * 4 + 2 * 4 * 4 + 4)
     # Three quarters of 100 rows there, back, and the gradients; default vectors and sums; 4 counts of 3 devices.
     assert exchange_bytes(config, 100, 8, 4) == 0.75 * (4 * 100 * 8 * 2 + 2 * 4 * 8 * 4) + 3 * 4 * 4
+
+    # A quarter as many samples: their rows there and back, and counts once more; or a place and an expert of each.
+    sampled = with_settings(config, router="default_sampled", sample_every=4)
+    assert exchange_bytes(sampled, 100, 8, 4) == 0.75 * (4.5 * 100 * 8 * 2 + 2 * 4 * 8 * 4) + 2 * 3 * 4 * 4
+    assert gather_bytes(sampled, 100, 8, 4) - gather_bytes(config, 100, 8, 4) == 75 * 2 * 4
 
     def chosen(expert: int, **fields) -> str | None:
         with jax.set_mesh(make_mesh(-1, 1, expert)):
