@@ -5,6 +5,7 @@ training: losses, balance and load over training.  routing: load, entropy, confi
 experts: what they have to do with each other and with tokens.  domains: with kinds of text.  tokens: which they take.
 defaults: how alike default vectors are, and how well they stand in for outputs.
 gradients: how close router gradients of --methods are to the true dense one, for each K, layer by layer.
+swaps: what another expert would have done to the loss, and whether the router's gradient says so.
 watch: a page about a run under way, on the terminal.
 All but the last write pictures as PNG and SVG to <workdir>/analysis, with their numbers as JSON.
 """
@@ -16,13 +17,14 @@ from pathlib import Path
 from absl import flags
 
 from default_moe import cli
-from default_moe.analysis import gradients_command, report_command, watch
+from default_moe.analysis import gradients_command, report_command, swaps_command, watch
 from default_moe.errors import ConfigError, quoted
 
 # Each is called with the work directories, the step or None, and the command line's other arguments.
 _KINDS: dict[str, Callable[[list[Path], int | None, list[str]], int]] = {
     **{kind: functools.partial(report_command.run, kind) for kind in ("report", *report_command.PARTS)},
     "gradients": gradients_command.run,
+    "swaps": swaps_command.run,
     "watch": watch.run,
 }
 _WORKDIR = flags.DEFINE_multi_string(

@@ -26,7 +26,9 @@ _REFERENCE = flags.DEFINE_enum(
     "What is true: the exact gradient of the same forward pass, or that of the model with all experts active.",
 )
 _TOP_K = flags.DEFINE_list("top_k", None, "Values of K; 1 to N - 1 if not given.")
-_BATCHES = flags.DEFINE_integer("batches", 8, "Training batches, those after the checkpoint.", 1, 10_000)
+BATCHES = flags.DEFINE_integer(
+    "batches", 8, "Training batches, those after the checkpoint; for swaps held-out batches.", 1, 10_000
+)
 
 
 def run(workdirs: list[Path], step: int | None, overrides: list[str]) -> int:
@@ -51,7 +53,7 @@ def run(workdirs: list[Path], step: int | None, overrides: list[str]) -> int:
     say(
         f"step {checkpoints[0].step} of {', '.join(map(str, workdirs))}, trained with {config.moe.method.name!r}, top "
         f"{config.moe.top_k} of {config.moe.num_experts}: cosine similarity of router gradients to the {reference} "
-        f"ones, mean over layers ± standard deviation over {_BATCHES.value} batches"
+        f"ones, mean over layers ± standard deviation over {BATCHES.value} batches"
         + (f" ± that over {len(workdirs)} runs" if several else "")
         + ", by layer, and their norms relative to those"
     )
@@ -67,7 +69,7 @@ def run(workdirs: list[Path], step: int | None, overrides: list[str]) -> int:
         return gradients_report.picture(found, reference, config.model.moe_layers)
 
     try:
-        for of_k in gradients.measure(checkpoints, methods, top_ks, _BATCHES.value, reference, report, say):
+        for of_k in gradients.measure(checkpoints, methods, top_ks, BATCHES.value, reference, report, say):
             found += of_k
             if of_k:
                 files: dict[str, Any] = {
