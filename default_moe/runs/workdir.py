@@ -1,7 +1,7 @@
 """A run's work directory: what makes it this run, written once, and compared when the run continues.
 
-`run.json` holds the config and what the data was. A run continues only where its model, its data and the order of its
-data would be the same; other settings may change between starts.
+`run.json` holds the config, what the data was, and every start. A run continues only where its model, its data and the
+order of its data would be the same; other settings may change between starts.
 """
 
 import contextlib
@@ -154,6 +154,8 @@ def open_run(
             content["eval_sets"] = {name: part.content_hash for name, part in sets.items()}
             content["history"] = _history(folder, run, saved)
             write_run(folder, content)
+            if run.resumed and (files := changed_code(content, config.moe)):
+                run = dataclasses.replace(run, notes=[*run.notes, f"the code ({named(files)})"])
             distributed.share((folder / RUN_FILE).read_text())
         except OSError as error:
             raise ConfigError(
@@ -245,7 +247,6 @@ def _compare(
         )
     notes = [f"{name} was {shown(before[name], 60)}, is now {shown(now[name], 60)}" for name in changed]
     notes += _changed_sets(saved.get("eval_sets"), sets)
-    notes += [f"the code ({named(files)})"] if (files := changed_code(saved, config.moe)) else []
     return Run(folder, str(saved.get("run_id") or new.id), resumed=True, notes=notes)
 
 

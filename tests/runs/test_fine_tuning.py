@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -283,6 +284,8 @@ def test_a_branch_is_the_run_that_it_leaves(stable, folder):
     assert "the learning rate of the next step" not in output
     assert metrics(folder / "branch") == [line for line in metrics(stable) if line["step"] > 4]
     assert_same_state(folder / "branch", stable, 12)
+    [start] = json.loads((folder / "branch" / "run.json").read_text())["starts"]
+    assert start["from_step"] == 4
 
 
 def test_a_branch_says_whether_its_rate_falls_from_where_it_leaves(stable, folder):
