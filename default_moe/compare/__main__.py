@@ -7,6 +7,7 @@ processes share the runs, on one machine or on many with one file system.
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from ml_collections import config_flags
 from default_moe import cli
 from default_moe.compare import matrix, plot, provenance, report, runs
 from default_moe.compare.comparison import compare
-from default_moe.errors import ConfigError, Diverged, TrainingFailed, check
+from default_moe.compare.ladder import ladders
+from default_moe.compare.sequential import WidthRule, width_rule
+from default_moe.errors import ConfigError, TrainingFailed, check
 from default_moe.files import write_report
 from default_moe.processes.supervisor import go_on_in_children
 from default_moe.runs.identity import RUN_FILE
@@ -38,8 +41,21 @@ _SET = flags.DEFINE_multi_string(
     "A setting and the values to try, optim.peak_lr=3e-3,6e-3. Those of optim.*, weights of losses, noise and a "
     "method's own (moe.default.*) are each method's to choose: its best counts. Others make tables of their own.",
 )
+_RUNGS = flags.DEFINE_list(
+    "rungs",
+    [],
+    "A ladder: scales at which all is done, each settings with colons between, model.d_model=32:train.num_steps=300,"
+    "model.d_model=64:train.num_steps=600,...; at least three.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison; runs/<name of the config> if not given.")
 _SHARD = flags.DEFINE_string("shard", None, "I/N: do only the I-th of N shares of the runs, I from 0 on.")
+_UNTIL = flags.DEFINE_float(
+    "until",
+    None,
+    "Add seeds one at a time until the 95 % interval of every method's difference has a half-width below this, in nats "
+    "per token.",
+)
+_MAX_SEEDS = flags.DEFINE_integer("max_seeds", 16, "With --until, the most seeds.")
 _REPORT = flags.DEFINE_bool("report", False, "Train nothing: report on the runs that are finished.")
 _AGAIN = flags.DEFINE_bool(
     "again", False, "Train runs anew that were trained by other code; what is there is kept aside."
@@ -51,7 +67,11 @@ def main(argv: list[str]) -> int:
     base = cli.parse_config_dict(argv, _CONFIG, _DEFAULT_CONFIG)
     methods = matrix.parse_methods(_METHODS.value)
     seeds, sets = matrix.parse_seeds(_SEEDS.value), matrix.parse_sets(_SET.value)
-    entries = matrix.entries(base, methods, seeds, sets)
+    rungs = matrix.parse_rungs(_RUNGS.value) if _RUNGS.value else [()]
+    rule = None
+    if _UNTIL.value is not None or _MAX_SEEDS.present:
+        rule = width_rule(_UNTIL.value, _MAX_SEEDS.value, seeds, len(methods), _SHARD.value)
+    entries = matrix.entries(base, methods, seeds, sets, rungs)
     workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
@@ -61,16 +81,30 @@ def main(argv: list[str]) -> int:
     )
     index, count = matrix.parse_shard(_SHARD.value) if _SHARD.value else (0, 1)
     say = Progress(0).message
+    only_read = _REPORT.value or _DRY_RUN.value
+    if not only_read and __name__ == "__main__":
+        go_on_in_children(lambda: runs.checkpoints(workdir))
+    failures: dict[str, str] = {}
+    code, new, programs = None, entries, runs.Programs()
+    while True:
+        if not only_read:
+            failed, code = runs.do_runs(new[index::count], workdir, _AGAIN.value, programs)
+            failures |= failed
+        wide = _wide(rule, entries, failures, methods[0].label, workdir) if rule and code is None else {}
+        if not rule or not wide or len(seeds) >= rule.most:
+            break
+        if not only_read:
+            say(f"\na seed is added: 95 % intervals of {', '.join(f'{n} +-{half:.4f}' for n, half in wide.items())}")
+        seeds = [*seeds, max(seeds) + 1]
+        entries = matrix.entries(base, methods, seeds, sets, rungs)
+        new = [entry for entry in entries if entry.seed == seeds[-1]]
     if _DRY_RUN.value:
         for line in runs.plan(entries[index::count], workdir, _AGAIN.value):
             say(line)
+        if rule is not None:
+            each = len(entries) // len(seeds)
+            say(f"the number of seeds is open: {len(seeds)} so far, at most {rule.most}, each of {each} runs")
         return 0
-    failures: dict[str, str] = {}
-    code = None
-    if not _REPORT.value:
-        if __name__ == "__main__":
-            go_on_in_children(lambda: runs.checkpoints(workdir))
-        failures, code = runs.do_runs(entries[index::count], workdir, _AGAIN.value)
     found = runs.provenances(entries, workdir)
     missing = [e.folder for e in entries if e.folder not in failures and not runs.finished(e, workdir)]
     entries = [entry for entry in entries if entry.folder not in missing]
@@ -83,8 +117,17 @@ def main(argv: list[str]) -> int:
             say(line)
         say(f"there is nothing to report yet: no run of {methods[0].label} is finished")
         return code or 0
-    _write_report(entries, methods[0].label, failures, missing, base, workdir, found)
+    _write_report(entries, methods[0].label, failures, missing, base, workdir, found, rule, dict(rungs[0]))
     return code or 0
+
+
+def _wide(
+    rule: WidthRule, entries: list[matrix.Entry], failures: dict[str, str], baseline: str, workdir: Path
+) -> dict[str, float]:
+    """Return the intervals that are too wide; none while runs are not finished."""
+    if any(entry.folder not in failures and not runs.finished(entry, workdir) for entry in entries):
+        return {}
+    return rule.wide(compare(entries, runs.read_results(entries, workdir, failures), baseline))
 
 
 def _write_report(
@@ -95,6 +138,8 @@ def _write_report(
     base: Any,
     workdir: Path,
     found: dict[str, provenance.Provenance],
+    rule: WidthRule | None,
+    of_rungs: Collection[str],
 ) -> None:
     """Write the report. Raises TrainingFailed, after that, if runs have failed.
 
@@ -102,24 +147,22 @@ def _write_report(
     """
     say = Progress(0).message
     runs.check_same_text([entry for entry in entries if entry.folder not in failures], workdir)  # of all shares
-    results = {}
-    for entry in entries:
-        if entry.folder not in failures:
-            try:
-                results[entry.folder] = runs.read_result(entry, workdir)
-            except Diverged as error:
-                failures[entry.folder] = str(error)
+    results = runs.read_results(entries, workdir, failures)
     tasks = compare(entries, results, baseline)
     if not tasks:
         raise TrainingFailed(f"no run of {baseline} came to its end: {next(iter(failures.values()))}")
     vocab_sizes = {entry.task: runs.vocab_size(entry, workdir) for entry in entries if entry.folder in results}
+    climbed = ladders(tasks, of_rungs) if of_rungs else []
+    if of_rungs and not climbed:
+        say(f"there is no ladder yet: {baseline} has no seed that is finished on three rungs")
+    seeds = rule.sentences(tasks, len({entry.seed for entry in entries})) if rule else ""
     notes = [f"**{line}.**" for line in provenance.lines(found)] + [provenance.commits_line(found)]
-    text = report.markdown(tasks, vocab_sizes, failures, missing, notes)
+    text = report.markdown(tasks, vocab_sizes, failures, missing, notes, seeds, climbed)
     say(f"\n{text}")
-    as_json = report.as_json(tasks, entries, base.to_dict(), failures, missing)
+    as_json = report.as_json(tasks, entries, base.to_dict(), failures, missing, seeds, climbed)
     as_json["code"] = provenance.as_json(found)
     files: dict[str, Any] = {"report.md": text, "report.json": as_json}
-    files |= picture_files("report.png", lambda: plot.pictures(tasks), say)
+    files |= picture_files("report.png", lambda: plot.pictures(tasks, climbed), say)
     write_report(workdir, files)
     say(f"written to {workdir}: {', '.join(files)}")
     if failures:

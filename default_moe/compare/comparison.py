@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from default_moe.compare.runs import Result
 from default_moe.compare.statistics import Curve, Paired, holm, mean_curve, paired, standard_error, tokens_to_reach
 from default_moe.config import Config
 
-_FEWEST_SEEDS = 4  # for a sentence about better or worse
+FEWEST_SEEDS = 4  # for a sentence about better or worse
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Row:
         of those that the baseline took; infinity where it is not reached.  tokens_to_target_of_means: of the curves
         averaged over seeds.
       speed: tokens per second in multiples of the baseline's, median over seeds; None if not known.
+      flops: of training, per token, in multiples of the baseline's, mean over seeds.
     None in the baseline's own row, and where no seed is shared.
     corrected_p: `difference.p`, corrected for all methods and tasks that are held against a baseline; None if there
       is none, and in rows that are not their method's best.
@@ -42,6 +43,7 @@ class Row:
     tokens_to_target: Mapping[int, float] | None
     tokens_to_target_of_means: float | None
     speed: float | None
+    flops: float | None
     missing: int
     best: bool
     corrected_p: float | None = None
@@ -55,9 +57,19 @@ class Row:
     def median_tokens_to_target(self) -> float | None:
         return float(np.median(list(self.tokens_to_target.values()))) if self.tokens_to_target else None
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the median over seeds; None if not known."""
+        speeds = [result.tokens_per_second for result in self.results.values() if result.tokens_per_second]
+        return float(np.median(speeds)) if speeds else None
+
     def mean_of(self, name: str) -> float:
         """Return the mean of a field of the results, over seeds."""
-        return float(np.mean([getattr(result, name) for result in self.results.values()]))
+        return self.mean_of_seeds(name, self.results)
+
+    def mean_of_seeds(self, name: str, seeds: Iterable[int]) -> float:
+        """Return the same over some seeds."""
+        return float(np.mean([getattr(self.results[seed], name) for seed in seeds]))
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _row(
     results, baseline = runs[candidate], runs[reference]
     losses = [result.held_out.final for result in results.values()]
     seeds = [seed for seed in results if seed in baseline] if candidate != reference else []
-    difference = tokens = of_means = speed = None
+    difference = tokens = of_means = speed = flops = None
     if seeds:
         ours, theirs = [results[seed] for seed in seeds], [baseline[seed] for seed in seeds]
         difference = paired([r.held_out.final for r in ours], [r.held_out.final for r in theirs])
@@ -154,8 +166,9 @@ def _row(
         speeds = [(a.tokens_per_second, b.tokens_per_second) for a, b in zip(ours, theirs, strict=True)]
         ratios = [a / b for a, b in speeds if a and b]
         speed = float(np.median(ratios)) if ratios else None
-    mean = float(np.mean(losses))
-    return Row(candidate, results, mean, standard_error(losses), difference, tokens, of_means, speed, missing, best)
+        flops = float(np.mean([a.flops_per_token / b.flops_per_token for a, b in zip(ours, theirs, strict=True)]))
+    mean, error = float(np.mean(losses)), standard_error(losses)
+    return Row(candidate, results, mean, error, difference, tokens, of_means, speed, flops, missing, best)
 
 
 def _tokens_to_target(curve: Curve, baseline: Curve) -> float:
@@ -163,11 +176,16 @@ def _tokens_to_target(curve: Curve, baseline: Curve) -> float:
 
 
 def _unequal(row: Row, baseline: Row) -> str:
-    """Return a sentence if they do not run equally many experts per token."""
+    """Return a sentence if they do not run equally many experts per token, or do not compute equally much."""
     ours, theirs = (of.mean_of("experts_per_token") for of in (row, baseline))
-    if not abs(ours - theirs) > 0.05 * theirs:
-        return ""
-    return f" It runs {ours:.2f} experts per token, {baseline.candidate} {theirs:.2f}: the computation is not equal."
+    if abs(ours - theirs) > 0.05 * theirs:
+        return (
+            f" It runs {ours:.2f} experts per token, {baseline.candidate} {theirs:.2f}: the computation is not equal."
+        )
+    if row.flops is not None and abs(row.flops - 1) > 0.05:
+        of = f"{row.flops:.2f} times the FLOPs of {baseline.candidate}"
+        return f" Its training takes {of}: the computation is not equal."
+    return ""
 
 
 def conclusions(task: Task) -> list[str]:
@@ -186,9 +204,9 @@ def _conclusion(row: Row, baseline: Row) -> str:
         return f"{name}: no seed has come to its end with {other} too, so nothing can be concluded.{failed}"
     seeds = f"{difference.lower} of {difference.count} seeds"
     failed = _unequal(row, baseline) + failed
-    if difference.count < _FEWEST_SEEDS or difference.low is None or difference.high is None or row.corrected_p is None:
+    if difference.count < FEWEST_SEEDS or difference.low is None or difference.high is None or row.corrected_p is None:
         return (
-            f"{name} differs from {other} by {difference.mean:+.4f}, lower on {seeds}: fewer than {_FEWEST_SEEDS} "
+            f"{name} differs from {other} by {difference.mean:+.4f}, lower on {seeds}: fewer than {FEWEST_SEEDS} "
             f"seeds decide nothing.{failed}"
         )
     interval = f"{difference.mean:+.4f} nats per token, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"

@@ -18,6 +18,7 @@ from default_moe.errors import ConfigError, check, closest, quoted, shown
 from default_moe.methods import METHODS
 
 _MOST_RUNS = 1000
+FEWEST_RUNGS = 3
 _TAKEN = ("moe.router", "train.seed")
 Settings = tuple[tuple[str, Any], ...]  # ("optim.peak_lr", 0.003), ... in the order in which they were given
 
@@ -52,9 +53,9 @@ class Candidate:
 class Entry:
     """One run: a candidate, with a seed, in a task.
 
-    task: the varied settings that say what is to be learnt and by what size of model. Losses of different tasks are
-      not compared.  folder: below the comparison's, named by what differs from the config: so a run is found again when
-      more is varied.
+    task: the rung's settings, and the varied ones that say what is to be learnt and by what size of model. Losses of
+      different tasks are not compared.  folder: below the comparison's, named by what differs from the config: so a run
+      is found again when more is varied.
     """
 
     candidate: Candidate
@@ -101,6 +102,32 @@ def parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
+def parse_rungs(texts: Sequence[str]) -> list[Settings]:
+    """Read ["model.d_model=32:train.num_steps=300", ...], a ladder's rungs. Raises ConfigError."""
+    rungs: list[Settings] = []
+    for text in (text.strip() for text in texts):
+        parts = [part.partition("=") for part in text.split(":")]
+        check(
+            all("." in name and equals and value for name, equals, value in parts),
+            f"--rungs has {quoted(text)}, but must be settings, model.d_model=32:train.num_steps=300 for instance",
+        )
+        rungs.append(tuple((name.removeprefix("config."), _value(value)) for name, _, value in parts))
+    names = [name for name, _ in rungs[0]]
+    check(len(set(names)) == len(names), f"--rungs has {quoted(texts[0])}, which gives a setting twice")
+    check(
+        all([name for name, _ in rung] == names for rung in rungs),
+        f"--rungs must give the same settings in each rung, in the same order: {', '.join(names)}",
+    )
+    for name in names:
+        check(name not in _TAKEN, f"--rungs gives {name}: that is what --methods and --seeds are for")
+    check(
+        len(rungs) >= FEWEST_RUNGS and all(rungs.count(rung) == 1 for rung in rungs),
+        f"--rungs is {quoted(','.join(texts))}, but must be at least {FEWEST_RUNGS} different rungs: with fewer "
+        "nothing tells whether a line fits",
+    )
+    return rungs
+
+
 def parse_methods(texts: Sequence[str]) -> list[Method]:
     """Read ["topk:optim.peak_lr=1e-2", "default:substitute=backward:ema_decay=0.5"]. Raises ConfigError."""
     labels = [text.strip() for text in texts]
@@ -134,11 +161,16 @@ def _method(label: str) -> Method:
 
 
 def entries(
-    base: ConfigDict, methods: Sequence[Method], seeds: Sequence[int], sets: Sequence[tuple[str, list[Any]]]
+    base: ConfigDict,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    sets: Sequence[tuple[str, list[Any]]],
+    rungs: Sequence[Settings] = ((),),
 ) -> list[Entry]:
     """Every combination, those with the same seed next to each other, so that their speeds compare.
 
     A method does not have a run for each value of another method's settings. Raises ConfigError on bad settings.
+    rungs: settings that make a task of their own, whatever they are.
     """
     labels = ",".join(method.label for method in methods)
     check(
@@ -155,14 +187,20 @@ def entries(
         # Of a task's settings, one method's would make a table of its own.
         fixed = [method.label for method in methods if name in dict(method.settings) and not marked(name, TUNED)]
         check(not fixed, f"--set gives {name}, which {', '.join(fixed)} fixes: give one of the two")
-    number = len(methods) * len(seeds) * math.prod(len(values) for _, values in sets)
-    check(number <= _MOST_RUNS, f"--methods, --seeds and --set make {number} runs, but must at most {_MOST_RUNS}")
+    for name, _ in rungs[0]:
+        elsewhere = [*dict(sets), *(name for method in methods for name, _ in method.settings)]
+        check(name not in elsewhere, f"--rungs gives {name}, which --set or --methods gives too: give one of the two")
+    number = len(methods) * len(seeds) * len(rungs) * math.prod(len(values) for _, values in sets)
+    check(
+        number <= _MOST_RUNS,
+        f"--methods, --seeds, --set and --rungs make {number} runs, but must at most {_MOST_RUNS}",
+    )
     found: dict[str, Entry] = {}
-    for seed in seeds:
+    for seed, rung in itertools.product(seeds, rungs):
         for values in itertools.product(*(values for _, values in sets)):
             chosen: Settings = tuple(zip((name for name, _ in sets), values, strict=True))
             for method in methods:
-                entry = _entry(base, method, seed, chosen)
+                entry = _entry(base, method, seed, chosen, rung)
                 same = found.setdefault(entry.folder, entry)
                 check(
                     same.candidate.method == method.label,
@@ -181,11 +219,15 @@ def same_run(ours: Config, saved: Config) -> list[str]:
     ]
 
 
-def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Entry:
+def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings, rung: Settings) -> Entry:
     config = copy.deepcopy(base)
     config.moe.router = method.name
     config.train.seed = seed
-    changed, own = [], []
+    changed, own, of_rung = [], [], []
+    for name, value in rung:
+        before, now = _assign(config, name, value, "--rungs")
+        changed += [f"{name}={now}"] if now != before else []
+        of_rung.append((name, now))
     for name, value in method.settings:
         before, now = _assign(config, name, value, "--methods")
         changed += [f"{name}={now}"] if now != before else []
@@ -195,7 +237,7 @@ def _entry(base: ConfigDict, method: Method, seed: int, chosen: Settings) -> Ent
             changed += [f"{name}={now}"] if now != before else []
             own.append((name, now))
     tuned = tuple(item for item in own if marked(item[0], TUNED))
-    task = tuple(item for item in own if item not in tuned)
+    task = (*of_rung, *(item for item in own if item not in tuned))
     folder = "/".join([method.name, *(quote(text, safe="=,+*") for text in sorted(changed)), f"seed_{seed}"])
     return Entry(Candidate(method.label, tuned), task, seed, Config.from_config_dict(config), folder)
 

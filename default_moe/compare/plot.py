@@ -1,26 +1,30 @@
-"""Pictures of a comparison: loss curves, how far each method is from the baseline, and losses over a tuned setting.
+"""Pictures of a comparison: loss curves, how far each method is from the baseline, what its training costs, and losses
+over a tuned setting.
 
 A colour is a method, a style of line is what was tuned for it.
 """
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from default_moe.compare.comparison import Row, Task
+from default_moe.compare.ladder import Climb, Ladder
 from default_moe.compare.statistics import paired, standard_error
 from default_moe.runs.pictures import COLORS, as_png, new_figure
 
 _STYLES = ("-", "--", ":", "-.")
 
 
-def pictures(tasks: Sequence[Task]) -> dict[str, bytes]:
-    """Return the files report.png and report.pdf, and with numbers that were tuned sweep.png and sweep.pdf."""
-    figures = {"report": _report(tasks)}
+def pictures(tasks: Sequence[Task], ladders: Sequence[Ladder] = ()) -> dict[str, bytes]:
+    """Return the files report.png, cost.png, for ladders ladder.png, for tuned numbers sweep.png, and each as PDF."""
+    figures = {"report": _report(tasks), "cost": _cost(tasks)}
+    if ladders:
+        figures["ladder"] = _ladder(ladders, _Styles(tasks))
     name = _swept(tasks)
     if name:
         figures["sweep"] = _sweep(tasks, name)
@@ -38,13 +42,38 @@ def _report(tasks: Sequence[Task]) -> Any:
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     styles = _Styles(tasks)
     for column, task in enumerate(tasks):
-        _draw_losses(axes[0, column], task, styles)
+        _draw_losses(axes[0, column], task, styles, _millions_of_tokens)
         _draw_differences(axes[1, column], task, styles)
         axes[1, column].set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylabel("held-out loss (nats per token)")
     axes[1, 0].set_ylabel("difference to the baseline")
     _legend(figure, [*axes.flat])
     return figure
+
+
+def _cost(tasks: Sequence[Task]) -> Any:
+    """Held-out loss over training tokens, FLOPs and time; a row per task."""
+    figure = new_figure(13, 3.6 * len(tasks))
+    axes = figure.subplots(len(tasks), 3, squeeze=False, sharey="row")
+    styles = _Styles(tasks)
+    columns = {
+        "training tokens (millions)": _millions_of_tokens,
+        "training FLOPs": lambda row: np.array(row.curve.tokens) * row.mean_of("flops_per_token"),
+        "training time (minutes)": lambda row: (
+            np.array(row.curve.tokens) / row.tokens_per_second / 60 if row.tokens_per_second else None
+        ),
+    }
+    for panels, task in zip(axes, tasks, strict=True):
+        for panel, (label, xs) in zip(panels, columns.items(), strict=True):
+            _draw_losses(panel, task, styles, xs)
+            panel.set_xlabel(label)
+        panels[0].set_ylabel("held-out loss (nats per token)")
+    _legend(figure, [*axes.flat])
+    return figure
+
+
+def _millions_of_tokens(row: Row) -> np.ndarray:
+    return np.array(row.curve.tokens) / 1e6
 
 
 class _Styles:
@@ -66,10 +95,12 @@ class _Styles:
         return COLORS[self._methods.index(method) % len(COLORS)]
 
 
-def _draw_losses(axes: Any, task: Task, styles: _Styles) -> None:
+def _draw_losses(axes: Any, task: Task, styles: _Styles, xs_of: Callable[[Row], np.ndarray | None]) -> None:
+    """xs_of: where the points of a row's curve lie; None leaves it out."""
     for row in task.rows:
         losses = np.array([result.held_out.loss for result in row.results.values()])
-        _draw_band(axes, row, losses, styles)
+        if (xs := xs_of(row)) is not None:
+            _draw_band(axes, row, xs, losses, styles)
     axes.axhline(task.baseline.loss, color="grey", linewidth=0.8, linestyle="--")
     # The beginning is the same for all: leave it out of the scale.
     lowest = min(min(row.curve.loss) for row in task.rows)
@@ -87,7 +118,7 @@ def _draw_differences(axes: Any, task: Task, styles: _Styles) -> None:
             continue
         ours = np.array([row.results[seed].held_out.loss for seed in seeds])
         theirs = np.array([task.baseline.results[seed].held_out.loss for seed in seeds])
-        _draw_band(axes, row, ours - theirs, styles)
+        _draw_band(axes, row, _millions_of_tokens(row), ours - theirs, styles)
         shown.append((ours - theirs)[:, ours.shape[1] // 5 :])  # the beginning, again, is left out of the scale
     if shown:
         low, high = min(0, *(d.min() for d in shown)), max(0, *(d.max() for d in shown))
@@ -95,14 +126,71 @@ def _draw_differences(axes: Any, task: Task, styles: _Styles) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _draw_band(axes: Any, row: Row, values: np.ndarray, styles: _Styles) -> None:
-    """Draw the mean over seeds, and Student's 95 % interval. values: [seeds, points]."""
-    xs = np.array(row.curve.tokens) / 1e6
-    axes.plot(xs, values.mean(axis=0), label=str(row.candidate), **styles.of(row))
+def _draw_band(axes: Any, row: Row, xs: np.ndarray, values: np.ndarray, styles: _Styles) -> None:
+    """Draw the mean over seeds, and Student's 95 % interval. xs: [points].  values: [seeds, points]."""
+    marker = "." if len(xs) == 1 else ""
+    axes.plot(xs, values.mean(axis=0), label=str(row.candidate), marker=marker, **styles.of(row))
     if len(values) > 1:
         points = [paired(of_point.tolist(), [0.0] * len(values)) for of_point in values.T]
         low, high = [p.low for p in points], [p.high for p in points]
         axes.fill_between(xs, low, high, color=styles.of(row)["color"], alpha=0.15, linewidth=0)
+
+
+def _ladder(ladders: Sequence[Ladder], styles: _Styles) -> Any:
+    """Above loss over compute with fitted lines, below both in multiples of the baseline's line; a column a ladder.
+
+    The room between a router that never learns and the exact gradient is grey.
+    """
+    figure = new_figure(max(5.2 * len(ladders), 7.2), 6.6)
+    axes = figure.subplots(2, len(ladders), squeeze=False, sharex="col")
+    for (above, below), ladder in zip(axes.T, ladders, strict=True):
+        for climb in ladder.climbs:
+            _draw_climb(above, below, climb, ladder.climbs[0], styles.color(climb.method))
+        bounds = [climb for climb in ladder.climbs if _is_bound(climb)]
+        if len(bounds) == 2:
+            first, last = (max(c.compute(0) for c in bounds), min(c.compute(-1) for c in bounds))
+            xs = np.geomspace(first, last, 60)
+            lines = [_losses(climb, xs) for climb in bounds]
+            above.fill_between(xs, *lines, color="grey", alpha=0.15, linewidth=0)
+            below.fill_between(
+                xs, *(line / _losses(ladder.climbs[0], xs) for line in lines), color="grey", alpha=0.15, linewidth=0
+            )
+        above.set_yscale("log")
+        above.yaxis.set_major_formatter("{x:.3g}")
+        above.yaxis.set_minor_formatter("{x:.3g}")
+        above.set_title(", ".join(f"{name}={value}" for name, value in ladder.settings), fontsize=10)
+        below.set_xscale("log")
+        below.set_xlabel("FLOPs of the whole training")
+    axes[0, 0].set_ylabel("held-out loss (nats per token)")
+    axes[1, 0].set_ylabel("in multiples of the baseline's line")
+    _legend(figure, [*axes.flat])
+    return figure
+
+
+def _draw_climb(above: Any, below: Any, climb: Climb, baseline: Climb, color: str) -> None:
+    """Draw points with intervals over seeds, and lines. Below, what a seed's luck does to both cancels."""
+    places = [climb.compute(rung) for rung in range(len(climb.rows))]
+    seeds = [seed for seed in climb.lines if seed in baseline.lines]
+    for row, place in zip(climb.rows, places, strict=True):
+        losses = [row.results[seed].loss for seed in seeds]
+        of_line = [baseline.lines[seed].loss(place) for seed in seeds]
+        for panel, values in ((above, losses), (below, np.divide(losses, of_line).tolist())):
+            if values:
+                panel.errorbar(
+                    place, np.mean(values), _half_width(values), color=color, fmt="o", markersize=4, capsize=2
+                )
+    xs = np.geomspace(places[0], places[-1], 60)
+    style = {"color": color, "linestyle": ":" if _is_bound(climb) else "-", "label": climb.method}
+    above.plot(xs, _losses(climb, xs), **style)
+    below.plot(xs, _losses(climb, xs) / _losses(baseline, xs), **style)
+
+
+def _is_bound(climb: Climb) -> bool:
+    return climb.method.split(":")[0] in ("frozen", "densemixer")
+
+
+def _losses(climb: Climb, xs: np.ndarray) -> np.ndarray:
+    return np.array([climb.line.loss(x) for x in xs])
 
 
 def _swept(tasks: Sequence[Task]) -> str | None:
@@ -125,7 +213,8 @@ def _sweep(tasks: Sequence[Task], name: str) -> Any:
         for row in task.rows:
             value = dict(row.candidate.tuned).get(name)
             if isinstance(value, int | float):
-                lines.setdefault(_without(row, name), []).append((value, row.loss, _half_width(row)))
+                half = _half_width([result.loss for result in row.results.values()])
+                lines.setdefault(_without(row, name), []).append((value, row.loss, half))
         for label, points in lines.items():
             xs, losses, halves = zip(*sorted(points), strict=True)
             panel.errorbar(
@@ -146,10 +235,9 @@ def _without(row: Row, name: str) -> str:
     return " ".join([row.candidate.method, *rest])
 
 
-def _half_width(row: Row) -> float:
-    losses = [result.held_out.final for result in row.results.values()]
-    error = standard_error(losses)
-    return 0.0 if error is None or math.isnan(error) else float(stats.t.ppf(0.975, len(losses) - 1)) * error
+def _half_width(values: Sequence[float]) -> float:
+    error = standard_error(values)
+    return 0.0 if error is None or math.isnan(error) else float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:

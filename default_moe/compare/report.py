@@ -5,8 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from default_moe.compare import ladder
 from default_moe.compare.comparison import Row, Task, conclusions
+from default_moe.compare.ladder import Ladder
 from default_moe.compare.matrix import Entry, Settings
+from default_moe.compare.recovered import recovered_in
 from default_moe.hardware import heading, machine
 from default_moe.model.size import parameter_counts
 
@@ -19,6 +24,7 @@ _COLUMNS = (
     "lower on",
     "tokens to target",
     "tokens/s",
+    "FLOPs/token",
     "experts/token",
     "balance loss",
     "max load",
@@ -31,11 +37,14 @@ def markdown(
     failures: Mapping[str, str],
     missing: Sequence[str] = (),
     notes: Sequence[str] = (),
+    seeds: str = "",
+    ladders: Sequence[Ladder] = (),
 ) -> str:
     """What was compared, a table per task, and what may be concluded.
 
     vocab_sizes: of each task.  failures: what went wrong, by folder of the run.  missing: folders of runs that are not
-    finished.  notes: lines about the code that trained the runs.
+    finished.  notes: lines about the code that trained the runs.  seeds: how their number came about, if it was not
+    given.
     """
     lines = [
         "# Comparison",
@@ -47,7 +56,12 @@ def markdown(
         lines += ["", f"## {task.name or 'Results'}", "", _description(task, vocab_sizes[task.settings]), ""]
         lines += [*_table([_cells(row) for row in task.rows]), ""]
         lines += [f"**{line}**" for line in conclusions(task)] or ["Nothing to compare with."]
-    lines += ["", _caveat(tasks), "", "![curves](report.png)", "", _explanation(tasks[0].baseline)]
+        if fractions := recovered_in(task):
+            lines += ["", *fractions.sentences()]
+    lines += ladder.markdown(ladders)
+    lines += ["", seeds] if seeds else []
+    lines += ["", _caveat(tasks), "", "![curves](report.png)", "", "![cost](cost.png)"]
+    lines += ["", _explanation(tasks[0].baseline)]
     lines += ["", *(f"- failed: {folder}: {message}" for folder, message in failures.items())] if failures else []
     lines += ["", *(f"- not finished, and left out: {folder}" for folder in missing)] if missing else []
     return "\n".join(lines) + "\n"
@@ -59,22 +73,27 @@ def as_json(
     base: Mapping[str, Any],
     failures: Mapping[str, str],
     missing: Sequence[str] = (),
+    seeds: str = "",
+    ladders: Sequence[Ladder] = (),
 ) -> dict[str, Any]:
     """Everything the report is made of, curves included.
 
-    base: the settings that the runs were derived from.
+    base: the settings that the runs were derived from.  seeds: as for `markdown`.
     """
     return {
         "machine": machine(),
         "config": base,
         "failures": dict(failures),
         "missing": list(missing),
+        "seeds": seeds,
+        "ladders": ladder.as_json(ladders),
         "folders": [entry.folder for entry in entries],
         "tasks": [
             {
                 "settings": dict(task.settings),
                 "rows": [_row(row) for row in task.rows],
                 "conclusions": conclusions(task),
+                "recovered": dataclasses.asdict(fractions) if (fractions := recovered_in(task)) else None,
             }
             for task in tasks
         ],
@@ -82,7 +101,13 @@ def as_json(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    more = {"name": str(row.candidate), "median_tokens_to_target": row.median_tokens_to_target}
+    seconds = [result.seconds for result in row.results.values() if result.seconds]
+    more = {
+        "name": str(row.candidate),
+        "median_tokens_to_target": row.median_tokens_to_target,
+        "flops_per_token": row.mean_of("flops_per_token"),
+        "median_seconds": float(np.median(seconds)) if seconds else None,
+    }
     return {**more, **dataclasses.asdict(row)}
 
 
@@ -92,7 +117,7 @@ def _cells(row: Row) -> list[str]:
     name = f"**{row.candidate}**" if row.best else str(row.candidate)
     cells = [name, str(len(row.results)), f"{row.loss:.4f}{error}"]
     if difference is None:
-        cells += ["-"] * 5
+        cells += ["-"] * 6
     else:
         known = difference.low is not None and difference.high is not None
         cells += [
@@ -101,6 +126,7 @@ def _cells(row: Row) -> list[str]:
             f"{difference.lower} of {difference.count}",
             _tokens_to_target(row),
             "-" if row.speed is None else f"{row.speed:.2f}",
+            "-" if row.flops is None else f"{row.flops:.2f}",
         ]
     of_routing = (("experts_per_token", 2), ("load_balance_loss", 3), ("max_load", 2))
     return [*cells, *(f"{row.mean_of(name):.{digits}f}" for name, digits in of_routing)]
@@ -137,8 +163,9 @@ def _explanation(baseline: Row) -> str:
         f"Baseline: {baseline.candidate}. Held-out loss in nats per token, mean ± standard error over seeds. "
         "Difference: to the baseline, seed by seed, with Student's 95 % interval. Tokens to target: training tokens to "
         "reach the baseline's final held-out loss, in multiples of the baseline's, median over seeds. tokens/s: in "
-        "multiples of the baseline's, as timed when each ran. Experts that a token runs, balance loss (1 is perfect) "
-        "and the load of the busiest expert in any layer, in multiples of the mean: over the last quarter of training. "
+        "multiples of the baseline's, as timed when each ran. FLOPs/token: of training, with the experts that tokens "
+        "ran in all of it, in multiples of the baseline's. Experts that a token runs, balance loss (1 is perfect) and "
+        "the load of the busiest expert in any layer, in multiples of the mean: over the last quarter of training. "
         "Bold: a method's best."
     )
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from default_moe.compare import provenance
 from default_moe.compare.causality import check_causal
+from default_moe.compare.compute import training_flops_per_token
 from default_moe.compare.matrix import Entry, Settings, same_run
 from default_moe.compare.provenance import Provenance
 from default_moe.compare.statistics import Curve
@@ -41,6 +42,7 @@ class Result:
     tokens_per_second: median over the run, None if it was too short to tell.
     load_balance_loss, max_load, experts_per_token: of the last quarter of training, means over its logged steps;
       max_load is that of the busiest expert of any layer, in multiples of the mean.
+    flops_per_token: of training, with the experts that tokens ran on average over all of it.
     """
 
     held_out: Curve
@@ -50,6 +52,22 @@ class Result:
     load_balance_loss: float
     max_load: float
     experts_per_token: float
+    flops_per_token: float
+
+    @property
+    def loss(self) -> float:
+        """The held-out loss after all training."""
+        return self.held_out.final
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole training."""
+        return self.flops_per_token * self.held_out.tokens[-1]
+
+    @property
+    def seconds(self) -> float | None:
+        """What the whole training takes at the median speed, without compiling and evaluating."""
+        return self.held_out.tokens[-1] / self.tokens_per_second if self.tokens_per_second else None
 
 
 class Programs:
@@ -69,10 +87,13 @@ def _without_seed(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
 
 
-def do_runs(entries: Sequence[Entry], workdir: Path, again: bool = False) -> tuple[dict[str, str], int | None]:
+def do_runs(
+    entries: Sequence[Entry], workdir: Path, again: bool = False, programs: "Programs | None" = None
+) -> tuple[dict[str, str], int | None]:
     """Train all that has not come to its end yet, but for runs that another process trains.
 
     again: train those anew that were trained by other code than now. What is there of them is moved aside.
+    programs: those of earlier calls, which need not be compiled again.
 
     Returns:
       what went wrong with the runs that diverged, by folder, and the exit code if a run was asked to stop, else None.
@@ -88,10 +109,12 @@ def do_runs(entries: Sequence[Entry], workdir: Path, again: bool = False) -> tup
     anew = [folder for folder, each in found.items() if again and each.stale]
     waiting = [entry for entry in entries if entry.folder in anew or not finished(entry, workdir)]
     say(f"{len(entries)} runs in {workdir / RUNS}, {len(entries) - len(waiting)} of them finished before")
-    for config, label in {_without_seed(e.config): e.candidate.method for e in waiting}.items():
-        if note := check_causal(config, label):
+    # Neither seeds, learning rates nor lengths of training change what a model sees.
+    models = {(e.config.model, e.config.moe, e.config.train.sequence_length): e for e in waiting}
+    for entry in models.values():
+        if note := check_causal(entry.config, entry.candidate.method):
             say(note)
-    programs, failures = Programs(), {}
+    programs, failures = programs or Programs(), {}
     began = time.monotonic()
     with StopRequest() as stop:
         for number, entry in enumerate(waiting, 1):
@@ -122,11 +145,11 @@ def plan(entries: Sequence[Entry], workdir: Path, again: bool = False) -> list[s
     """
     check_runs(entries, workdir)
     found = provenances(entries, workdir)
-    speeds: dict[str, list[float]] = {}
+    speeds: dict[tuple[str, Settings], list[float]] = {}
     for entry in entries:
         if finished(entry, workdir):
             speed = read_result(entry, workdir).tokens_per_second
-            speeds.setdefault(entry.candidate.method, []).extend([speed] if speed else [])
+            speeds.setdefault((entry.candidate.method, entry.task), []).extend([speed] if speed else [])
     known = [speed for of_method in speeds.values() for speed in of_method]
     lines, seconds = [], 0.0
     for entry in entries:
@@ -134,7 +157,7 @@ def plan(entries: Sequence[Entry], workdir: Path, again: bool = False) -> list[s
         anew = again and entry.folder in found and found[entry.folder].stale
         done = 0 if anew else done
         left = (train.num_steps - done) * train.batch_size * train.sequence_length
-        of_method = speeds.get(entry.candidate.method) or known
+        of_method = speeds.get((entry.candidate.method, entry.task)) or known
         seconds += left / float(np.median(of_method)) if of_method else 0.0
         state = (
             f"finished ({done} steps)" if not left else f"at step {done} of {train.num_steps}" if done else "not begun"
@@ -214,12 +237,24 @@ def read_result(entry: Entry, workdir: Path) -> Result:
     path = workdir / RUNS / entry.folder / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in read_file(path).splitlines()]
-        return _result(lines, entry.config)
+        return _result(lines, entry.config, vocab_size(entry, workdir))
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} does not hold the metrics of a whole run ({type(error).__name__}: {error}): remove {path.parent} "
             "to have it run again"
         ) from None
+
+
+def read_results(entries: Sequence[Entry], workdir: Path, failures: dict[str, str]) -> dict[str, Result]:
+    """By folder, those of runs that did not fail. A loss that is not finite is added to `failures`."""
+    results = {}
+    for entry in entries:
+        if entry.folder not in failures:
+            try:
+                results[entry.folder] = read_result(entry, workdir)
+            except Diverged as error:
+                failures[entry.folder] = str(error)
+    return results
 
 
 def checkpoints(workdir: Path) -> set[Path]:
@@ -237,7 +272,7 @@ def finished(entry: Entry, workdir: Path) -> bool:
     return _steps_done(entry, workdir) == entry.config.train.num_steps
 
 
-def _result(lines: list[dict[str, Any]], config: Config) -> Result:
+def _result(lines: list[dict[str, Any]], config: Config, vocab_size: int) -> Result:
     tokens_per_step = config.train.batch_size * config.train.sequence_length
     last = config.train.num_steps
 
@@ -245,8 +280,8 @@ def _result(lines: list[dict[str, Any]], config: Config) -> Result:
         points = list(_values(lines, name, 0))
         return Curve(tuple(step * tokens_per_step for step, _ in points), tuple(value for _, value in points))
 
-    def mean_at_the_end(name: str) -> float:
-        return float(np.mean([value for _, value in _values(lines, name, 3 * last / 4)] or [math.nan]))
+    def mean_after(name: str, after: float = 3 * last / 4) -> float:
+        return float(np.mean([value for _, value in _values(lines, name, after)] or [math.nan]))
 
     for line in lines:
         if "eval/loss" in line and line["eval/loss"] is None:
@@ -260,9 +295,10 @@ def _result(lines: list[dict[str, Any]], config: Config) -> Result:
         training=curve("train/loss"),
         bits_per_byte=dict(_values(lines, "eval/bits_per_byte", 0))[last],
         tokens_per_second=float(np.median(speeds)) if speeds else None,
-        load_balance_loss=mean_at_the_end("train/load_balance_loss"),
-        max_load=mean_at_the_end("train/max_load"),
-        experts_per_token=mean_at_the_end("train/experts_per_token"),
+        load_balance_loss=mean_after("train/load_balance_loss"),
+        max_load=mean_after("train/max_load"),
+        experts_per_token=mean_after("train/experts_per_token"),
+        flops_per_token=training_flops_per_token(config, vocab_size, mean_after("train/experts_per_token", 0)),
     )
 
 

@@ -54,6 +54,55 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval over seeds; None with one seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def fraction_of_gain(values: Sequence[float], exact: Sequence[float], baseline: Sequence[float]) -> Estimate | None:
+    """Return how much of what `exact` is below the baseline, on average, `values` are below it.
+
+    All have the same seeds in the same order. The interval is Fieller's (1954): the fractions r for which the mean of
+    (baseline - values) - r (baseline - exact) cannot be told from 0. None if `exact` cannot be told from the baseline,
+    or is above it: then every fraction might be the true one.
+    """
+    gain = paired(baseline, exact)
+    if gain.low is None or not gain.low > 0:
+        return None
+    ours, theirs = np.subtract(baseline, values), np.subtract(baseline, exact)
+    t = float(stats.t.ppf(0.975, len(ours) - 1))
+    (of_ours, of_both), (_, of_theirs) = np.cov(ours, theirs) * t * t / len(ours)
+    square = theirs.mean() ** 2 - of_theirs  # above 0, for theirs.mean() - t errors is
+    middle = (ours.mean() * theirs.mean() - of_both) / square
+    half = math.sqrt(max(middle**2 - (ours.mean() ** 2 - of_ours) / square, 0.0))
+    return Estimate(float(ours.mean() / theirs.mean()), float(middle - half), float(middle + half))
+
+
+@dataclass(frozen=True)
+class Line:
+    """log loss = intercept + slope log compute."""
+
+    intercept: float
+    slope: float
+
+    def loss(self, compute: float) -> float:
+        return math.exp(self.intercept + self.slope * math.log(compute))
+
+    def log_compute(self, loss: float) -> float:
+        """Return the logarithm of the compute at which the line has that loss."""
+        return (math.log(loss) - self.intercept) / self.slope
+
+
+def fit_line(compute: Sequence[float], losses: Sequence[float]) -> Line:
+    """The line of least squares, in the logarithms of both."""
+    slope, intercept = np.polyfit(np.log(compute), np.log(losses), 1)
+    return Line(float(intercept), float(slope))
+
+
+@dataclass(frozen=True)
 class Curve:
     """Loss, in nats per token, after `tokens` training tokens, in their order."""
 

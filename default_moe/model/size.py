@@ -35,14 +35,20 @@ def _parameter_counts(model: LanguageModel) -> ParameterCounts:
     return ParameterCounts(total, active, experts)
 
 
-def train_flops_per_token(config: Config, vocab_size: int) -> float:
+def train_flops_per_token(config: Config, vocab_size: int, experts_per_token: float | None = None) -> float:
     """Floating-point operations of the model per trained token, forward and backward, recomputation not counted.
 
     6 per active parameter that takes part in a matrix product (the embedding is a look-up), and for attention 12 H E
     per layer and position that a token may see, the causal half not deducted (Chowdhery et al. 2022, appendix B).
+
+    experts_per_token: as measured; None takes what the method says.
     """
     model = config.model
     lookup = 0 if model.tie_embeddings else (model.vocab_size or vocab_size) * model.d_model
-    matmul_params = parameter_counts(config, vocab_size).active - lookup
+    total, active, experts = parameter_counts(config, vocab_size)
+    if experts_per_token is None:
+        matmul_params: float = active - lookup
+    else:
+        matmul_params = total - experts + experts * experts_per_token / config.moe.num_experts - lookup
     seen = min(config.train.sequence_length, model.attention_window or math.inf)
     return 6 * matmul_params + 12 * model.num_layers * model.num_heads * model.head_size * seen

@@ -13,6 +13,7 @@ from default_moe.compare.causality import check_causal, leaked
 from default_moe.config import to_config_dict
 from default_moe.methods import METHODS, Method
 from default_moe.methods.decision import Decision
+from default_moe.runs.workdir import Busy
 
 
 @pytest.fixture
@@ -62,3 +63,19 @@ def test_default_vectors_updated_before_use_see_later_tokens_in_training_alone(t
     assert "updated before they are used (moe.default.ema_update)" in (check_causal(config, "default") or "")
     after = tiny_config(tmp_path, moe={"router": "default", "default": {"ema_update": "after"}})
     assert check_causal(after, "default:ema_update=after") is None
+
+
+def test_a_model_is_checked_once_whatever_it_is_trained_with(monkeypatch, tmp_path):
+    """Two methods and two K are four models, in 16 runs with two seeds and learning rates."""
+    checked = []
+
+    def busy(config, workdir, make_program, stop):
+        raise Busy("another process trains it")
+
+    monkeypatch.setattr(runs, "check_causal", lambda config, label: checked.append((label, config.moe.top_k)))
+    monkeypatch.setattr(runs.trainer, "train", busy)
+    sets = matrix.parse_sets(["moe.top_k=1,2", "optim.peak_lr=1e-3,2e-3"])
+    methods = matrix.parse_methods(["topk", "hash"])
+    entries = matrix.entries(to_config_dict(tiny_config(tmp_path)), methods, [0, 1], sets)
+    assert len(entries) == 16 and runs.do_runs(entries, tmp_path) == ({}, None)
+    assert sorted(checked) == [("hash", 1), ("hash", 2), ("topk", 1), ("topk", 2)]

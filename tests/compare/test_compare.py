@@ -143,7 +143,7 @@ def test_one_method_alone_is_a_sweep():
     text = report.markdown([task], {(): 257}, {})
     assert "+0.5000" in text and "Nothing to compare with." in text
     files = pictures([task])
-    assert sorted(files) == ["report.pdf", "report.png", "sweep.pdf", "sweep.png"]
+    assert sorted(files) == [f"{name}.{kind}" for name in ("cost", "report", "sweep") for kind in ("pdf", "png")]
     assert files["sweep.png"].startswith(b"\x89PNG") and files["sweep.pdf"].startswith(b"%PDF")
 
 
@@ -215,9 +215,9 @@ def test_shares_take_every_run_once():
 # What is concluded
 
 
-def result(final, tokens=(100, 200, 300), speed=10.0, experts=1.0):
+def result(final, tokens=(100, 200, 300), speed=10.0, experts=1.0, flops=6e3):
     held_out = Curve(tuple(map(float, tokens)), (final + 2, final + 1, final))
-    return Result(held_out, held_out, final / math.log(2), speed, 1.0, 1.5, experts)
+    return Result(held_out, held_out, final / math.log(2), speed, 1.0, 1.5, experts, flops)
 
 
 def compared(losses, sets=()):
@@ -282,7 +282,7 @@ def test_runs_that_failed_are_left_out_and_told_of():
     assert second == "dense: every run failed."
     text = report.markdown([task], {(): 257}, {"default/seed_1": "not finite"})
     assert "failed: default/seed_1: not finite" in text
-    assert sorted(pictures([task])) == ["report.pdf", "report.png"]
+    assert sorted(pictures([task])) == ["cost.pdf", "cost.png", "report.pdf", "report.png"]
 
 
 def test_many_methods_make_chance_likely():
@@ -304,6 +304,14 @@ def test_unequal_computation_is_told():
     (task,) = comparison.compare(entries, results, "topk")
     (line,) = comparison.conclusions(task)
     assert "It runs 3.00 experts per token, topk 1.00: the computation is not equal." in line
+    results = {e.folder: result(3.0, flops=8e3 if e.candidate.method == "default" else 6e3) for e in entries}
+    (task,) = comparison.compare(entries, results, "topk")
+    (line,) = comparison.conclusions(task)
+    assert "Its training takes 1.33 times the FLOPs of topk: the computation is not equal." in line
+    written = report.as_json([task], entries, {}, {})["tasks"][0]["rows"][1]
+    assert (written["flops"], written["flops_per_token"]) == (pytest.approx(8 / 6), 8e3)
+    assert written["median_seconds"] == 30  # 300 tokens, 10 a second
+    assert "| 1.33 | 1.00 | 1.000 | 1.50 |" in report.markdown([task], {(): 257}, {})
 
 
 def test_a_setting_with_which_runs_fail_is_not_a_methods_best():
@@ -320,7 +328,7 @@ def test_a_setting_with_which_runs_fail_is_not_a_methods_best():
 def test_the_baseline_needs_its_own_tokens_even_if_its_loss_rises_at_the_end():
     """It is at 3 after 190 of 300 tokens already; a curve that is the same is there as soon."""
     curve = Curve((100.0, 200.0, 300.0), (4.0, 2.9, 3.0))
-    both = Result(curve, curve, 1.0, None, 1.0, 1.0, 1.0)
+    both = Result(curve, curve, 1.0, None, 1.0, 1.0, 1.0, 1.0)
     entries = matrix.entries(default_config(), TWO, [0], [])
     (task,) = comparison.compare(entries, {entry.folder: both for entry in entries}, "topk")
     assert task.rows[1].tokens_to_target == {0: 1.0}

@@ -26,6 +26,7 @@ from helpers.tiny_runs import (
 )
 
 from default_moe.compare import matrix, runs
+from default_moe.compare.compute import training_flops_per_token
 from default_moe.compare.runs import Programs
 from default_moe.config import Config, to_config_dict
 from default_moe.errors import ConfigError, Diverged
@@ -185,7 +186,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(folder, done):
     broken = [json.loads(line) for line in lines]
     next(line for line in broken if "eval/loss" in line)["eval/loss"] = None
     with pytest.raises(Diverged, match="the held-out loss of step 2 is not finite"):
-        runs._result(broken, entry.config)
+        runs._result(broken, entry.config, 257)
 
 
 def test_other_settings_are_refused_before_anything_is_trained(folder, done):
@@ -250,6 +251,9 @@ def test_figures_of_a_run_are_those_it_logged(folder, done):
     assert found.training.tokens == tuple(256 * step for step in range(1, 7))
     last_quarter = [line["train/max_load"] for line in logged if line["step"] > 4.5 and "train/max_load" in line]
     assert len(last_quarter) == 2 and found.max_load == pytest.approx(np.mean(last_quarter))
+    experts = np.mean([line["train/experts_per_token"] for line in logged if "train/experts_per_token" in line])
+    assert found.flops_per_token == training_flops_per_token(entry.config, 257, experts) and experts == 2
+    assert found.flops == 6 * 256 * found.flops_per_token
     assert found.bits_per_byte == pytest.approx(found.held_out.final / math.log(2), rel=0.01)  # a byte is a token
     (done / "runs" / "topk" / "seed_1" / "metrics.jsonl").rename(done / "away")
     try:
