@@ -20,9 +20,10 @@ class DefaultSampled(DefaultMoE):
     not choose. The output E_j(x_t) is not in the layer's, and its expert gets no gradient through it. It counts in the
     expert's default vector V_j, in which no other outputs count, and in the gradient of the token's gates w_t, with
     g_t = dL/dy_t, for experts that it did not choose:
-      dL/dw_ti = <g_t, V_i> + [i = j] / q <g_t, E_i(x_t) - V_i>,  q = 1 / (sample_every (N - K)).
-    q is the chance of i to be drawn for t. So the mean over draws is the exact <g_t, E_i(x_t)>, whatever the vectors
-    are, if they are those before the batch: they are a control variate, which makes the variance smaller.
+      dL/dw_ti = <g_t, V_i> + [i = j] c <g_t, E_i(x_t) - V_i>.
+    c = 1 puts E_j(x_t) in the place of V_j. With c = sample_every (N - K), 1 / the chance of i to be drawn for t, the
+    mean over draws is the exact <g_t, E_i(x_t)>, whatever the vectors are, if they are those before the batch: they are
+    a control variate, which makes the variance smaller. It is large nevertheless.
     """
 
     name = "default_sampled"
@@ -35,10 +36,10 @@ class DefaultSampled(DefaultMoE):
     )
     sample_every: int = setting(8, "Of so many successive tokens one runs one more expert.", at_least(1))
     sample_gradient: str = setting(
-        "unbiased",
+        "plain",
         "The gradient of the gate of an expert that is run for its output alone: with the output in the place of the "
         "default vector ('plain'), or with so much of their difference that its mean over draws is exact ('unbiased').",
-        one_of("unbiased", "plain"),
+        one_of("plain", "unbiased"),
     )
 
     def __post_init__(self) -> None:
