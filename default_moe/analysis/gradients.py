@@ -75,7 +75,8 @@ def check_methods(names: Sequence[str], config: Config, reference: str) -> None:
             raise ConfigError(f"--methods has {name!r}, but there are {', '.join(sorted(METHODS))}")
         if not _runs_top_k(config, name):
             raise ConfigError(f"--methods has {name!r}, which has no number of experts that run that could be varied")
-        if METHODS[name].random and reference == "exact":
+        draws = METHODS[name].random and not METHODS[name]().samples_per_token(config.moe)
+        if draws and reference == "exact":
             raise ConfigError(
                 f"--methods has {name!r}, of whose draws there is no exact gradient: use --reference=dense"
             )

@@ -3,6 +3,7 @@
 For some tokens the expert that counts most in one layer, a, changes places with an inactive expert i: i runs, a does
 not, and their gates are exchanged. The loss of the whole row falls by a gain. A router that learns from slopes is told
 -dL/dp_i instead: -<g, E_i(x)> exactly, or what its method has in the place of that. How well do these rank experts?
+All is as at evaluation, also the slopes of a method that draws in training.
 
 Dimension key: Y MoE layers, B rows, L length, N experts, C choices, S tokens that were looked at.
 """
@@ -123,7 +124,8 @@ def summary(swaps: Swaps, layer: int) -> Summary:
         correlation[name] = _mean([_rank_correlation(g, s) for g, s in pairs])
         allowed_SN = inactive_SN | (np.arange(inactive_SN.shape[1]) == first_S[:, None])
         choice_S = np.where(allowed_SN, signal_SN, -np.inf).argmax(axis=1)
-        advised[name] = _mean(gain_SN[np.arange(len(gain_SN)), choice_S])
+        told_S = np.array([np.ptp(s) > 0 for _, s in pairs])  # else the choice is by number
+        advised[name] = _mean(np.where(told_S, gain_SN[np.arange(len(gain_SN)), choice_S], np.nan))
     return Summary(
         correlation,
         _mean(np.maximum(np.where(inactive_SN, gain_SN, -np.inf).max(axis=1), 0)),

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from default_moe import cli
 from default_moe.compare import matrix, plot, provenance, report, runs
 from default_moe.compare.comparison import compare
-from default_moe.compare.ladder import ladders
+from default_moe.compare.ladder import check_rungs, ladders
 from default_moe.compare.sequential import WidthRule, width_rule
 from default_moe.errors import ConfigError, TrainingFailed, check
 from default_moe.files import write_report
@@ -71,7 +71,11 @@ def main(argv: list[str]) -> int:
     rule = None
     if _UNTIL.value is not None or _MAX_SEEDS.present:
         rule = width_rule(_UNTIL.value, _MAX_SEEDS.value, seeds, len(methods), _SHARD.value)
+    if rule:  # that there will not be too many is known now
+        matrix.entries(base, methods, rule.all_seeds(seeds), sets, rungs)
     entries = matrix.entries(base, methods, seeds, sets, rungs)
+    if _RUNGS.value:
+        check_rungs(entries, dict(rungs[0]))
     workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
@@ -98,6 +102,13 @@ def main(argv: list[str]) -> int:
         seeds = [*seeds, max(seeds) + 1]
         entries = matrix.entries(base, methods, seeds, sets, rungs)
         new = [entry for entry in entries if entry.seed == seeds[-1]]
+    if rule and not all(runs.finished(entry, workdir) for entry in entries):
+        # One that has failed, or is trained anew, must not hide the seeds that were added after its own.
+        for seed in rule.all_seeds(seeds)[len(seeds) :]:
+            of_seed = matrix.entries(base, methods, [seed], sets, rungs)
+            if not any(runs.begun(entry, workdir) for entry in of_seed):
+                break
+            seeds, entries = [*seeds, seed], [*entries, *of_seed]
     if _DRY_RUN.value:
         for line in runs.plan(entries[index::count], workdir, _AGAIN.value):
             say(line)

@@ -6,6 +6,7 @@ between the rungs only. The form with a floor, a + b C^-c, has one more number t
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from default_moe.compare.comparison import FEWEST_SEEDS, Row, Task
-from default_moe.compare.matrix import FEWEST_RUNGS, Settings
+from default_moe.compare.compute import training_flops_per_token
+from default_moe.compare.matrix import FEWEST_RUNGS, Entry, Settings
 from default_moe.compare.recovered import Recovered, recovered
 from default_moe.compare.statistics import Estimate, Line, fit_line, paired
+from default_moe.errors import check
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,30 @@ class Ladder:
     tasks: tuple[Task, ...]
     climbs: tuple[Climb, ...]
     recovered: Recovered | None
+
+
+def check_rungs(entries: Sequence[Entry], names: Collection[str]) -> None:
+    """Raises ConfigError if two rungs take nearly the same compute: no line can be fitted over that."""
+    computes: dict[Settings, float] = {}
+    for entry in entries:
+        rung = tuple(item for item in entry.task if item[0] in names)
+        if rung not in computes:
+            train = entry.config.train
+            tokens = train.num_steps * train.batch_size * train.sequence_length
+            computes[rung] = tokens * training_flops_per_token(
+                entry.config, entry.config.model.vocab_size or 256, math.nan
+            )
+    ordered = sorted(computes.items(), key=lambda item: item[1])
+    for (one, less), (other, more) in itertools.pairwise(ordered):
+        check(
+            more > 1.05 * less,
+            f"--rungs has {_named(one)} and {_named(other)}, which take nearly the same operations: scale width, depth "
+            "or tokens",
+        )
+
+
+def _named(rung: Settings) -> str:
+    return ":".join(f"{name}={value}" for name, value in rung)
 
 
 def ladders(tasks: Sequence[Task], names: Collection[str]) -> list[Ladder]:

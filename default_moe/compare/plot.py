@@ -147,7 +147,7 @@ def _ladder(ladders: Sequence[Ladder], styles: _Styles) -> Any:
         for climb in ladder.climbs:
             _draw_climb(above, below, climb, ladder.climbs[0], styles.color(climb.method))
         bounds = [climb for climb in ladder.climbs if _is_bound(climb)]
-        if len(bounds) == 2:
+        if len({climb.method.split(":")[0] for climb in bounds}) == len(bounds) == 2:
             first, last = (max(c.compute(0) for c in bounds), min(c.compute(-1) for c in bounds))
             xs = np.geomspace(first, last, 60)
             lines = [_losses(climb, xs) for climb in bounds]

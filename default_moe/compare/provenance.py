@@ -61,7 +61,7 @@ def lines(found: Mapping[str, Provenance], again: bool = False) -> list[str]:
             runs.setdefault(each.other, []).append(folder)
     what = "they are trained anew" if again else "`--again` trains them anew"
     return [
-        f"{len(folders)} runs were trained by "
+        f"{len(folders)} run{'s were' if len(folders) > 1 else ' was'} trained by "
         + ("unknown code" if other is None else f"other code ({named(list(other))})")
         + f": {what} ({named(folders)})"
         for other, folders in runs.items()

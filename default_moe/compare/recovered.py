@@ -29,7 +29,11 @@ class Recovered:
             return [f"The gain of {pair} is {interval}: not above zero for certain, so no fraction of it is told."]
         return [
             f"Of the gain of {pair}, {interval}, {method} recovers "
-            + (f"{f.value:.2f} (95 % interval {f.low:.2f} to {f.high:.2f})." if f else "what cannot be told.")
+            + (
+                f"{f.value:.2f} (95 % interval {f.low:.2f} to {f.high:.2f})."
+                if f
+                else "a fraction that cannot be told: they share too few seeds."
+            )
             for method, f in self.fractions.items()
         ]
 

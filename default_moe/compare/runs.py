@@ -267,6 +267,11 @@ def vocab_size(entry: Entry, workdir: Path) -> int:
     return int(_run_file(entry, workdir)["vocab_size"])
 
 
+def begun(entry: Entry, workdir: Path) -> bool:
+    """Whether there is such a run."""
+    return os.path.lexists(workdir / RUNS / entry.folder / RUN_FILE)
+
+
 def finished(entry: Entry, workdir: Path) -> bool:
     """Whether a run has come to its end."""
     return _steps_done(entry, workdir) == entry.config.train.num_steps

@@ -311,7 +311,7 @@ class Config:
     init_new: str | None = setting(
         None,
         "Parameters that begin anew all the same, by parts of their names as checkpoints have them: 'router' for "
-        "instance.",
+        "instance. Then default vectors and the router's state begin anew too.",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -344,6 +344,14 @@ class Config:
                 f"optim.{name} is {value}, which makes no sense with moe.router={self.moe.method.name!r}: its router "
                 "never changes",
             )
+        check(
+            self.moe.method.learns or self.optim.train_only != "router",
+            f"optim.train_only is 'router', but that of moe.router={self.moe.method.name!r} never changes",
+        )
+        check(
+            self.init_new is None or not self.init_optimizer,
+            f"init_new is {quoted(self.init_new)}, but init_optimizer takes over the moments of all parameters",
+        )
         self._check_sizes()
         if self.moe.dtype is None:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, dtype=self.model.dtype))

@@ -102,8 +102,8 @@ class DefaultMoE(DefaultVectorSettings, Method):
     def check(self, config: LayerSettings) -> None:
         check(
             not config.normalize_weights or self.substitute == "backward",
-            "moe.normalize_weights is True, but moe.default.substitute is 'forward': weights of active experts that "
-            "sum to one leave none for the default vectors; use 'backward'",
+            f"moe.normalize_weights is True, but moe.{self.name}.substitute is 'forward': weights of active experts "
+            "that sum to one leave none for the default vectors; use 'backward'",
         )
 
     def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:

@@ -47,9 +47,14 @@ class DefaultSampled(DefaultMoE):
         for name, value in (("ema_weighted", True), ("expert_gradient", False)):
             check(
                 getattr(self, name) == value,
-                f"moe.{self.name}.{name} is {not value}, but must be {value} with moe.router={self.name!r}: its "
-                "default vectors are plain means of outputs that are not in the layer's",
+                f"moe.{self.name}.{name} is {not value}, but the default vectors of moe.router={self.name!r} are plain "
+                f"means of outputs that are not in the layer's: leave it {value}",
             )
+        check(
+            self.sample_gradient == "plain" or self.ema_update == "after",
+            f"moe.{self.name}.sample_gradient is 'unbiased', but moe.{self.name}.ema_update is 'before': vectors that "
+            "hold the outputs of the same batch make it biased; use 'after'",
+        )
 
     def check(self, config: LayerSettings) -> None:
         super().check(config)

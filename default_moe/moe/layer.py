@@ -138,6 +138,10 @@ class MoELayer(nn.Module):
             logits_BLN += config.router_noise_std * constrain(noise_BLN, "batch", None, None)
         router_inputs = RouterInputs(logits_BLN, x, token_ids, mask, train, method_key, state)
         decision = config.method.route(router_inputs, config)
+        if decision.samples is not None and (config.default_vectors is None or config.default_vectors.expert_gradient):
+            raise ValueError(
+                f"{config.method.name} gives samples, for which it needs default vectors without a gradient"
+            )
         if not self.is_initializing():
             self._tell_routing(decision)
         index_BLK = decision.expert_index

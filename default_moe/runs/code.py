@@ -18,7 +18,11 @@ _METHODS = f"{_PACKAGE.name}/methods/"
 _REGISTRY = f"{_METHODS}__init__.py"
 # What computes weights and figures. `processes` only starts and ends a run; the rest of `runs` writes and shows.
 _ROOMS = ("config", "data", "methods", "model", "moe", "training")
-_FILES = ("sharding", *(f"runs/{name}" for name in ("evaluation", "fine_tuning", "measurements", "trainer", "warm_up")))
+_FILES = (
+    "hardware",
+    "sharding",
+    *(f"runs/{name}" for name in ("evaluation", "fine_tuning", "measurements", "trainer", "warm_up")),
+)
 
 
 @dataclass(frozen=True)

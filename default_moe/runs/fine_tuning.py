@@ -81,7 +81,8 @@ def find_source(config: Config, workdir: Path, report: Callable[[str], None]) ->
         )
     if config.init_optimizer:
         _check_branch(config, source, step, saved, model)
-    return Source(folder, store, step, source, tokenizer, collections_taken_over(saved, variables))
+    kept = collections_taken_over(saved, variables) if config.init_new is None else ()
+    return Source(folder, store, step, source, tokenizer, kept)
 
 
 def _check_branch(config: Config, source: Config, step: int, saved: Mapping[str, str], model: LanguageModel) -> None:

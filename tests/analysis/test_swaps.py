@@ -105,7 +105,7 @@ def test_a_summary_by_hand():
     names = dict.fromkeys(swaps.SIGNALS, signal) | {"probability": np.zeros_like(signal)}
     found = swaps.summary(swaps.Swaps(gain, inactive, names, first), 0)
     assert found.correlation["exact slope"] == pytest.approx((0.0, 1.0))  # 1 and -1
-    assert np.isnan(found.correlation["probability"]).all()
+    assert np.isnan(found.correlation["probability"]).all() and np.isnan(found.advised["probability"]).all()
     assert found.best == pytest.approx((1.5, 1.5))  # 3, and 0 where the one that runs is best
     assert found.random == pytest.approx((0.0, 2.0))  # 2 and -2
     assert found.advised["exact slope"] == pytest.approx((-1.5, 1.5))  # stays, and takes expert 2

@@ -71,6 +71,26 @@ def test_rungs_that_make_no_ladder_are_refused(texts, words):
         matrix.entries(default_config(), matrix.parse_methods(["topk"]), [0], sets, matrix.parse_rungs(texts))
 
 
+def test_rungs_of_equal_compute_are_refused():
+    """Half as many steps of twice the tokens, too."""
+    for texts in (
+        ["optim.peak_lr=1e-3", "optim.peak_lr=2e-3", "optim.peak_lr=3e-3"],
+        [
+            "train.num_steps=100:train.batch_size=8",
+            "train.num_steps=50:train.batch_size=16",
+            "train.num_steps=9:train.batch_size=8",
+        ],
+    ):
+        rungs = matrix.parse_rungs(texts)
+        entries = matrix.entries(default_config(), matrix.parse_methods(["topk", "hash"]), [0], [], rungs)
+        with refused("which take nearly the same operations"):
+            ladder.check_rungs(entries, dict(rungs[0]))
+    rungs = matrix.parse_rungs(RUNGS)
+    ladder.check_rungs(
+        matrix.entries(default_config(), matrix.parse_methods(["topk", "hash"]), [0], [], rungs), dict(rungs[0])
+    )
+
+
 # Lines and speed-ups
 
 

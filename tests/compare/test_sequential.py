@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,3 +117,10 @@ def test_the_command_adds_seeds_and_finds_them_again(tmp_path):
     assert [*written["tasks"][0]["rows"][1]["results"]] == ["5", "6", "7", "8"]
     assert "there are 4." in written["seeds"]
     assert errors[-1].count("\n") == 1 and "--until" in errors[-1]
+
+    shutil.rmtree(tmp_path / "comparison" / "runs" / "frozen" / "seed_6" / "checkpoints")  # as if it had failed
+    ((code, output, error),) = run_commands([[*flags, *commands["whole"], "--report"]], REPOSITORY, environment())
+    assert code == 0, error
+    assert "1 runs are not finished: frozen/seed_6" in output and "there are 5." in output
+    written = json.loads((tmp_path / "comparison" / "report.json").read_text())
+    assert [*written["tasks"][0]["rows"][1]["results"]] == ["5", "7", "8", "9"]

@@ -108,10 +108,13 @@ def vectors_of(state):
     return np.asarray(state.variables["default_vectors"]["moe_layers"]["moe"]["ema"])
 
 
-def test_named_parameters_begin_anew(source, folder, rows):
+def test_named_parameters_begin_anew(source, tuned, folder, rows):
     config = dataclasses.replace(config_for(folder, {"router": "topk"}, source[0]), init_new="router")
     state, line = first_state(config, rows)
     assert line.endswith("(router 'topk'); router: begin anew")
+    ours = config_for(folder, {"router": "default"}, tuned[0])
+    assert find_source(ours, folder / "new", pytest.fail).kept
+    assert not find_source(dataclasses.replace(ours, init_new="router"), folder / "new", pytest.fail).kept
     new, saved = program_for(config_for(folder, {"router": "topk"})).new_state(), saved_state(source[0], 20)
     kernel = state.params["moe_layers"]["moe"].pop("router")["kernel"]
     np.testing.assert_array_equal(kernel, new.params["moe_layers"]["moe"]["router"]["kernel"])
