@@ -86,8 +86,8 @@ def update_and_combine(
     Args:
       y_TD: float32, sum of the active experts' outputs, weighted.
       gates_TM, active_TM: as for `combine`.
-      sums: of this device's tokens, [M, D] and [M]: expert outputs weighted by `ema_weights`, and those weights. None
-        at evaluation, when the vectors are used as they are.
+      sums: of this device's tokens, [M, D] and [M]: expert outputs weighted by `ema_weights`, and those weights; or
+        those of `samples`. None at evaluation, when the vectors are used as they are.
       defaults: of the experts held here.
       substitution: share of the vectors in the output; None stands for 1.
       samples: outputs that the gradient is corrected by.
