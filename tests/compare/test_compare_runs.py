@@ -331,7 +331,7 @@ def test_the_command_from_end_to_end_and_bad_input(folder):
         outcomes[name][1].partition("# Comparison")[2].partition("written to")[0] for name in ("whole", "again")
     )
     assert text in outcomes["anew"][1] and len(whole) > 1000 and whole == again
-    line = "1 runs were trained by other code (default_moe/methods/default.py): "
+    line = "1 run was trained by other code (default_moe/methods/default.py): "
     assert f"**{line}`--again` trains them anew (default/seed_0).**" in outcomes["stale"][1]
     assert "Commit of the runs: " in text and "other code" not in text
     assert f"{line}they are trained anew" in outcomes["anew"][1] and outcomes["anew"][1].count(", a new run") == 1

@@ -92,8 +92,8 @@ def test_runs_of_other_code_are_named_by_what_differs(done, entries):
     forget(done, "default/seed_0")
     assert named(entries, done) == [
         f"2 runs were trained by other code ({TOPK}): {what} (topk/seed_0, topk/seed_1)",
-        f"1 runs were trained by unknown code: {what} (default/seed_0)",
-        f"1 runs were trained by other code ({DEFAULT}, {LAYER}): {what} (default/seed_1)",
+        f"1 run was trained by unknown code: {what} (default/seed_0)",
+        f"1 run was trained by other code ({DEFAULT}, {LAYER}): {what} (default/seed_1)",
     ]
 
 
@@ -122,8 +122,8 @@ def test_only_runs_of_other_code_are_trained_again_and_what_was_there_is_kept(do
     old = (done / "runs" / "default" / "seed_1" / RUN_FILE).read_text()
     assert runs.do_runs(entries, done) == ({}, None)
     output = capsys.readouterr().out
-    assert trained == [] and f"1 runs were trained by other code ({LAYER}): `--again` trains them anew" in output
-    assert "1 runs were trained by unknown code: `--again`" in output
+    assert trained == [] and f"1 run was trained by other code ({LAYER}): `--again` trains them anew" in output
+    assert "1 run was trained by unknown code: `--again`" in output
     assert "default/seed_1: finished (6 steps)" in runs.plan(entries, done)
     again = runs.plan(entries, done, again=True)
     assert "default/seed_1: to be trained anew" in again and "default/seed_0: finished (6 steps)" in again
