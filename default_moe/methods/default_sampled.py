@@ -14,7 +14,7 @@ from default_moe.methods.settings import at_least, one_of, setting
 
 @dataclass(frozen=True)
 class DefaultSampled(DefaultMoE):
-    """Default MoE with vectors that are means over tokens that did not choose the expert; not the paper's.
+    """Default MoE with vectors that are means over tokens that did not choose the expert: ours.
 
     In training one of each `sample_every` successive tokens runs one more expert j, drawn evenly from those that it did
     not choose. The output E_j(x_t) is not in the layer's, and its expert gets no gradient through it. It counts in the
