@@ -29,8 +29,7 @@ class _Settings:
 def for_any_k(config: MoEConfig, fewest: int) -> MoEConfig:
     """The same layer, K as the state says: from `fewest` to what it is in `config`."""
     method = config.method
-    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return dataclasses.replace(config, router=_class_for(type(method), fewest)(**settings))
+    return dataclasses.replace(config, router=as_class(method, _class_for(type(method), fewest)))
 
 
 def takes_any_k(config: MoEConfig, d_model: int) -> bool:
@@ -74,6 +73,12 @@ def _class_for(method: Any, fewest: int) -> Any:
             return fewest
 
     return made(AnyK)
+
+
+def as_class(method: Method, cls: Any, **changes: Any) -> Any:
+    """The method as one of another class, with its settings; of the changes those count that it has."""
+    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return cls(**settings | {name: value for name, value in changes.items() if name in settings})
 
 
 def made(method: type[Method]) -> Any:

@@ -22,7 +22,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from default_moe.analysis.any_k import TOP_K, for_any_k, made, takes_any_k
+from default_moe.analysis.any_k import TOP_K, as_class, for_any_k, made, takes_any_k
 from default_moe.config import Config
 from default_moe.data import Rows
 from default_moe.errors import ConfigError, TrainingFailed
@@ -188,10 +188,7 @@ def config_for(config: Config, method: str, top_k: int) -> Config:
 def _exact(config: Config) -> Config:
     """The same forward pass, with the exact gradient for the weights of all experts."""
     method = config.moe.method
-    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    if "product_form" in settings:
-        settings["product_form"] = False
-    router = _exact_class(type(method))(**settings)
+    router = as_class(method, _exact_class(type(method)), product_form=False)
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 

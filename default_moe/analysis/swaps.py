@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from default_moe.analysis.any_k import made
+from default_moe.analysis.any_k import as_class, made
 from default_moe.config import Config
 from default_moe.data import Batch
 from default_moe.errors import ConfigError, check
@@ -157,10 +157,8 @@ class _Swapping:
 
     def __init__(self, config: Config, vocab_size: int, exact: bool):
         method = config.moe.method
-        settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        if exact and "product_form" in settings:
-            settings["product_form"] = False
-        moe = dataclasses.replace(config.moe, router=_class_for(type(method), exact)(**settings))
+        plain = {"product_form": False} if exact else {}
+        moe = dataclasses.replace(config.moe, router=as_class(method, _class_for(type(method), exact), **plain))
         self._config = dataclasses.replace(config, moe=moe)
         self._program = program = Program(self._config, vocab_size, training=False)
         self._losses, self._routing, self._slopes = (
