@@ -15,7 +15,7 @@ from default_moe.methods.default import DefaultVectorSettings
 from default_moe.methods.plugins import load_plugin
 from default_moe.methods.settings import at_least, between, check_settings, one_of, positive, setting
 
-MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "tokamax")
+MATMUL_BACKENDS = ("blocks", "ragged", "mosaic", "hopper", "tokamax")
 EXPERT_PARALLEL_FORMS = ("gather", "exchange")
 
 

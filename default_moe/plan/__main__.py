@@ -2,6 +2,7 @@
 
 Compiles the very training step of a config for TPUs or GPUs that need not be there, and prints for a device: memory,
 operations, exchanges, and an estimate of the step's time. --search tries meshes, microbatches and remat policies.
+--kernels compiles our kernels for Hopper GPUs instead, in every way that is worth a trial.
 """
 
 import json
@@ -16,7 +17,7 @@ from default_moe import cli
 from default_moe.config import Config, DataConfig
 from default_moe.data.tokenizer import open_tokenizer_file, tokenizer_from_dict
 from default_moe.errors import ConfigError
-from default_moe.plan import report
+from default_moe.plan import kernels, report
 from default_moe.plan.search import largest_by_proportion, largest_microbatch, search
 from default_moe.plan.step_plan import StepPlan, make_plan
 from default_moe.plan.topologies import known, open_topology
@@ -27,6 +28,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, f"What to compile for: {known(
 _LARGEST = flags.DEFINE_bool("largest", False, "Find the largest microbatch that fits by compiling, a few times.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, microbatches and remat policies of the same global batch.")
 _COMPILE = flags.DEFINE_integer("compile", 12, "How many candidates --search compiles at most.", 1, 10_000)
+_KERNELS = flags.DEFINE_bool("kernels", False, "Compile our kernels for Hopper GPUs, and nothing else.")
 _JSON = flags.DEFINE_string("json", None, "File to write the plan to, or the plans that --search found.")
 
 
@@ -37,6 +39,10 @@ def main(argv: list[str]) -> int:
     json_file = cli.file_to_write(_JSON)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine stay free
     topology = open_topology(_TOPOLOGY.value)
+    if _KERNELS.value:
+        found = list(kernels.compile_kernels(topology))
+        print(kernels.table(found))
+        return 1 if any(one.error for one in found) else 0
     if _LARGEST.value and topology.hardware is None:
         raise ConfigError(f"--largest needs a device whose memory is known, which that of {topology.name} is not")
     vocab_size = config.model.vocab_size or _vocab_size(config.data)

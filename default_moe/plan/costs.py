@@ -95,8 +95,11 @@ def _flops(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
         if _HOPPER_GROUPED_KERNEL in instruction.attributes:
-            # Of [S, D] and what it meets, which makes [S, F] or [M, D, F].
-            return 2.0 * math.prod(_operand(computation, instruction, -2).shape) * instruction.results[0].shape[-1]
+            # Of the first [S, D] and each [M, D, F] that it meets, or what makes [M, D, F] of it.
+            shapes = [_operand(computation, instruction, index).shape for index in range(len(instruction.operands))]
+            rows = next(shape for shape in shapes if len(shape) == 2)
+            products = max(sum(len(shape) == 3 for shape in shapes), 1)
+            return 2.0 * products * math.prod(rows) * instruction.results[0].shape[-1]
         said = re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', instruction.attributes)
         return float(said[1]) if said else 0.0
     return 0.0

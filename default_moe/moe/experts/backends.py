@@ -6,6 +6,7 @@
   "ragged"   `sorted_rows.py` with `jax.lax.ragged_dot`: on GPU a product with every expert, like on a CPU; on TPU a
              kernel of its own, but for the matrices' gradient, which is a product with every expert.
   "mosaic"   `sorted_rows.py` with JAX's own kernels for Hopper, `mosaic.py`: the choice on an H100 or H200.
+  "hopper"   `sorted_rows.py` with our own kernels for Hopper, `hopper.py`: by name only, since no GPU has run them yet.
   "tokamax"  `sorted_rows.py` with the kernels of the package tokamax: the choice on other NVIDIA GPUs and on TPUs.
 """
 
@@ -19,10 +20,13 @@ from jax.typing import DTypeLike
 from default_moe.config import MATMUL_BACKENDS
 from default_moe.errors import choose
 from default_moe.hardware import is_hopper, is_nvidia, platform
-from default_moe.moe.experts import blocks, mosaic, sorted_rows
+from default_moe.moe.experts import blocks, hopper, mosaic, sorted_rows
 from default_moe.moe.experts.grouped_matmul import warn_once
+from default_moe.moe.experts.hopper_tiles import ROWS
 from default_moe.moe.experts.layout import Layout, dispatch, group_by_expert, take_or_zeros
 from default_moe.moe.experts.swiglu import ExpertParams
+
+_FOR_HOPPER = {"mosaic": mosaic, "hopper": hopper}
 
 
 def resolve_backend(asked: str, dtype: DTypeLike = jnp.bfloat16, widths: Sequence[int] = ()) -> str:
@@ -31,7 +35,8 @@ def resolve_backend(asked: str, dtype: DTypeLike = jnp.bfloat16, widths: Sequenc
     dtype, widths: of the experts, on which depends which kernels take them.
     Raises ConfigError if a backend that was asked for by name is not installed or does not run on that platform.
     """
-    options = _options(jnp.bfloat16 if asked == "mosaic" else dtype, () if asked == "mosaic" else widths)
+    by_name = asked in _FOR_HOPPER
+    options = _options(jnp.bfloat16 if by_name else dtype, () if by_name else widths)
     chosen = choose("moe.matmul", asked, options)
     if asked == "auto" and chosen == "ragged" and _tokamax_runs():
         reason = ", and ".join(why for name, why in options if why and (name == "tokamax" or is_hopper()))
@@ -52,14 +57,15 @@ def available_backends() -> list[str]:
 def _options(dtype: DTypeLike, widths: Sequence[int]) -> list[tuple[str, str | None]]:
     """Every backend and what keeps it from being used here, the best first."""
     anywhere: list[tuple[str, str | None]] = [("blocks", None), ("ragged", None)]
-    kernels = [("mosaic", _why_no_mosaic(dtype, widths)), ("tokamax", _why_no_tokamax())]
+    kernels = [(name, _why_not_on_hopper(name, dtype, widths)) for name in _FOR_HOPPER]
+    kernels.append(("tokamax", _why_no_tokamax()))
     return [*anywhere, *kernels] if platform() == "cpu" else [*kernels, *reversed(anywhere)]
 
 
-def _why_no_mosaic(dtype: DTypeLike, widths: Sequence[int]) -> str | None:
+def _why_not_on_hopper(name: str, dtype: DTypeLike, widths: Sequence[int]) -> str | None:
     if not is_hopper():
         return f"its kernels run on Hopper GPUs (H100, H200), and this is {platform()!r}"
-    return mosaic.unsupported(dtype, widths)
+    return _FOR_HOPPER[name].unsupported(dtype, widths)
 
 
 def _why_no_tokamax() -> str | None:
@@ -78,12 +84,12 @@ def _tokamax_installed() -> bool:
 
 def group_alignment(backend: str) -> int:
     """Return what the rows of a group are padded to a multiple of: its sums are taken in blocks of as many."""
-    return 1 if backend == "blocks" else 8
+    return {"blocks": 1, "hopper": ROWS}.get(backend, 8)
 
 
 def slots_multiple(backend: str) -> int:
     """Return what the number of all rows is a multiple of: kernels may take them in tiles of as many."""
-    return 128 if backend in ("mosaic", "tokamax") else group_alignment(backend)
+    return 128 if backend in ("mosaic", "hopper", "tokamax") else group_alignment(backend)
 
 
 def lay_out(expert_TK: Array, num_experts: int, backend: str) -> Layout:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax import Array
 from jax.lax import RaggedDotDimensionNumbers
 
 from default_moe.errors import ConfigError
 from default_moe.hardware import platform
-from default_moe.moe.experts import mosaic
+from default_moe.moe.experts import hopper, mosaic
+from default_moe.moe.experts.layout import matrices_of_groups, rows_of_groups
 
 # out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
 PRODUCT, ROWS_GRADIENT, MATRICES_GRADIENT = (
@@ -39,11 +39,11 @@ def grouped_matmul(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend:
       lhs_SD: rows; group e holds group_sizes_M[e] of them, after those of groups before it. Rows past the last group
         must be finite.
       rhs_MDF: one matrix per group, of the same dtype.
-      group_sizes_M: int32.
-      backend: "ragged", "mosaic" or "tokamax".
+      group_sizes_M: int32; multiples of 128 for "hopper".
+      backend: "ragged", "mosaic", "hopper" or "tokamax".
     """
     out_SF = kernel_of(backend)(lhs_SD, rhs_MDF, group_sizes_M, PRODUCT)
-    return _rows_of_groups(out_SF, group_sizes_M)
+    return rows_of_groups(out_SF, group_sizes_M)
 
 
 def _forward(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend: str) -> tuple:
@@ -53,20 +53,13 @@ def _forward(lhs_SD: Array, rhs_MDF: Array, group_sizes_M: Array, backend: str) 
 def _backward(backend: str, residuals: tuple, d_out_SF: Array) -> tuple:
     lhs_SD, rhs_MDF, group_sizes_M = residuals
     kernel = kernel_of(backend)
-    d_out_SF = _rows_of_groups(d_out_SF, group_sizes_M)
+    d_out_SF = rows_of_groups(d_out_SF, group_sizes_M)
     d_lhs_SD = kernel(d_out_SF, rhs_MDF, group_sizes_M, ROWS_GRADIENT)
     d_rhs_MDF = kernel(lhs_SD, d_out_SF, group_sizes_M, MATRICES_GRADIENT)
-    d_rhs_MDF = jnp.where((group_sizes_M > 0)[:, None, None], d_rhs_MDF, 0)
-    return _rows_of_groups(d_lhs_SD, group_sizes_M), d_rhs_MDF, None
+    return rows_of_groups(d_lhs_SD, group_sizes_M), matrices_of_groups(d_rhs_MDF, group_sizes_M), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-def _rows_of_groups(rows_SF: Array, group_sizes_M: Array) -> Array:
-    """The rows with those past the last group replaced by zeros."""
-    in_group_S1 = (jnp.arange(rows_SF.shape[0]) < group_sizes_M.sum())[:, None]
-    return jnp.where(in_group_S1, rows_SF, 0)
 
 
 Kernel = Callable[[Array, Array, Array, RaggedDotDimensionNumbers], Array]
@@ -74,22 +67,26 @@ Kernel = Callable[[Array, Array, Array, RaggedDotDimensionNumbers], Array]
 
 def kernel_of(backend: str) -> Kernel:
     """How a backend for sorted rows computes the products: a function of lhs, rhs, group sizes and one of the three."""
-    return {"ragged": _ragged, "mosaic": _mosaic, "tokamax": _tokamax}[backend]
+    if backend in ("mosaic", "hopper"):
+        return functools.partial(_on_hopper, mosaic if backend == "mosaic" else hopper)
+    return {"ragged": _ragged, "tokamax": _tokamax}[backend]
 
 
 def _ragged(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     return jax.lax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions)
 
 
-def _mosaic(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
-    """Hopper's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
-    reason = mosaic.unsupported(lhs.dtype, (*lhs.shape, *rhs.shape[1:]))
+def _on_hopper(
+    kernels: Any, lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers
+) -> Array:
+    """Kernels of one of two modules, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
+    reason = kernels.unsupported(lhs.dtype, (*lhs.shape, *rhs.shape[1:]))
     if reason:
         _warn_of_ragged(lhs, rhs, reason)
         return _ragged(lhs, rhs, group_sizes_M, dimensions)
     if dimensions == MATRICES_GRADIENT:
-        return mosaic.matrices_gradient(lhs, rhs, group_sizes_M)
-    return mosaic.product(lhs, rhs, group_sizes_M, transpose_rhs=dimensions == ROWS_GRADIENT)
+        return kernels.matrices_gradient(lhs, rhs, group_sizes_M)
+    return kernels.product(lhs, rhs, group_sizes_M, transpose_rhs=dimensions == ROWS_GRADIENT)
 
 
 def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:

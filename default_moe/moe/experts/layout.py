@@ -95,6 +95,17 @@ def take_or_zeros(values: Array, index: Array) -> Array:
     return values.at[index].get(mode="fill", fill_value=0)
 
 
+def rows_of_groups(rows_SF: Array, group_sizes_M: Array) -> Array:
+    """The rows with those past the last group replaced by zeros."""
+    in_group_S1 = (jnp.arange(rows_SF.shape[0]) < group_sizes_M.sum())[:, None]
+    return jnp.where(in_group_S1, rows_SF, 0)
+
+
+def matrices_of_groups(matrices_MDF: Array, group_sizes_M: Array) -> Array:
+    """The matrices with those of empty groups replaced by zeros."""
+    return jnp.where((group_sizes_M > 0)[:, None, None], matrices_MDF, 0)
+
+
 @jax.custom_vjp
 def dispatch(x_TD: Array, layout: Layout) -> Array:
     """Copy each token to the slots of its experts: [S, D], zero in empty slots.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from default_moe.moe.experts import hopper
 from default_moe.moe.experts.grouped_matmul import grouped_matmul
 from default_moe.moe.experts.layout import Layout, dispatch, sum_choices, take_or_zeros
 from default_moe.moe.experts.swiglu import EXPERT_PRODUCT, ExpertParams, swiglu_hidden
@@ -47,6 +48,8 @@ def sorted_experts(
 
 def row_experts(x_SD: Array, params: ExpertParams, group_sizes_M: Array, backend: str) -> Array:
     """The expert of each row's group applied to it: [S, D], in the dtype of `x_SD`. Arguments as `grouped_matmul`'s."""
+    if backend == "hopper" and not hopper.unsupported(x_SD.dtype, params.gate.shape[1:]):
+        return hopper.row_experts(x_SD, params, group_sizes_M)
 
     def product(lhs_SD: Array, rhs_MDF: Array) -> Array:
         return checkpoint_name(grouped_matmul(lhs_SD, rhs_MDF, group_sizes_M, backend), EXPERT_PRODUCT)
