@@ -29,7 +29,7 @@ from default_moe.config import Config, MoEConfig, default_config, to_config_dict
         ("moe.default.ema_init", "ones", "'zeros', 'gaussian'"),
         ("moe.load_balance_weight", -1.0, "at least 0"),
         ("moe.dtype", "float16", "'float32', 'bfloat16'"),
-        ("moe.matmul", "dense", "'auto', 'blocks', 'ragged', 'mosaic', 'tokamax'"),
+        ("moe.matmul", "dense", "'auto', 'blocks', 'ragged', 'mosaic', 'hopper', 'tokamax'"),
         ("moe.expert_parallel", "scatter", "'auto', 'gather', 'exchange'"),
         ("model.num_heads", 3, "must divide model.d_model = 128"),
         ("model.num_heads", 128, "model.d_model / model.num_heads is 1, but rotary"),

@@ -76,9 +76,8 @@ def _backward(residuals: tuple, d_out_SD: Array) -> tuple:
     d_gate_SF, d_up_SF, hidden_SF = hopper_kernels.swiglu_gradient(
         d_out_SD, params.down, gate_SF, up_SF, group_sizes_M, tiles
     )
-    d_x_SD = sum(
-        product(d_SF, matrix, group_sizes_M, True) for d_SF, matrix in ((d_gate_SF, params.gate), (d_up_SF, params.up))
-    )
+    d_x_SD = product(d_gate_SF, params.gate, group_sizes_M, True)
+    d_x_SD += product(d_up_SF, params.up, group_sizes_M, True)
 
     def gradient(lhs: Array, d_out: Array) -> Array:
         return matrices_of_groups(matrices_gradient(lhs, d_out, group_sizes_M), group_sizes_M)

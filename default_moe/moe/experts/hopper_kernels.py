@@ -96,7 +96,7 @@ def _of_rows(
     def kernel(expert_J: Any, lhs: Any, *refs: Any) -> None:
         matrices_, kept_, outputs = (refs[first:last] for first, last in itertools.pairwise(bounds))
         example = (lhs, *(columns_of(m.at[0], 0) for m in matrices_))
-        loads = {}
+        loads: dict[str, Any] = {}
         if kept:
             loads["inputs"] = _shared((2, len(kept), SHARE, CHUNK), dtype)
             loads["loaded"] = plgpu.Barrier(num_arrivals=len(kept), num_barriers=2)

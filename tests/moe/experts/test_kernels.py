@@ -174,7 +174,7 @@ def test_what_hopper_kernels_do_not_take_is_computed_all_the_same_with_a_warning
         ({"platform": "cpu"}, "blocks", ["blocks", "ragged"]),
         ({"platform": "tpu"}, "tokamax", ["blocks", "ragged", "tokamax"]),
         ({"platform": "gpu", "nvidia": True}, "tokamax", ["blocks", "ragged", "tokamax"]),
-        (HOPPER | {"tokamax": False}, "mosaic", ["blocks", "ragged", "mosaic"]),
+        (HOPPER | {"tokamax": False}, "mosaic", ["blocks", "ragged", "mosaic", "hopper"]),
         ({"platform": "gpu"}, "ragged", ["blocks", "ragged"]),
     ],
     ids=str,
