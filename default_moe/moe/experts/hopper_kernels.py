@@ -102,7 +102,7 @@ def _of_rows(
             loads["loaded"] = plgpu.Barrier(num_arrivals=len(kept), num_barriers=2)
 
         @functools.partial(
-            pl.run_scoped,
+            pl.run_scoped,  # type: ignore[call-arg]
             buffers=pipeline(_nothing, _nothing).get_allocations(*example),
             results=_shared((2, 2, SHARE, CHUNK), dtype),
             multiplied=_barrier(tiles),
