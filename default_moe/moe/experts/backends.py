@@ -39,7 +39,8 @@ def resolve_backend(asked: str, dtype: DTypeLike = jnp.bfloat16, widths: Sequenc
     options = _options(jnp.bfloat16 if by_name else dtype, () if by_name else widths)
     chosen = choose("moe.matmul", asked, options)
     if asked == "auto" and chosen == "ragged" and _tokamax_runs():
-        reason = ", and ".join(why for name, why in options if why and (name == "tokamax" or is_hopper()))
+        reasons = (why for name, why in options if why and (name == "tokamax" or is_hopper()))
+        reason = ", and ".join(dict.fromkeys(reasons))
         warn_once(
             reason,
             "moe.matmul='auto' falls back to 'ragged', which computes every expert for every token (on TPU only in the "
