@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from default_moe.errors import check, closest, quoted
+from default_moe.errors import ConfigError, check, closest, quoted
 
 # What may be done with a setting, as metadata of its field; on a field of `Config` it counts for the whole group.
 MAY_CHANGE = {"may change": True}  # in a run that continues: the model's function, the data and its order stay the same
@@ -18,7 +18,8 @@ def check_keys(mapping: Mapping[str, Any], known: list[str], prefix: str) -> Non
     names = f"{prefix}* are " if prefix else "there are "
     group = f" ({names}{', '.join(known)})" if known else ""
     for key in mapping:
-        check(key in known, f"there is no setting {quoted(f'{prefix}{key}')}{closest(str(key), known)}{group}")
+        if key not in known:  # to look for the closest one takes long
+            raise ConfigError(f"there is no setting {quoted(f'{prefix}{key}')}{closest(str(key), known)}{group}")
 
 
 def section_from_mapping(section: Any, name: str, mapping: Mapping[str, Any]) -> Any:
