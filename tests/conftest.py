@@ -39,7 +39,7 @@ def pytest_sessionstart() -> None:
     devices = jax.devices()
     if len(devices) != 8:
         raise RuntimeError(f"the tests need 8 simulated CPU devices, but JAX has {devices}")
-    # Traced programs are millions of small objects that stay: looking through them for cycles takes a tenth of the time.
+    # Traced programs are millions of objects that stay: looking through them for cycles takes a tenth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
 
