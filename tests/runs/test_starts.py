@@ -1,6 +1,7 @@
 """What a run keeps of its starts: each is added, none is lost, and they tell by which code a run was trained."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -124,7 +125,7 @@ def test_code_that_differs_since_the_last_start_is_named(tmp_path):
     assert [differences(run, each, moe) for each in run["starts"]] == [[], [DEFAULT, "default_moe/moe/gone.py"], [], []]
     change(tmp_path, *running_code(None).digests)
     [line] = begin(tmp_path)
-    assert line.startswith("the code (default_moe/config/__init__.py, ") and " and 6" in line and len(line) < 400
+    assert line.startswith("the code (default_moe/config/__init__.py, ") and re.search(r" and \d\d more\)$", line) and len(line) < 400
 
 
 @pytest.mark.parametrize("kept", [None, {}, [], [{"from_step": "0"}], ["x"]])
