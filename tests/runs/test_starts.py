@@ -1,8 +1,8 @@
 """What a run keeps of its starts: each is added, none is lost, and they tell by which code a run was trained."""
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +125,11 @@ def test_code_that_differs_since_the_last_start_is_named(tmp_path):
     assert [differences(run, each, moe) for each in run["starts"]] == [[], [DEFAULT, "default_moe/moe/gone.py"], [], []]
     change(tmp_path, *running_code(None).digests)
     [line] = begin(tmp_path)
-    assert line.startswith("the code (default_moe/config/__init__.py, ") and re.search(r" and \d\d more\)$", line) and len(line) < 400
+    assert (
+        line.startswith("the code (default_moe/config/__init__.py, ")
+        and re.search(r" and \d\d more\)$", line)
+        and len(line) < 400
+    )
 
 
 @pytest.mark.parametrize("kept", [None, {}, [], [{"from_step": "0"}], ["x"]])
