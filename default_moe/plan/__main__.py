@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from default_moe import cli
 from default_moe.config import Config, DataConfig
 from default_moe.data.tokenizer import open_tokenizer_file, tokenizer_from_dict
-from default_moe.errors import ConfigError
+from default_moe.errors import ConfigError, check
 from default_moe.plan import kernels, report
 from default_moe.plan.search import largest_by_proportion, largest_microbatch, search
 from default_moe.plan.step_plan import StepPlan, make_plan
@@ -36,13 +36,10 @@ def main(argv: list[str]) -> int:
     config = cli.parse_config(argv, _CONFIG, _DEFAULT_CONFIG, adjust=_without_data)
     if not _TOPOLOGY.value:
         raise ConfigError(f"--topology is missing: what to compile for, one of {known()}")
+    check(not (_KERNELS.value and (_SEARCH.value or _LARGEST.value)), "--kernels goes without --search and --largest")
     json_file = cli.file_to_write(_JSON)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine stay free
     topology = open_topology(_TOPOLOGY.value)
-    if _KERNELS.value:
-        found = list(kernels.compile_kernels(topology))
-        print(kernels.table(found))
-        return 1 if any(one.error for one in found) else 0
     if _LARGEST.value and topology.hardware is None:
         raise ConfigError(f"--largest needs a device whose memory is known, which that of {topology.name} is not")
     vocab_size = config.model.vocab_size or _vocab_size(config.data)
@@ -50,10 +47,15 @@ def main(argv: list[str]) -> int:
     def make(config: Config) -> StepPlan:
         return make_plan(config, vocab_size, topology)
 
-    if _SEARCH.value:
+    if _KERNELS.value:
+        found = list(kernels.compile_kernels(topology))
+        print(kernels.table(found))
+        content: Any = [{**one._asdict(), "tiles": one.tiles._asdict()} for one in found]
+        success = not any(one.error for one in found)
+    elif _SEARCH.value:
         plans = search(config, vocab_size, topology, _COMPILE.value, lambda plan: print(_one_line(plan), flush=True))
         print(_ranking(plans))
-        content: Any = [report.as_json(plan) for plan in plans]
+        content = [report.as_json(plan) for plan in plans]
         success = bool(plans)
     else:
         plan = make(config)

@@ -51,7 +51,9 @@ def compile_kernels(topology: Topology) -> Iterator[Compiled]:
                 name = f"{label}, {depth} to {width}"
                 if (name, tiles) not in seen:
                     seen.add((name, tiles))
-                    yield _compile(topology, kernel, name, functools.partial(call, tiles=tiles), shapes, tiles)
+                    yield _compile(
+                        topology, kernel, name, functools.partial(call, tiles=tiles), num_experts, shapes, tiles
+                    )
 
 
 def table(found: list[Compiled]) -> str:
@@ -82,9 +84,10 @@ def _calls(d_model: int, expert_dim: int, num_experts: int) -> list[tuple[str, s
     ]
 
 
-def _compile(topology: Topology, kernel: str, name: str, call: Callable, shapes: tuple, tiles: Tiles) -> Compiled:
+def _compile(
+    topology: Topology, kernel: str, name: str, call: Callable, num_experts: int, shapes: tuple, tiles: Tiles
+) -> Compiled:
     here = SingleDeviceSharding(topology.devices[0])
-    num_experts = next((shape[0] for shape in shapes if len(shape) == 3), 8)
     operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
     sizes_M = jax.ShapeDtypeStruct((num_experts,), jnp.int32, sharding=here)
     error = None

@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.refusals import refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from default_moe.errors import ConfigError
-from default_moe.plan import report, search, topologies
+from default_moe.moe.experts.hopper_tiles import Tiles
+from default_moe.plan import kernels, report, search, topologies
 from default_moe.plan.collectives import collectives, device_groups, summary
 from default_moe.plan.costs import costs
 from default_moe.plan.hlo import Hlo
@@ -152,6 +154,36 @@ def test_a_gpu_program_by_hand():
     found = costs(Hlo(GPU_PROGRAM), 1e12, 1e12)
     assert found.flops == 2 * (2 * 128 * 64 * 32)
     assert costs(Hlo(GPU_PROGRAM), 1e12, 1e12, grouped_fill=0.5).flops == 1.5 * (2 * 128 * 64 * 32)
+
+
+def test_a_kernel_counts_each_of_its_products():
+    """Two for gate and up, one for their gradients: of the rows and of the matrices, whatever else it reads."""
+    shapes = "(e: s32[1], x: bf16[128,64], w: bf16[4,64,32], v: bf16[4,64,32], a: bf16[128,32], b: bf16[128,32])"
+    call = '(bf16[128,32]{1,0}, bf16[128,32]{1,0}) custom-call(%e, %x, OPERANDS), custom_call_target="mosaic_gpu_v2"'
+    kinds = {"e": "s32[1]{0}", "x": "bf16[128,64]{1,0}", "a": "bf16[128,32]{1,0}", "b": "bf16[128,32]{1,0}"}
+    kinds |= dict.fromkeys("wv", "bf16[4,64,32]{2,1,0}")
+    parameters = "\n".join(f"  %{name} = {kinds[name]} parameter({i})" for i, name in enumerate("exwvab"))
+    for operands, products in (("%w, %v", 2), ("%w, %a, %b", 1)):
+        entry = f"ENTRY %main {shapes} -> (bf16[128,32], bf16[128,32]) {{\n{parameters}\n"
+        program = f"HloModule example\n\n{entry}  ROOT %y = {call.replace('OPERANDS', operands)}\n}}\n"
+        assert costs(Hlo(program), 1e12, 1e12).flops == products * 2 * 128 * 64 * 32
+
+
+def test_kernels_are_compiled_for_hopper_only():
+    with refused("--kernels needs a Hopper GPU, --topology=h200:1, but --topology is v5e:4x4"):
+        next(kernels.compile_kernels(Topology("v5e:4x4", [], None)))
+
+
+def test_what_kernels_are_like_is_a_table():
+    """What a compiler outside of Python prints is read too."""
+    with kernels._all_that_is_printed() as printed:
+        os.system("echo Used 168 registers; echo 20 bytes spill stores >&2")
+    assert printed().split() == ["Used", "168", "registers", "20", "bytes", "spill", "stores"]
+    found = kernels.Compiled("product", Tiles(256), 168, 20, 229_376, None)
+    lines = kernels.table([found, found._replace(error="ValueError: no")]).splitlines()
+    assert lines[1].split() == ["product", "128x256x64", "stages", "4", "168", "20", "224"] and lines[2].endswith(
+        "ValueError: no"
+    )
 
 
 def test_a_device_that_is_not_there_is_seen_while_traced_for_it_alone():

@@ -124,12 +124,12 @@ def test_code_that_differs_since_the_last_start_is_named(tmp_path):
     moe = Config().moe
     assert [differences(run, each, moe) for each in run["starts"]] == [[], [DEFAULT, "default_moe/moe/gone.py"], [], []]
     change(tmp_path, *running_code(None).digests)
+    changed = read(tmp_path)
+    wanted = differences(changed, changed["starts"][-1], moe)
     [line] = begin(tmp_path)
-    assert (
-        line.startswith("the code (default_moe/config/__init__.py, ")
-        and re.search(r" and \d\d more\)$", line)
-        and len(line) < 400
-    )
+    assert line.startswith("the code (default_moe/config/__init__.py, ") and len(line) < 400
+    named, others = re.fullmatch(r"the code \((.*) and (\d+) more\)", line).groups()
+    assert named.split(", ") == wanted[:8] and 8 + int(others) == len(wanted) > 60
 
 
 @pytest.mark.parametrize("kept", [None, {}, [], [{"from_step": "0"}], ["x"]])

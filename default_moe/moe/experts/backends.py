@@ -90,7 +90,7 @@ def group_alignment(backend: str) -> int:
 
 def slots_multiple(backend: str) -> int:
     """Return what the number of all rows is a multiple of: kernels may take them in tiles of as many."""
-    return 128 if backend in ("mosaic", "hopper", "tokamax") else group_alignment(backend)
+    return 128 if backend in ("mosaic", "tokamax") else group_alignment(backend)
 
 
 def lay_out(expert_TK: Array, num_experts: int, backend: str) -> Layout:

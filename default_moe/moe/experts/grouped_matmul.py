@@ -67,9 +67,13 @@ Kernel = Callable[[Array, Array, Array, RaggedDotDimensionNumbers], Array]
 
 def kernel_of(backend: str) -> Kernel:
     """How a backend for sorted rows computes the products: a function of lhs, rhs, group sizes and one of the three."""
-    if backend in ("mosaic", "hopper"):
-        return functools.partial(_on_hopper, mosaic if backend == "mosaic" else hopper)
-    return {"ragged": _ragged, "tokamax": _tokamax}[backend]
+    kernels: dict[str, Kernel] = {
+        "ragged": _ragged,
+        "mosaic": functools.partial(_on_hopper, mosaic),
+        "hopper": functools.partial(_on_hopper, hopper),
+        "tokamax": _tokamax,
+    }
+    return kernels[backend]
 
 
 def _ragged(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:

@@ -101,7 +101,7 @@ def _of_rows(
             loads["inputs"] = _shared((2, len(kept), SHARE, CHUNK), dtype)
             loads["loaded"] = plgpu.Barrier(num_arrivals=len(kept), num_barriers=2)
 
-        @functools.partial(  # type: ignore[call-arg]
+        @functools.partial(  # type: ignore[call-arg]  # mypy takes **loads for what has no names
             pl.run_scoped,
             buffers=pipeline(_nothing, _nothing).get_allocations(*example),
             results=_shared((2, 2, SHARE, CHUNK), dtype),

@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 
 # For each kernel those to choose from; then those that are worth a trial on a GPU.
 _CHOICES = {
-    PRODUCT: (Tiles(256), Tiles(192, stages=4), Tiles(128, stages=5)),
-    MATRICES: (Tiles(256), Tiles(192, stages=4), Tiles(128, stages=5)),
+    PRODUCT: (Tiles(256), Tiles(192), Tiles(128, stages=5)),
+    MATRICES: (Tiles(256), Tiles(192), Tiles(128, stages=5)),
     SWIGLU: (Tiles(256), Tiles(128, stages=5)),
-    SWIGLU_GRADIENT: (Tiles(256, stages=3), Tiles(192, stages=4), Tiles(128, stages=5)),
+    SWIGLU_GRADIENT: (Tiles(256, stages=3), Tiles(192), Tiles(128, stages=5)),
 }
 _TRIALS = {
     PRODUCT: (Tiles(256, stages=3), Tiles(256, cluster=2), Tiles(128, depth=128, stages=2)),
