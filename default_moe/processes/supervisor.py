@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 from default_moe.errors import printable
@@ -34,10 +35,10 @@ def go_on_in_child(if_aborted: str) -> None:
         os.close(writer)
         return
     os.close(writer)
-    _pass_signals_on(child)
-    with os.fdopen(reader, "rb") as lines:
-        explained, runtime = _show(lines)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(reader, "rb") as lines, ThreadPoolExecutor(1) as reading:
+        showing = reading.submit(_show, lines)
+        code, _ = _wait(child)
+        explained, runtime = showing.result()
     if code == -signal.SIGINT:
         code, explained = 128 + signal.SIGINT, True
         _print([b"error: interrupted before the run began\n"])
@@ -58,14 +59,10 @@ def go_on_in_children(progress: Callable[[], object]) -> None:
     """
     while True:
         before = progress()
-        handlers = {number: signal.getsignal(number) for number in (*_PASSED_ON, signal.SIGTSTP)}
         child = _fork()
         if child == 0:
             return
-        told = _pass_signals_on(child)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        code, told = _wait(child)
         if code >= 0 or -code in told:
             os._exit(code if code >= 0 else 128 - code)
         ended_by = f"the process was ended by {signal.Signals(-code).name}"
@@ -90,8 +87,8 @@ def _fork() -> int:
     return child
 
 
-def _pass_signals_on(child: int) -> list[int]:
-    """From now on. Returns those that have come, filled as they come."""
+def _wait(child: int) -> tuple[int, list[int]]:
+    """The exit code of `child`, and the signals that came until then, each passed on as it came."""
     told: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -108,12 +105,23 @@ def _pass_signals_on(child: int) -> list[int]:
             os.kill(os.getpid(), signal.SIGSTOP)
             os.kill(child, signal.SIGCONT)
 
-    signal.signal(signal.SIGTSTP, pause)
-    for number in _PASSED_ON:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, pass_on)
+    heard = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup asks for
+    handlers = {**dict.fromkeys(heard, pass_on), signal.SIGTSTP: pause, signal.SIGCHLD: lambda number, frame: None}
+    # Python runs a handler between two calls: a signal that comes just before `waitpid` would be seen when it returns.
+    # The byte that each signal writes lets `read` return, whenever it comes.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    others_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    others = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-    return told
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        os.read(reader, 1)
+    for number, other in others.items():
+        signal.signal(number, other)
+    signal.set_wakeup_fd(others_writer)
+    os.close(reader)
+    os.close(writer)
+    return os.waitstatus_to_exitcode(ended[1]), told
 
 
 def _show(lines: Iterable[bytes]) -> tuple[bool, list[bytes]]:

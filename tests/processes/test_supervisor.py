@@ -14,8 +14,8 @@ import os, signal, sys, time
 from pathlib import Path
 from default_moe.processes.supervisor import go_on_in_children
 folder = Path(sys.argv[1])
-go_on_in_children(lambda: set(folder.iterdir()))
 """
+GO_ON = "go_on_in_children(lambda: set(folder.iterdir()))\n"
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def start(tmp_path):
     """A function that starts a program which goes on in children; they leave files in a folder, their progress."""
     (tmp_path / "progress").mkdir()
 
-    def start_program(then: str) -> subprocess.Popen:
+    def start_program(then: str, before: str = "") -> subprocess.Popen:
         path = tmp_path / "program.py"
-        path.write_text(BEGIN + textwrap.dedent(then))
+        path.write_text(BEGIN + textwrap.dedent(before) + GO_ON + textwrap.dedent(then))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.Popen([sys.executable, path, tmp_path / "progress"], env=env, **pipes)
@@ -75,6 +75,29 @@ def test_a_signal_reaches_the_child_and_no_other_follows(start, obeys, tmp_path)
     out, err = program.communicate(timeout=60)
     assert (program.returncode, out) == (143 if obeys else 1, "told\n")
     assert err == ("" if obeys else "error: the process was ended by SIGKILL\n")
+
+
+def test_a_signal_does_not_wait_until_the_child_ends(start):
+    """Whichever thread takes it. No handler of Python's runs while the main thread is in a call that waits."""
+    program = start(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+        (folder / "ready").touch()
+        while True:
+            time.sleep(0.01)
+        """,
+        before="""
+        import threading
+        def tell_itself():
+            while not (folder / "ready").exists():
+                time.sleep(0.01)
+            time.sleep(0.2)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        threading.Thread(target=tell_itself, daemon=True).start()
+        """,
+    )
+    program.communicate(timeout=60)
+    assert program.returncode == 5
 
 
 def test_ctrl_z_stops_both_and_both_go_on(start, tmp_path):
