@@ -340,7 +340,9 @@ def _failures_of_a_disk() -> Iterator[None]:
 
 def _new_checkpointer(compress: bool) -> ocp.AsyncCheckpointer:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers(), use_compression=compress)
-    return ocp.AsyncCheckpointer(handler)
+    # Where a folder could not be made behind its back, its threads would wait minutes for it, and the process for them.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def _close(checkpointer: ocp.AsyncCheckpointer) -> None:

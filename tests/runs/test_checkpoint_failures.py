@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.checkpoints import META, latest, make_state
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from default_moe.runs.checkpoint import CheckpointStore
 
@@ -56,6 +58,21 @@ def test_a_failed_write_is_reported_and_tried_again(tmp_path, monkeypatch, place
         store.save(2, make_state(2), META)
     assert 2 in store.steps() and not store.needs_retry
     assert latest(tmp_path, make_state(2))[2] == 2
+
+
+def test_nothing_waits_for_a_folder_that_could_not_be_made(tmp_path, monkeypatch):
+    """Orbax's threads would for five minutes, as would the end of the process for them."""
+
+    async def fail(_path):
+        raise OSError(28, "No space left on device", "x")
+
+    before = set(threading.enumerate())
+    with CheckpointStore(tmp_path, report=lambda line: None) as store, monkeypatch.context() as patch:
+        patch.setattr(AtomicRenameTemporaryPath, "create", fail)
+        store.save(1, make_state(1), META)
+        store.wait()
+        assert store.needs_retry
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize(
