@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from default_moe.errors import ConfigError
-from default_moe.moe.experts import hopper_tiles
-from default_moe.moe.experts.hopper_tiles import MATRICES, PRODUCT, SWIGLU, SWIGLU_GRADIENT, Tiles
+from default_moe.moe.experts import hopper, hopper_tiles
+from default_moe.moe.experts.hopper_tiles import Tiles
 from default_moe.plan.topologies import Topology, traced_for
 
 # Widths D and F, and the number of experts: the paper's, four times as many of a quarter of the width, fine ones.
@@ -46,14 +46,12 @@ def compile_kernels(topology: Topology) -> Iterator[Compiled]:
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # the assembler prints what it finds
     seen = set()
     for d_model, expert_dim, num_experts in SHAPES:
-        for kernel, label, width, depth, call, shapes in _calls(d_model, expert_dim, num_experts):
-            for tiles in hopper_tiles.candidates(kernel, width, depth):
-                name = f"{label}, {depth} to {width}"
+        for work in hopper.works(_ROWS, d_model, expert_dim, num_experts):
+            for tiles in hopper_tiles.candidates(work.kernel, work.width, work.depth):
+                name = f"{work.name}, {work.depth} to {work.width}"
                 if (name, tiles) not in seen:
                     seen.add((name, tiles))
-                    yield _compile(
-                        topology, kernel, name, functools.partial(call, tiles=tiles), num_experts, shapes, tiles
-                    )
+                    yield _compile(topology, name, work, num_experts, tiles)
 
 
 def table(found: list[Compiled]) -> str:
@@ -65,35 +63,15 @@ def table(found: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def _calls(d_model: int, expert_dim: int, num_experts: int) -> list[tuple[str, str, int, int, Callable, tuple]]:
-    """Return kernel, label, width of the output, depth of the sums, function and shapes of its operands."""
-    from default_moe.moe.experts import hopper_kernels as kernels
-
-    x, hidden = (_ROWS, d_model), (_ROWS, expert_dim)
-    into, out_of = (num_experts, d_model, expert_dim), (num_experts, expert_dim, d_model)
-    product = functools.partial(kernels.product, transpose_rhs=False)
-    rows = functools.partial(kernels.product, transpose_rhs=True)
-    matrices, swiglu, gradient = kernels.matrices_gradient, kernels.swiglu_product, kernels.swiglu_gradient
-    return [
-        (SWIGLU, SWIGLU, expert_dim, d_model, swiglu, (x, into, into)),
-        (PRODUCT, PRODUCT, d_model, expert_dim, product, (hidden, out_of)),
-        (SWIGLU_GRADIENT, SWIGLU_GRADIENT, expert_dim, d_model, gradient, (x, out_of, hidden, hidden)),
-        (PRODUCT, "rows' gradient", d_model, expert_dim, rows, (hidden, into)),
-        (MATRICES, MATRICES, expert_dim, d_model, matrices, (x, hidden)),
-        (MATRICES, MATRICES, d_model, expert_dim, matrices, (hidden, x)),
-    ]
-
-
-def _compile(
-    topology: Topology, kernel: str, name: str, call: Callable, num_experts: int, shapes: tuple, tiles: Tiles
-) -> Compiled:
+def _compile(topology: Topology, name: str, work: hopper.Work, num_experts: int, tiles: Tiles) -> Compiled:
     here = SingleDeviceSharding(topology.devices[0])
-    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in work.shapes]
     sizes_M = jax.ShapeDtypeStruct((num_experts,), jnp.int32, sharding=here)
     error = None
     with _all_that_is_printed() as printed, traced_for(topology.devices[0]):
         try:
-            jax.jit(lambda sizes_M, *operands: call(*operands, group_sizes_M=sizes_M)).lower(
+            run = functools.partial(work.run, tiles=tiles)
+            jax.jit(lambda sizes_M, *operands: run(*operands, group_sizes_M=sizes_M)).lower(
                 sizes_M, *operands
             ).compile()
         except Exception as raised:  # whatever tracing, the compiler or the assembler raises
@@ -104,7 +82,7 @@ def _compile(
     )
     if not error and not registers:
         error = "the assembler did not say what it found"
-    return Compiled(name, tiles, registers, spilled, hopper_tiles.shared_bytes(kernel, tiles), error)
+    return Compiled(name, tiles, registers, spilled, hopper_tiles.shared_bytes(work.kernel, tiles), error)
 
 
 @contextmanager

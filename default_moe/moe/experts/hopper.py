@@ -7,7 +7,9 @@ still gathered before it (PD read and written), for Hopper loads tiles of neighb
 make the gradient of x are still added after them (3PD).
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +89,37 @@ def _backward(residuals: tuple, d_out_SD: Array) -> tuple:
 
 
 row_experts.defvjp(_forward, _backward)
+
+
+class Work(NamedTuple):
+    """A kernel in a place of a layer.
+
+    kernel: which, of `hopper_tiles`.  name: of the place.  width, depth: of the output, and of what is summed over.
+    shapes: of the operands.  run: the kernel, of the operands, group_sizes_M and tiles.
+    """
+
+    kernel: str
+    name: str
+    width: int
+    depth: int
+    shapes: tuple[tuple[int, ...], ...]
+    run: Callable
+
+
+def works(num_slots: int, d_model: int, expert_dim: int, num_experts: int) -> list[Work]:
+    """Return all places in which a layer uses kernels, in their order, the backward pass included."""
+    from default_moe.moe.experts import hopper_kernels as kernels
+
+    x, hidden = (num_slots, d_model), (num_slots, expert_dim)
+    into, out_of = (num_experts, d_model, expert_dim), (num_experts, expert_dim, d_model)
+    forward, backward = (functools.partial(kernels.product, transpose_rhs=transpose) for transpose in (False, True))
+    return [
+        Work(SWIGLU, SWIGLU, expert_dim, d_model, (x, into, into), kernels.swiglu_product),
+        Work(PRODUCT, PRODUCT, d_model, expert_dim, (hidden, out_of), forward),
+        Work(
+            SWIGLU_GRADIENT, SWIGLU_GRADIENT, expert_dim, d_model, (x, out_of, hidden, hidden), kernels.swiglu_gradient
+        ),
+        Work(PRODUCT, "rows' gradient", d_model, expert_dim, (hidden, into), backward),
+        Work(MATRICES, MATRICES, expert_dim, d_model, (x, hidden), kernels.matrices_gradient),
+        Work(MATRICES, MATRICES, d_model, expert_dim, (hidden, x), kernels.matrices_gradient),
+    ]
