@@ -1,10 +1,11 @@
-"""How fast this is here: `python -m default_moe.bench --suite=layer`, or step, scaling, products, accelerator.
+"""How fast this is here: `python -m default_moe.bench --suite=layer`, or one of the others.
 
 layer: the MoE layer, forward and with backward, against a dense feed-forward network of equal active FLOPs.
 step: the whole training step of a config, its parts, and Default MoE, or --methods, against plain top-k.
 scaling: the step against the number of experts, the depth and the number of tokens.
+ceilings: a plain matrix product, and a copy in memory.
 products: grouped matrix products by every kernel, as shares of a plain product's speed.
-accelerator: all that is worth knowing about one GPU or TPU, in less than nine minutes, written to --out.
+accelerator: all that is worth knowing about one GPU or TPU, within --minutes, written to --out.
 """
 
 from typing import Any
@@ -21,10 +22,12 @@ from default_moe.errors import ConfigError, check, check_choice
 from default_moe.methods import METHODS
 
 _DEFAULT_CONFIG = "configs/quickstart.py"
-_SUITES = ["layer", "step", "scaling", "products", "accelerator"]
+_SUITES = ["layer", "step", "scaling", "ceilings", "products", "accelerator"]
 _SUITE = flags.DEFINE_enum("suite", "layer", _SUITES, "What to time.")
 _SHAPES = flags.DEFINE_multi_string("shape", None, "T,D,N,K,F for --suite=layer and products; standard ones if none.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type for --suite=layer and products.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Compute type for --suite=layer, ceilings, products."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", None, "Times that each candidate is timed: 15, for scaling 5.", 1, 10_000)
 _BACKENDS = flags.DEFINE_list("matmul", None, "Values of moe.matmul for --suite=layer; all that run here if not given.")
 _METHODS = flags.DEFINE_list("methods", None, "Values of moe.router for --suite=step; topk,default if not given.")
@@ -37,6 +40,7 @@ _VS_TORCH = flags.DEFINE_bool("vs_torch", False, "Add torch: to --suite=layer tr
 _JSON = flags.DEFINE_string("json", None, "File to write the results to, with the machine and versions.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture (.png) to draw of --suite=layer or scaling.")
 _OUT = flags.DEFINE_string("out", None, "New directory for all that --suite=accelerator finds.")
+_MINUTES = flags.DEFINE_float("minutes", None, "Longest time for --suite=accelerator: 8 if not given.", 0.1, 600)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"Config for --suite=step and scaling; {_DEFAULT_CONFIG} if not given."
 )
@@ -45,17 +49,18 @@ flags.DEFINE_alias("vs-torch", "vs_torch")
 # The suites that each flag goes with; the others refuse it.
 _FLAGS_OF = {
     "shape": ("layer", "products"),
-    "dtype": ("layer", "products"),
+    "dtype": ("layer", "ceilings", "products"),
     "matmul": ("layer",),
     "methods": ("step",),
     "optimizers": ("step",),
     "random_tokens": ("step",),
     "profile": ("step",),
     "vs_torch": ("layer", "products"),
-    "rounds": ("layer", "step", "scaling", "products"),
-    "json": ("layer", "step", "scaling", "products"),
+    "rounds": ("layer", "step", "scaling", "ceilings", "products"),
+    "json": ("layer", "step", "scaling", "ceilings", "products"),
     "plot": ("layer", "scaling"),
     "out": ("accelerator",),
+    "minutes": ("accelerator",),
 }
 
 
@@ -83,18 +88,24 @@ def main(argv: list[str]) -> int:
     profile = str(cli.path(_PROFILE)) if _PROFILE.value else None
     shapes = [LayerShape.parse(text) for text in _SHAPES.value or ()]
     rounds = _ROUNDS.value or (5 if suite == "scaling" else 15)
+
+    def save(rows: list[Row]) -> None:
+        if json_file:
+            report.write_json(json_file, suite, rows)
+
     results: list[Row]
     if config and suite == "step":
         methods = _METHODS.value or ["topk", "default"]
         results = step.run(config, methods, rounds, _RANDOM.value, profile, _OPTIMIZERS.value)
     elif config:
         results = scaling.run(config, rounds)
+    elif suite == "ceilings":
+        results = products.ceilings(_DTYPE.value, rounds)
     elif suite == "products":
-        results = products.run(shapes, _DTYPE.value, rounds, _VS_TORCH.value)
+        results = products.run(shapes, _DTYPE.value, rounds, _VS_TORCH.value, save)
     else:
-        results = layer.run(shapes or standard_shapes(), _BACKENDS.value, _DTYPE.value, rounds, _VS_TORCH.value)
-    if json_file:
-        report.write_json(json_file, suite, results)
+        results = layer.run(shapes or standard_shapes(), _BACKENDS.value, _DTYPE.value, rounds, _VS_TORCH.value, save)
+    save(results)
     if plot_file:
         {"layer": layer.plot, "scaling": scaling.plot}[suite](results, plot_file)
     return 0
@@ -103,7 +114,7 @@ def main(argv: list[str]) -> int:
 def _accelerator() -> int:
     if not _OUT.value:
         raise ConfigError("--suite=accelerator needs --out=DIR, a new directory for what it finds")
-    return 0 if accelerator.run(cli.path(_OUT)) else 1
+    return 0 if accelerator.run(cli.path(_OUT), _MINUTES.value or accelerator.MINUTES) else 1
 
 
 def _without_data(config_dict: Any) -> None:

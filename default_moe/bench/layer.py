@@ -6,7 +6,7 @@ from pathlib import Path
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
-from default_moe.bench.timing import Timing, time_alternately
+from default_moe.bench.timing import Timing, call_once, time_alternately
 from default_moe.bench.workload import (
     ROUTINGS,
     LayerShape,
@@ -26,9 +26,14 @@ _COLUMNS = ("candidate", "routing", "ms", "/ dense", "quartiles", "/ top-k", "/ 
 
 
 def run(
-    shapes: Sequence[LayerShape], backends: list[str] | None, dtype: str | None, rounds: int, vs_torch: bool
+    shapes: Sequence[LayerShape],
+    backends: list[str] | None,
+    dtype: str | None,
+    rounds: int,
+    vs_torch: bool,
+    save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Time every shape and pass, print a table of each, and return all rows.
+    """Time every shape and pass, print a table of each, and return all rows. `save` takes those found until then.
 
     Columns that begin with "/" are medians over the rounds of a ratio: to the dense network (torch's block to one on
     torch), to plain top-k of the same backend and routing, to balanced routing, and of torch's block to the fastest
@@ -59,10 +64,14 @@ def run(
                 (name, routing): f for name, f in found.items() if routing == ROUTINGS[0] or "dense" not in name
             }
         for index, name in enumerate(_PASSES):
-            timings = time_alternately({key: pair[index] for key, pair in candidates.items()}, rounds)
+            functions = {key: pair[index] for key, pair in candidates.items()}
+            for error in call_once(functions).values():
+                raise error
+            timings = time_alternately(functions, rounds)
             group = _rows(timings, shape.active_flops() * (3 if index else 1))
             print(f"\n{shape} {dtype}, {name}\n{report.table(group, _COLUMNS)}", flush=True)
             rows += [{"shape": str(shape), "dtype": dtype, "pass": name, **row} for row in group]
+            save(rows)
     return rows
 
 

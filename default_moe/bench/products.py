@@ -3,8 +3,8 @@
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,61 +13,81 @@ from jax import Array
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
-from default_moe.bench.timing import time_alternately
-from default_moe.bench.workload import LayerShape, on_cpu, standard_dtype, standard_shapes
+from default_moe.bench.timing import call_once, time_alternately
+from default_moe.bench.workload import LayerShape, on_cpu, product_shapes, standard_dtype
 from default_moe.hardware import heading, is_hopper, is_nvidia
-from default_moe.moe.experts import grouped_matmul
-from default_moe.moe.experts.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, SlowKernel
+from default_moe.moe.experts import hopper, hopper_tiles
+from default_moe.moe.experts.backends import available_backends, lay_out
+from default_moe.moe.experts.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, SlowKernel, kernel_of
+from default_moe.moe.experts.sorted_rows import row_experts
+from default_moe.moe.experts.swiglu import ExpertParams
 
-_KINDS = {"product": PRODUCT, "rows' gradient": ROWS_GRADIENT, "matrices' gradient": MATRICES_GRADIENT}
+# The products of a layer: hidden @ down, the gradient of x from that of x @ gate, and the gradient of gate.
+_KINDS = {
+    hopper_tiles.PRODUCT: PRODUCT,
+    "rows' gradient": ROWS_GRADIENT,
+    hopper_tiles.MATRICES: MATRICES_GRADIENT,
+}
 _COLUMNS = ("by", "ms", "GB/s", "GFLOP/s", "/ matrix product", "error")
 
+Call = Callable[[], Any]
 
-def run(shapes: Sequence[LayerShape], dtype: str | None, rounds: int, vs_torch: bool) -> list[Row]:
+
+class Work(NamedTuple):
+    """Something that several kernels do.  flops: its operations, of rows that are there.  by: them, by their names."""
+
+    name: str
+    flops: int
+    by: dict[str, Call]
+
+
+def run(
+    shapes: Sequence[LayerShape],
+    dtype: str | None,
+    rounds: int,
+    vs_torch: bool,
+    save: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
     """Time a copy, a plain product and grouped products, print a table of each, and return all rows.
 
-    shapes: the first and the last standard one if there are none.  vs_torch: time torch's grouped product too.
+    shapes: `product_shapes` if there are none.  vs_torch: time torch's grouped product too.
+    save: takes the rows found until then, after each table.
     A kernel that fails gets a row with its error. Raises ConfigError.
     """
     if vs_torch:
         from default_moe.bench import torch_block  # torch is needed for nothing else
 
         torch_block.check_installed("torch")
+    dtype = dtype or standard_dtype()
+    rows = ceilings(dtype, rounds)
+    best = rows[0].get("GFLOP/s")
+    for shape in shapes or product_shapes():
+        for work in _works(shape, dtype, vs_torch):
+            rows += _shown(f"{shape} {dtype}, {work.name}", _time(work.by, rounds, work.flops, best))
+            save(rows)
+    return rows
+
+
+def ceilings(dtype: str | None, rounds: int) -> list[Row]:
+    """Time a plain product, and a copy in memory: what nothing else can be faster than."""
     print(heading())
     dtype = dtype or standard_dtype()
     size, copied = (1024, 2**26) if on_cpu() else (8192, 2**31)
     square = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    (best,) = _time({f"{size} x {size}": functools.partial(jax.jit(jnp.matmul), square, square)}, rounds, 2 * size**3)
-    rows = _shown(f"matrix product, {dtype}", [best])
+    product = _time({f"{size} x {size}": functools.partial(jax.jit(jnp.matmul), square, square)}, rounds, 2 * size**3)
+    rows = _shown(f"matrix product, {dtype}", product)
     (copy,) = _time({"negative": functools.partial(jax.jit(jnp.negative), jnp.ones(copied // 4, jnp.float32))}, rounds)
     if "ms" in copy:
         copy["GB/s"] = 2 * copied / copy["ms"] / 1e6
-    rows += _shown(f"copy of {copied / 2**30:.2f} GiB, bytes read and written", [copy])
-    for shape in shapes or dict.fromkeys((standard_shapes()[0], standard_shapes()[-1])):
-        flops = shape.active_flops()
-        for kind in _KINDS:
-            group = _time(_grouped_products(shape, kind, dtype), rounds, flops // 3, best.get("GFLOP/s"))
-            rows += _shown(f"{shape} {dtype}, {kind}", group)
-        if vs_torch:
-            forward, both = torch_block.grouped_swiglu(shape, dtype)
-            group = _time({"torch, forward": forward}, rounds, flops, best.get("GFLOP/s"))
-            group += _time({"torch, forward+backward": both}, rounds, 3 * flops, best.get("GFLOP/s"))
-            rows += _shown(f"{shape} {dtype}, SwiGLU experts", group)
-    return rows
+    return rows + _shown(f"copy of {copied / 2**30:.2f} GiB, bytes read and written", [copy])
 
 
-def _time(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, flops: int = 0, best: float | None = None
-) -> list[Row]:
+def _time(functions: Mapping[str, Call], rounds: int, flops: int = 0, best: float | None = None) -> list[Row]:
     """Return a row of each function, all of which take `flops` operations.  best: GFLOP/s of a matrix product."""
-    errors = {}
-    for name, function in functions.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", SlowKernel)  # no kernel is timed under another's name
-                jax.block_until_ready(function())
-        except Exception as error:  # whatever a kernel, a compiler or a library raises
-            errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowKernel)  # no kernel is timed under another's name
+        raised = call_once(functions)
+    errors = {name: " ".join(f"{type(e).__name__}: {e}".split())[:300] for name, e in raised.items()}
     timings = time_alternately({name: f for name, f in functions.items() if name not in errors}, rounds)
     rows: list[Row] = [{"by": name, "ms": timing.seconds * 1e3} for name, timing in timings.items()]
     for row in rows:
@@ -83,37 +103,105 @@ def _shown(work: str, rows: list[Row]) -> list[Row]:
     return [{"work": work, **row} for row in rows]
 
 
-def _grouped_products(shape: LayerShape, kind: str, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Return one of the three products by every kernel, for rows of uniformly drawn experts."""
-    slots, wide, narrow = shape.tokens * shape.top_k, shape.d_model, shape.expert_dim
-    experts = np.random.default_rng(0).integers(shape.num_experts, size=slots)
-    sizes = jnp.asarray(np.bincount(experts, minlength=shape.num_experts), jnp.int32)
-    lhs_shape = (slots, narrow if kind == "rows' gradient" else wide)
-    rhs_shape = (slots, narrow) if kind == "matrices' gradient" else (shape.num_experts, wide, narrow)
-    keys = jax.random.split(jax.random.key(0))
-    lhs, rhs = (jax.random.normal(*args, dtype) for args in zip(keys, (lhs_shape, rhs_shape), strict=True))
+def _works(shape: LayerShape, dtype: str, vs_torch: bool) -> Iterator[Work]:
+    """Yield the three products, on a Hopper GPU those with SwiGLU in them, and whole experts."""
+    one, ours = shape.active_flops() // 3, _ours(shape, dtype) if is_hopper() else {}
+    for kind in _KINDS:
+        yield Work(kind, one, _products(shape, kind, dtype) | ours[kind] if ours else _products(shape, kind, dtype))
+    for kind, products in ((hopper_tiles.SWIGLU, 2), (hopper_tiles.SWIGLU_GRADIENT, 1)):
+        if ours:
+            yield Work(kind, products * one, ours[kind])
+    passes = {name: _experts(shape, name, dtype) for name in available_backends() if name != "blocks"}
+    if vs_torch:
+        from default_moe.bench import torch_block
 
-    def bind(kernel: Callable, **compiler_options: Any) -> Callable[[], Any]:
-        def product(lhs: Array, rhs: Array, sizes: Array) -> Array:
-            return kernel(lhs, rhs, sizes, _KINDS[kind])
+        passes["torch"] = torch_block.grouped_swiglu(shape, dtype)
+    for index, name in enumerate(("forward", "forward+backward")):
+        yield Work(f"SwiGLU experts, {name}", (3, 9)[index] * one, {by: both[index] for by, both in passes.items()})
 
-        return functools.partial(jax.jit(product, compiler_options=compiler_options), lhs, rhs, sizes)
 
-    ragged = jax.lax.ragged_dot_general
-    found = {"plain product of equal FLOPs": bind(_plain), "ragged_dot": bind(ragged)}
+def _products(shape: LayerShape, kind: str, dtype: str) -> dict[str, Call]:
+    """Return one of the three products by every kernel but ours."""
+    kernels: dict[str, tuple[Callable, dict[str, Any]]] = {
+        "plain product of equal FLOPs": (_plain, {}),
+        "ragged_dot": (jax.lax.ragged_dot_general, {}),
+    }
     if is_nvidia():
-        found["ragged_dot, XLA's fusion"] = bind(ragged, xla_gpu_experimental_use_ragged_dot_fusion=True)
+        fusion = {"xla_gpu_experimental_use_ragged_dot_fusion": True}
+        kernels["ragged_dot, XLA's fusion"] = (jax.lax.ragged_dot_general, fusion)
     if is_hopper():
-        found["mosaic"] = bind(grouped_matmul.kernel_of("mosaic"))
+        kernels["mosaic"] = (kernel_of("mosaic"), {})
     if not on_cpu() and importlib.util.find_spec("tokamax"):
         import tokamax
 
         for name in ("mosaic", "triton"):
-            found[f"tokamax {name}"] = bind(functools.partial(tokamax.ragged_dot_general, implementation=(name,)))
+            kernels[f"tokamax {name}"] = (functools.partial(tokamax.ragged_dot_general, implementation=(name,)), {})
+    slots, sizes_M = _groups(shape, "mosaic")
+    wide, narrow, experts = shape.d_model, shape.expert_dim, shape.num_experts
+    lhs, rhs = {
+        PRODUCT: ((slots, narrow), (experts, narrow, wide)),
+        ROWS_GRADIENT: ((slots, narrow), (experts, wide, narrow)),
+        MATRICES_GRADIENT: ((slots, wide), (slots, narrow)),
+    }[_KINDS[kind]]
+    arrays = _drawn((lhs, rhs), dtype)
+
+    def bind(kernel: Callable, compiler_options: dict[str, Any]) -> Call:
+        def product(lhs: Array, rhs: Array, sizes_M: Array) -> Array:
+            return kernel(lhs, rhs, sizes_M, _KINDS[kind])
+
+        return functools.partial(jax.jit(product, compiler_options=compiler_options), *arrays, sizes_M)
+
+    return {name: bind(*how) for name, how in kernels.items()}
+
+
+def _ours(shape: LayerShape, dtype: str) -> dict[str, dict[str, Call]]:
+    """Return what our kernels for Hopper do in a layer, each with all tiles that are worth a measurement."""
+    slots, sizes_M = _groups(shape, "hopper")
+    found: dict[str, dict[str, Call]] = {}
+    for work in hopper.works(slots, shape.d_model, shape.expert_dim, shape.num_experts):
+        if work.name in found:  # the second of two places alike
+            continue
+        arrays = _drawn(work.shapes, dtype)
+        found[work.name] = {
+            f"hopper {tiles}": functools.partial(
+                jax.jit(functools.partial(work.run, tiles=tiles)), *arrays, group_sizes_M=sizes_M
+            )
+            for tiles in hopper_tiles.candidates(work.kernel, work.width, work.depth)
+        }
     return found
 
 
-def _plain(lhs: Array, rhs: Array, sizes: Array, dimensions: Any) -> Array:
+def _experts(shape: LayerShape, backend: str, dtype: str) -> tuple[Call, Call]:
+    """Return the forward pass of SwiGLU experts on rows that are sorted, and that with all gradients."""
+    slots, sizes_M = _groups(shape, backend)
+    wide, narrow, experts = shape.d_model, shape.expert_dim, shape.num_experts
+    into, out_of = (experts, wide, narrow), (experts, narrow, wide)
+    x, g, gate, up, down = _drawn(((slots, wide), (slots, wide), into, into, out_of), dtype)
+
+    def forward(x: Array, params: ExpertParams) -> Array:
+        return row_experts(x, params, sizes_M, backend)
+
+    def both(x: Array, params: ExpertParams, g: Array) -> Any:
+        out, pull = jax.vjp(forward, x, params)
+        return out, pull(g)
+
+    params = ExpertParams(gate, up, down)
+    return functools.partial(jax.jit(forward), x, params), functools.partial(jax.jit(both), x, params, g)
+
+
+def _groups(shape: LayerShape, backend: str) -> tuple[int, Array]:
+    """Return the number of slots, and of those of each expert, as a layer lays out uniformly drawn experts."""
+    drawn = np.random.default_rng(0).integers(shape.num_experts, size=(shape.tokens, shape.top_k), dtype=np.int32)
+    layout = lay_out(jnp.asarray(drawn), shape.num_experts, backend)
+    return layout.assignment_S.size, layout.group_sizes_M
+
+
+def _drawn(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _plain(lhs: Array, rhs: Array, sizes_M: Array, dimensions: Any) -> Array:
     """Compute the product with one matrix for all rows, or with all rows in one group."""
     if dimensions == PRODUCT:
         return lhs @ rhs[0]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from default_moe.bench import report
 from default_moe.bench.candidate import StepCandidate, random_batch
+from default_moe.bench.kernels import COLUMNS, kernel_times
 from default_moe.bench.report import Row
 from default_moe.bench.timing import time_alternately
 from default_moe.config import Config
@@ -90,11 +92,11 @@ def run(
     print(f"{heading()}\n{report.table(times, tuple(times[0]))}\n\n{report.table(memories, tuple(memories[0]))}")
     print("(allowed Default MoE: the default vectors, and one [T, N] array of float32 for each MoE layer; per device)")
     if profile:
-        with jax.profiler.trace(profile):
-            for name, candidate in candidates.items():
-                with jax.profiler.TraceAnnotation(f"step of {' '.join(name)}"):
-                    jax.block_until_ready(candidate.step())
-        print(f"a trace of a step of each is in {profile}", flush=True)
+        for name, candidate in candidates.items():
+            folder = Path(profile) / "_".join(name)
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(candidate.step())
+            print(f"\n{' '.join(name)}, a step ({folder})\n{report.table(kernel_times(folder), COLUMNS)}", flush=True)
     return [time | memory for time, memory in zip(times, memories, strict=True)]
 
 

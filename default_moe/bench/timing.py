@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -41,6 +42,13 @@ class Timing:
         """Return that ratio as columns of a table."""
         middle, low, high = self.ratio_to(other)
         return {name: middle, "quartiles": f"{low:.3f}-{high:.3f}"}
+
+
+def call_once(functions: Mapping[_Key, Callable[[], Any]]) -> dict[_Key, BaseException]:
+    """Call each function, several at a time, since most of the time goes into compiling. Return what those raised."""
+    with ThreadPoolExecutor() as pool:
+        calls = {name: pool.submit(lambda f: jax.block_until_ready(f()), f) for name, f in functions.items()}
+    return {name: error for name, call in calls.items() if (error := call.exception())}
 
 
 def time_alternately(functions: Mapping[_Key, Callable[[], Any]], rounds: int) -> dict[_Key, Timing]:

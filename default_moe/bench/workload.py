@@ -59,6 +59,13 @@ def standard_shapes() -> tuple[LayerShape, ...]:
     return CPU_SHAPES if on_cpu() else ACCELERATOR_SHAPES
 
 
+def product_shapes() -> tuple[LayerShape, ...]:
+    """Return what the `products` suite times here unless told otherwise."""
+    if on_cpu():
+        return CPU_SHAPES[0], CPU_SHAPES[-1]
+    return ACCELERATOR_SHAPES[0], ACCELERATOR_SHAPES[-1], LayerShape(16_384, 1024, 64, 8, 512)
+
+
 def standard_dtype() -> str:
     """Return the compute type here unless told otherwise."""
     return "float32" if on_cpu() else "bfloat16"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,17 +41,22 @@ def test_every_part_leaves_text_and_numbers(found):
     results = {}
     for part in accelerator.parts(on_cpu=True):
         assert f"\n{part.name}: done\n{(folder / f'{part.name}.txt').read_text()}" in printed
-        written = json.loads((folder / f"{part.name}.json").read_text())
-        assert written["machine"]["platform"] == "cpu" and written["machine"]["versions"]["jax"] == jax.__version__
-        results[part.name] = written["results"]
+        if part.name != "correctness":
+            written = json.loads((folder / f"{part.name}.json").read_text())
+            assert written["machine"]["platform"] == "cpu" and written["machine"]["versions"]["jax"] == jax.__version__
+            results[part.name] = written["results"]
+    assert list(results) == ["ceilings", "products", "layer", "step"]
+    assert len(results["ceilings"]) == 2 and re.search(r"^8 passed", (folder / "correctness.txt").read_text(), re.M)
     topk, default = results["step"]
     # 8 sequences of 16 tokens a step. One MoE layer of 8 experts, D 32: their default vectors, and [T, N].
     assert default["tokens/s"] == pytest.approx(128 / default["step ms"] * 1e3)
     assert (topk["router"], default["allowed bytes"]) == ("topk", 4 * 8 * (32 + 128))
-    assert list(folder.glob("profile/**/*.trace.json.gz"))
+    for name in ("topk", "default"):
+        assert list(folder.glob(f"step.profile/{name}_adamw/**/*.trace.json.gz"))
     grouped = [row for row in results["products"] if row["work"].startswith("T128")]
-    assert len(grouped) == 3 * 2 and all(row["/ matrix product"] > 0 for row in grouped)
+    assert len(grouped) == 3 * 2 + 2 and all(row["/ matrix product"] > 0 for row in grouped)
     assert {"dense", "topk auto", "default auto"} == {row["candidate"] for row in results["layer"]}
+    assert printed.count("kernel ") == 2 and accelerator.fastest_backends(folder / "layer.json") == ["auto"]
 
 
 def test_a_part_that_fails_or_hangs_loses_only_itself(tmp_path, monkeypatch, capsys):
@@ -60,6 +66,7 @@ def test_a_part_that_fails_or_hangs_loses_only_itself(tmp_path, monkeypatch, cap
         Part("wrong", 60, (wrong,)),
         Part("hanging", 0.2, ("--suite=layer",)),
         Part("late", 0, ("--suite=layer",)),
+        Part("of a backend that is not there", 60, ("--suite=layer",), rank=1),
         Part("second", 100, (wrong, "--suite=products --shape=16,8,2,1,8 --rounds=1", wrong)),
     ]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -80,8 +87,35 @@ def test_results_are_never_overwritten(tmp_path):
         accelerator.run(tmp_path / "a file")
 
 
-def test_the_parts_for_an_accelerator_take_less_than_nine_minutes():
-    assert accelerator.SECONDS < 9 * 60
-    first, *others = accelerator.parts(on_cpu=False)
-    assert first.name == "step" and len(first.attempts) == 4
-    assert first.seconds + sum(part.seconds for part in others if "torch" not in part.name) < accelerator.SECONDS
+def test_the_parts_for_an_accelerator_take_as_long_as_is_said(tmp_path, monkeypatch):
+    on_accelerator = accelerator.parts(on_cpu=False)
+    ours = [part for part in on_accelerator if "torch" not in part.name]
+    assert [part.name for part in ours[:2]] == ["ceilings", "correctness"] and len(ours) == 6
+    assert 60 * accelerator.MINUTES - 15 < sum(part.seconds for part in ours) <= 60 * accelerator.MINUTES
+    limits = []
+
+    def run(arguments, output, seconds, memory=0):
+        limits.append(seconds)
+        output.write_text("gpu")
+
+    monkeypatch.setattr(accelerator, "_run", run)
+    monkeypatch.setattr(accelerator, "parts", lambda on_cpu: on_accelerator)
+    assert accelerator.run(tmp_path / "out", minutes=4)
+    assert limits[1] == pytest.approx(ours[0].seconds / 2, abs=0.1)  # the first is for asking where this runs
+
+
+def test_the_step_is_done_by_the_fastest_backend(tmp_path):
+    def row(candidate, ms, **other):
+        return {
+            "shape": "T1",
+            "pass": "forward+backward",
+            "routing": "balanced",
+            "candidate": candidate,
+            "ms": ms,
+        } | other
+
+    rows = [row("dense", 1), row("topk a", 1), row("default a", 3), row("default b", 2), row("default c", 4)]
+    rows += [row("default c", 1, **{name: "other"}) for name in ("shape", "pass", "routing")]
+    (tmp_path / "layer.json").write_text(json.dumps({"results": rows}))
+    assert accelerator.fastest_backends(tmp_path / "layer.json") == ["b", "a", "c"]
+    assert accelerator.fastest_backends(tmp_path / "not there.json") == ["auto"]
