@@ -128,8 +128,8 @@ class MoEConfig:
     )
     expert_parallel: str = setting(
         "auto",
-        "How devices that hold different experts share tokens, see moe/experts/parallel.py; 'auto' picks by platform "
-        "and by what is moved.",
+        "How devices that hold different experts share tokens, see moe/experts/parallel.py; 'auto' gathers, but on "
+        "TPUs takes the one that moves less.",
         one_of("auto", *EXPERT_PARALLEL_FORMS),
         MAY_CHANGE,
     )

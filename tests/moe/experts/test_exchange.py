@@ -11,6 +11,7 @@ from helpers.layers import check_results, make_config, with_settings
 from helpers.refusals import refused
 
 from default_moe.config import MoEConfig
+from default_moe.moe.experts import parallel
 from default_moe.moe.experts.exchange import received_slots, slices
 from default_moe.moe.experts.parallel import exchange_bytes, gather_bytes, resolve_expert_parallel
 from default_moe.sharding import make_mesh
@@ -132,6 +133,10 @@ def test_the_choice_is_what_moves_less(monkeypatch):
     assert [chosen(2, top_k=k) for k in (1, 2, 4, 8)] == ["exchange", "exchange", "gather", "gather"]
     assert [chosen(8, top_k=k) for k in (1, 8)] == ["exchange", "exchange"]
     assert [chosen(1, expert_parallel="exchange"), chosen(2, expert_parallel="gather")] == [None, "gather"]
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(parallel, "platform", lambda: "gpu")
+        on_gpu.setattr(parallel, "is_nvidia", lambda: True)
+        assert [chosen(8), chosen(8, expert_parallel="exchange")] == ["gather", "exchange"]
     with nn.logical_axis_rules((("batch", ("data", "fsdp")), ("expert", "expert"))):
         assert chosen(2) == "gather"
         with refused(r"moe\.expert_parallel is 'exchange', but mesh\.rules do not"):
