@@ -220,8 +220,12 @@ def _sweep(tasks: Sequence[Task], name: str) -> Any:
             panel.errorbar(
                 xs, losses, halves, label=label, color=styles.color(label.split(" ")[0]), marker=".", capsize=2
             )
-        if all(x > 0 for points in lines.values() for x, _, _ in points):
+        tried = sorted({x for points in lines.values() for x, _, _ in points})
+        if all(x > 0 for x in tried):
             panel.set_xscale("log")
+        if len(tried) <= 6:  # labels that do not lie on each other
+            panel.minorticks_off()
+            panel.set_xticks(tried, [f"{x:g}" for x in tried])
         panel.set_xlabel(name)
         panel.set_title(task.name, fontsize=10)
     axes[0].set_ylabel("held-out loss (nats per token)")

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from default_moe.compare import comparison, matrix, report
+from default_moe.compare import comparison, matrix, plot, report
 from default_moe.compare.plot import pictures
 from default_moe.compare.runs import Result
 from default_moe.compare.statistics import Curve, holm, mean_curve, paired, standard_error, tokens_to_reach
@@ -145,6 +145,8 @@ def test_one_method_alone_is_a_sweep():
     files = pictures([task])
     assert sorted(files) == [f"{name}.{kind}" for name in ("cost", "report", "sweep") for kind in ("pdf", "png")]
     assert files["sweep.png"].startswith(b"\x89PNG") and files["sweep.pdf"].startswith(b"%PDF")
+    panel = plot._sweep([task], "optim.peak_lr").axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0.001", "0.002", "0.004"]
 
 
 @pytest.mark.parametrize(
