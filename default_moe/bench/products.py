@@ -17,9 +17,8 @@ from default_moe.bench.timing import call_once, time_alternately
 from default_moe.bench.workload import LayerShape, on_cpu, product_shapes, standard_dtype
 from default_moe.hardware import heading, is_hopper, is_nvidia
 from default_moe.moe.experts import hopper, hopper_tiles
-from default_moe.moe.experts.backends import available_backends, lay_out
+from default_moe.moe.experts.backends import available_backends, lay_out, run_rows
 from default_moe.moe.experts.grouped_matmul import MATRICES_GRADIENT, PRODUCT, ROWS_GRADIENT, SlowKernel, kernel_of
-from default_moe.moe.experts.sorted_rows import row_experts
 from default_moe.moe.experts.swiglu import ExpertParams
 
 # The products of a layer: hidden @ down, the gradient of x from that of x @ gate, and the gradient of gate.
@@ -105,16 +104,21 @@ def _shown(work: str, rows: list[Row]) -> list[Row]:
 
 def _works(shape: LayerShape, dtype: str, vs_torch: bool) -> Iterator[Work]:
     """Yield the three products, on a Hopper GPU those with SwiGLU in them, and whole experts."""
+    if vs_torch:
+        from default_moe.bench import torch_block
     one, ours = shape.active_flops() // 3, _ours(shape, dtype) if is_hopper() else {}
     for kind in _KINDS:
-        yield Work(kind, one, _products(shape, kind, dtype) | ours[kind] if ours else _products(shape, kind, dtype))
+        by = _products(shape, kind, dtype) | ours.get(kind, {})
+        if vs_torch:
+            plain = functools.partial(_plain, sizes_M=None, dimensions=_KINDS[kind])
+            by["torch, plain product"] = torch_block.on_random_tensors(plain, _operands(shape, kind), dtype)
+        yield Work(kind, one, by)
     for kind, products in ((hopper_tiles.SWIGLU, 2), (hopper_tiles.SWIGLU_GRADIENT, 1)):
         if ours:
             yield Work(kind, products * one, ours[kind])
-    passes = {name: _experts(shape, name, dtype) for name in available_backends() if name != "blocks"}
+    left_out = "ragged" if on_cpu() else "blocks"  # which no one would take there
+    passes = {name: _experts(shape, name, dtype) for name in available_backends() if name != left_out}
     if vs_torch:
-        from default_moe.bench import torch_block
-
         passes["torch"] = torch_block.grouped_swiglu(shape, dtype)
     for index, name in enumerate(("forward", "forward+backward")):
         yield Work(f"SwiGLU experts, {name}", (3, 9)[index] * one, {by: both[index] for by, both in passes.items()})
@@ -136,14 +140,8 @@ def _products(shape: LayerShape, kind: str, dtype: str) -> dict[str, Call]:
 
         for name in ("mosaic", "triton"):
             kernels[f"tokamax {name}"] = (functools.partial(tokamax.ragged_dot_general, implementation=(name,)), {})
-    slots, sizes_M = _groups(shape, "mosaic")
-    wide, narrow, experts = shape.d_model, shape.expert_dim, shape.num_experts
-    lhs, rhs = {
-        PRODUCT: ((slots, narrow), (experts, narrow, wide)),
-        ROWS_GRADIENT: ((slots, narrow), (experts, wide, narrow)),
-        MATRICES_GRADIENT: ((slots, wide), (slots, narrow)),
-    }[_KINDS[kind]]
-    arrays = _drawn((lhs, rhs), dtype)
+    _, sizes_M = _groups(shape, "mosaic")
+    arrays = _drawn(_operands(shape, kind), dtype)
 
     def bind(kernel: Callable, compiler_options: dict[str, Any]) -> Call:
         def product(lhs: Array, rhs: Array, sizes_M: Array) -> Array:
@@ -152,6 +150,17 @@ def _products(shape: LayerShape, kind: str, dtype: str) -> dict[str, Call]:
         return functools.partial(jax.jit(product, compiler_options=compiler_options), *arrays, sizes_M)
 
     return {name: bind(*how) for name, how in kernels.items()}
+
+
+def _operands(shape: LayerShape, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the operands of one of the three products."""
+    slots, _ = _groups(shape, "mosaic")
+    x, hidden = (slots, shape.d_model), (slots, shape.expert_dim)
+    return {
+        PRODUCT: (hidden, (shape.num_experts, shape.expert_dim, shape.d_model)),
+        ROWS_GRADIENT: (hidden, (shape.num_experts, shape.d_model, shape.expert_dim)),
+        MATRICES_GRADIENT: (x, hidden),
+    }[_KINDS[kind]]
 
 
 def _ours(shape: LayerShape, dtype: str) -> dict[str, dict[str, Call]]:
@@ -179,7 +188,7 @@ def _experts(shape: LayerShape, backend: str, dtype: str) -> tuple[Call, Call]:
     x, g, gate, up, down = _drawn(((slots, wide), (slots, wide), into, into, out_of), dtype)
 
     def forward(x: Array, params: ExpertParams) -> Array:
-        return row_experts(x, params, sizes_M, backend)
+        return run_rows(x, params, sizes_M, shape.tokens * shape.top_k, experts, backend)
 
     def both(x: Array, params: ExpertParams, g: Array) -> Any:
         out, pull = jax.vjp(forward, x, params)
@@ -201,8 +210,8 @@ def _drawn(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Array]:
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _plain(lhs: Array, rhs: Array, sizes_M: Array, dimensions: Any) -> Array:
-    """Compute the product with one matrix for all rows, or with all rows in one group."""
+def _plain(lhs: Any, rhs: Any, sizes_M: Any, dimensions: Any) -> Any:
+    """Compute the product with one matrix for all rows, or with all rows in one group, by JAX or torch."""
     if dimensions == PRODUCT:
         return lhs @ rhs[0]
     return lhs @ rhs[0].T if dimensions == ROWS_GRADIENT else lhs.T @ rhs

@@ -1,7 +1,7 @@
 """torch on the work that our layer is timed on: transformers' Mixtral block, and torch's grouped matrix product."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,20 @@ def grouped_swiglu(shape: LayerShape, dtype: str) -> Passes:
         return torch._grouped_mm(hidden * torch._grouped_mm(x, up, offs=offs), down, offs=offs)
 
     return _passes(swiglu, [x, gate, up, down], torch.randn_like(x))
+
+
+def on_random_tensors(function: Callable, shapes: Sequence[tuple[int, ...]], dtype: str) -> Callable[[], Pending]:
+    """Return `function` bound to random tensors of these shapes."""
+    import torch
+
+    tensors = [torch.randn(shape, device=_device(), dtype=getattr(torch, dtype)) for shape in shapes]
+
+    def run() -> Pending:
+        with torch.no_grad():
+            function(*tensors)
+        return Pending()
+
+    return run
 
 
 def _device() -> str:

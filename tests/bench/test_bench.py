@@ -138,13 +138,22 @@ def test_the_products_suite_says_which_kernel_failed(monkeypatch, capsys):
     saved = []
     best, copy, *rows = products.run([SHAPE], None, 2, False, lambda rows: saved.append(len(rows)))
     assert best["GFLOP/s"] > 0 and copy["GB/s"] > 0
-    assert [row["by"] for row in rows] == ["ragged_dot", "plain product of equal FLOPs"] * 3 + ["ragged"] * 2
+    assert [row["by"] for row in rows] == ["ragged_dot", "plain product of equal FLOPs"] * 3 + ["blocks"] * 2
     assert saved == [4, 6, 8, 9, 10]  # a suite that is stopped leaves what it has found
     flops = 2 * 64 * 2 * 16 * 8
     for found, share in zip((rows[0], rows[2], rows[4], rows[6], rows[7]), (1, 1, 1, 3, 9), strict=True):
         assert found["/ matrix product"] == pytest.approx(share * flops / found["ms"] / 1e6 / best["GFLOP/s"])
     assert all(failed["error"] == "ValueError: no kernel" for failed in rows[1:6:2])
     assert "T64 D16 N4 K2 F8 float32, rows' gradient" in capsys.readouterr().out
+
+
+@pytest.mark.hf
+def test_torch_is_timed_on_the_same_work():
+    rows = products.run([SHAPE], None, rounds=1, vs_torch=True)
+    assert [row["by"] for row in rows if "torch" in row["by"]] == ["torch, plain product"] * 3 + ["torch"] * 2
+    rows += layer.run([SHAPE], ["auto"], None, rounds=1, vs_torch=True)
+    assert {row["candidate"] for row in rows if "candidate" in row} >= {"torch dense", "torch mixtral", "default auto"}
+    assert not [row for row in rows if "error" in row]
 
 
 def test_our_kernels_for_hopper_are_timed_with_all_tiles(monkeypatch):
