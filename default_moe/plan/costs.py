@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from default_moe.moe.experts import tpu_tiles
 from default_moe.plan.hlo import Array, Hlo, Instruction, called_computations
 
 # These move nothing by themselves.
@@ -139,6 +140,8 @@ def _bytes(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
     opcode = instruction.opcode
     if _FREE.fullmatch(opcode):
         return 0.0
+    if opcode == "custom-call" and re.match(_TPU_GROUPED_KERNEL, instruction.name):
+        return _grouped_bytes(computation, instruction)
     said = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes)
     if opcode == "custom-call" and said:
         return float(said[1])
@@ -146,6 +149,18 @@ def _bytes(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
         return _fusion_bytes(hlo, computation, instruction)
     operands = [a for name in instruction.operands if name in computation for a in computation[name].results]
     return _moved(opcode, operands, instruction.results)
+
+
+def _grouped_bytes(computation: dict[str, Instruction], instruction: Instruction) -> float:
+    """Return those of a kernel of tokamax for TPUs, which itself counts a matrix again for every tile of its rows."""
+    (*_, lhs, rhs), out = (computation[name].results[0] for name in instruction.operands), instruction.results[0]
+    (num_rows, depth), width = lhs.shape, out.shape[-1]
+    itemsize = lhs.bytes // math.prod(lhs.shape)
+    if len(rhs.shape) == 3:
+        tiles = tpu_tiles.for_rows(num_rows, depth, width, rhs.shape[0], itemsize)
+        return itemsize * tpu_tiles.numbers_for_rows(tiles, num_rows, depth, width, rhs.shape[0])
+    tiles = tpu_tiles.for_matrices(num_rows, depth, width, out.shape[0], itemsize)
+    return itemsize * tpu_tiles.numbers_for_matrices(tiles, num_rows, depth, width, out.shape[0])
 
 
 def _moved(opcode: str, operands: list[Array], results: tuple[Array, ...]) -> float:

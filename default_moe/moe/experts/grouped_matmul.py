@@ -15,7 +15,7 @@ from jax.lax import RaggedDotDimensionNumbers
 
 from default_moe.errors import ConfigError
 from default_moe.hardware import platform
-from default_moe.moe.experts import hopper, mosaic
+from default_moe.moe.experts import hopper, mosaic, tpu_tiles
 from default_moe.moe.experts.layout import matrices_of_groups, rows_of_groups
 
 # out[s] = lhs[s] @ rhs[e], d_lhs[s] = d_out[s] @ rhs[e]^T and d_rhs[e] = lhs[group e]^T @ d_out[group e].
@@ -95,13 +95,13 @@ def _on_hopper(
 
 def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Array:
     """tokamax's kernels, with `jax.lax.ragged_dot_general` and a warning for what they do not take."""
-    # Its Mosaic kernels for Hopper (0.0.17) give wrong gradients of the matrices.
-    kernels = ("mosaic_tpu",) if platform() == "tpu" else ("triton",)
     try:
         import tokamax
 
         _prepare_tokamax()
-        return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=kernels)
+        # Its Mosaic kernels for Hopper (0.0.17) give wrong gradients of the matrices.
+        kernel = _tokamax_for_tpu(lhs, rhs, group_sizes_M, dimensions) if platform() == "tpu" else "triton"
+        return tokamax.ragged_dot_general(lhs, rhs, group_sizes_M, dimensions, implementation=(kernel,))
     except (NotImplementedError, ValueError, ExceptionGroup) as error:
         errors: Any = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
         reason = "; ".join(dict.fromkeys(" ".join(str(e).split()) for e in errors))
@@ -113,6 +113,19 @@ def _tokamax(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDot
             f"moe.matmul is 'tokamax', but {versions} (or jax-triton) do not go together "
             f"({type(error).__name__}: {error}): install versions made for each other, or choose another moe.matmul"
         ) from error
+
+
+def _tokamax_for_tpu(lhs: Array, rhs: Array, group_sizes_M: Array, dimensions: RaggedDotDimensionNumbers) -> Any:
+    """tokamax's kernel for TPUs, in tiles of our choice."""
+    from tokamax._src.ops.ragged_dot.pallas_mosaic_tpu import Config, PallasMosaicTpuRaggedDot  # exported nowhere
+
+    if dimensions == MATRICES_GRADIENT:
+        choose, width = tpu_tiles.for_matrices, rhs.shape[1]
+    else:
+        choose, width = tpu_tiles.for_rows, rhs.shape[1 if dimensions == ROWS_GRADIENT else 2]
+    num_rows, depth = lhs.shape
+    tiles = choose(num_rows, depth, width, len(group_sizes_M), lhs.dtype.itemsize)
+    return PallasMosaicTpuRaggedDot(config=Config(tile_m=tiles.rows, tile_k=tiles.depth, tile_n=tiles.columns))
 
 
 @functools.cache
