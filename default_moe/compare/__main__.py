@@ -120,7 +120,8 @@ def main(argv: list[str]) -> int:
     missing = [e.folder for e in entries if e.folder not in failures and not runs.finished(e, workdir)]
     entries = [entry for entry in entries if entry.folder not in missing]
     if missing:
-        say(f"{len(missing)} runs are not finished: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}")
+        which = "1 run is" if len(missing) == 1 else f"{len(missing)} runs are"
+        say(f"{which} not finished: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}")
     if code is not None:
         say("the comparison is not finished; the same command continues it")
     if missing and not any(e.candidate.method == methods[0].label and e.folder not in failures for e in entries):

@@ -121,6 +121,6 @@ def test_the_command_adds_seeds_and_finds_them_again(tmp_path):
     shutil.rmtree(tmp_path / "comparison" / "runs" / "frozen" / "seed_6" / "checkpoints")  # as if it had failed
     ((code, output, error),) = run_commands([[*flags, *commands["whole"], "--report"]], REPOSITORY, environment())
     assert code == 0, error
-    assert "1 runs are not finished: frozen/seed_6" in output and "there are 5." in output
+    assert "1 run is not finished: frozen/seed_6" in output and "there are 5." in output
     written = json.loads((tmp_path / "comparison" / "report.json").read_text())
     assert [*written["tasks"][0]["rows"][1]["results"]] == ["5", "7", "8", "9"]
