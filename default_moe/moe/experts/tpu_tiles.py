@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-BLOCK = 128  # tiles are multiples of it
+BLOCK = 128  # tiles are multiples of it, or all there is
 # Of the 16 MiB of a core's vector memory that XLA gives a kernel on TPUs of today, unless told otherwise.
 _MEMORY = 12 * 2**20
 # What a core multiplies and adds while it reads a byte: 197 TFLOP/s and 819 GB/s of a TPU v5e, about the middle.
@@ -101,6 +101,6 @@ def _cheapest(
 
 
 def _parts(size: int) -> Iterable[int]:
-    """Return tiles that cut `size` in about equal parts."""
+    """Return tiles that cut `size` in about equal parts, the first of which is all of it."""
     blocks = math.ceil(size / BLOCK)
-    return dict.fromkeys(BLOCK * math.ceil(blocks / parts) for parts in range(1, blocks + 1))
+    return dict.fromkeys(min(size, BLOCK * math.ceil(blocks / parts)) for parts in range(1, blocks + 1))
