@@ -1,8 +1,10 @@
 """All that is worth knowing about one GPU or TPU: the other suites, each in a process of its own with a time limit."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -146,17 +148,18 @@ def _run(arguments: list[str], output: Path, seconds: float, memory: float = 0.9
     environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "XLA_CLIENT_MEM_FRACTION": str(memory)}
     environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX takes one of them
     with output.open("w") as file:
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, env=environment, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                [sys.executable, *arguments],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                cwd=_ROOT,
-                env=environment,
-            ).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s"
+        finally:  # with all that it started: none of them may keep the device
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return f"ended with code {code}" if code else None
 
 

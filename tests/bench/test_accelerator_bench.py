@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -77,6 +78,14 @@ def test_a_part_that_fails_or_hangs_loses_only_itself(tmp_path, monkeypatch, cap
         assert f"\n{line}" in printed
     assert "late: no time was left for it" in printed and printed.count("error: --shape is '1'") == 2
     assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["second.json"]
+
+
+def test_what_a_part_started_is_stopped_with_it(tmp_path):
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert accelerator._run(["-c", parent], tmp_path / "out.txt", 0.7) == "stopped after 1 s"
+    time.sleep(1.5)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_results_are_never_overwritten(tmp_path):
