@@ -114,4 +114,4 @@ def _largest_line(plan: StepPlan | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cached=False)  # programs for devices that are not there cannot be read back
