@@ -138,6 +138,8 @@ def _products(shape: LayerShape, kind: str, dtype: str) -> dict[str, Call]:
     if not on_cpu() and importlib.util.find_spec("tokamax"):
         import tokamax
 
+        if not is_nvidia():
+            kernels["tokamax mosaic, our tiles"] = (kernel_of("tokamax"), {})
         for name in ("mosaic", "triton"):
             kernels[f"tokamax {name}"] = (functools.partial(tokamax.ragged_dot_general, implementation=(name,)), {})
     _, sizes_M = _groups(shape, "mosaic")
