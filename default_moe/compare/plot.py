@@ -38,7 +38,7 @@ def pictures(tasks: Sequence[Task], ladders: Sequence[Ladder] = ()) -> dict[str,
 
 def _report(tasks: Sequence[Task]) -> Any:
     """Above held-out loss over training tokens, below its difference to the baseline; a column per task."""
-    figure = new_figure(max(4.6 * len(tasks), 6.4), 6.6)
+    figure = new_figure(4.6 * len(tasks), 6.6)
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     styles = _Styles(tasks)
     for column, task in enumerate(tasks):
@@ -53,7 +53,7 @@ def _report(tasks: Sequence[Task]) -> Any:
 
 def _cost(tasks: Sequence[Task]) -> Any:
     """Held-out loss over training tokens, FLOPs and time; a row per task."""
-    figure = new_figure(13, 3.6 * len(tasks))
+    figure = new_figure(11, 3.6 * len(tasks))
     axes = figure.subplots(len(tasks), 3, squeeze=False, sharey="row")
     styles = _Styles(tasks)
     columns = {
@@ -141,7 +141,7 @@ def _ladder(ladders: Sequence[Ladder], styles: _Styles) -> Any:
 
     The room between a router that never learns and the exact gradient is grey.
     """
-    figure = new_figure(max(5.2 * len(ladders), 7.2), 6.6)
+    figure = new_figure(5.2 * len(ladders), 6.6)
     axes = figure.subplots(2, len(ladders), squeeze=False, sharex="col")
     for (above, below), ladder in zip(axes.T, ladders, strict=True):
         for climb in ladder.climbs:
@@ -205,7 +205,7 @@ def _swept(tasks: Sequence[Task]) -> str | None:
 
 def _sweep(tasks: Sequence[Task], name: str) -> Any:
     """The final held-out loss over a tuned setting, mean and 95 % interval over seeds; a column per task."""
-    figure = new_figure(max(4.6 * len(tasks), 6.4), 3.6)
+    figure = new_figure(4.6 * len(tasks), 3.6)
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     styles = _Styles(tasks)
     for panel, task in zip(axes, tasks, strict=True):
@@ -245,9 +245,10 @@ def _half_width(values: Sequence[float]) -> float:
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """Add one legend for all panels, beside them and over no curve."""
+    """Add one legend for all panels, beside them and over no curve, and room for it."""
     handles: dict[str, Any] = {}
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend([*handles.values()], [*handles], loc="outside right upper", fontsize=8, frameon=False)
+    legend = figure.legend([*handles.values()], [*handles], loc="outside right upper", fontsize=8, frameon=False)
+    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)

@@ -149,6 +149,17 @@ def test_one_method_alone_is_a_sweep():
     assert [label.get_text() for label in panel.get_xticklabels()] == ["0.001", "0.002", "0.004"]
 
 
+def test_long_names_leave_pictures_their_room():
+    named = matrix.parse_methods(["topk", "topk:moe.balancer=quantile:model.norm=rms:optim.peak_lr=1e-2"])
+    entries = matrix.entries(default_config(), named, range(4), matrix.parse_sets([]))
+    (task,) = comparison.compare(entries, {entry.folder: result(3.0 + entry.seed) for entry in entries}, "topk")
+    figure = plot._report([task])
+    figure.draw_without_rendering()
+    assert all(3 < panel.get_position().width * figure.get_figwidth() < 4.6 for panel in figure.axes)
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.get_figwidth() * figure.dpi + 1
+
+
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
