@@ -116,12 +116,14 @@ def do_runs(
             say(note)
     programs, failures = programs or Programs(), {}
     began = time.monotonic()
+    operations = [_operations(entry) for entry in waiting]
     with StopRequest() as stop:
         for number, entry in enumerate(waiting, 1):
-            left = (time.monotonic() - began) / (number - 1) * (len(waiting) - number + 1) if number > 1 else 0.0
+            done, left = sum(operations[: number - 1]), sum(operations[number - 1 :])
+            seconds = (time.monotonic() - began) * left / done if done else 0.0
             say(
                 f"\nrun {number} of {len(waiting)}: {entry.folder}"
-                + (f" ({_about(left)} for all that is left)" if left else "")
+                + (f" ({_about(seconds)} for all that is left)" if seconds else "")
             )
             try:
                 if again:
@@ -164,14 +166,22 @@ def plan(entries: Sequence[Entry], workdir: Path, again: bool = False) -> list[s
         )
         lines.append(f"{entry.folder}: {'to be trained anew' if anew else state}")
     lines += provenance.lines(found, again)
-    estimate = (
-        f"about {_about(seconds)} of training are left" if known else "no run is finished yet, so no time is known"
-    )
+    estimate = f"about {_about(seconds)} of training left" if known else "no run is finished yet, so no time is known"
     return [*lines, f"{len(entries)} runs; {estimate}, one after the other, without compiling and evaluating"]
 
 
+def _operations(entry: Entry) -> float:
+    """Return what a run computes, about: the scales of a ladder differ."""
+    train, vocab_size = entry.config.train, entry.config.model.vocab_size or 257
+    tokens = train.num_steps * train.batch_size * train.sequence_length
+    return tokens * training_flops_per_token(entry.config, vocab_size, math.nan)
+
+
 def _about(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} minutes"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    minutes = max(round(seconds / 60), 1)
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def _steps_done(entry: Entry, workdir: Path) -> int:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from threading import current_thread, main_thread
@@ -28,7 +29,7 @@ from helpers.tiny_runs import (
 from default_moe.compare import matrix, runs
 from default_moe.compare.compute import training_flops_per_token
 from default_moe.compare.runs import Programs
-from default_moe.config import Config, to_config_dict
+from default_moe.config import Config, default_config, to_config_dict
 from default_moe.errors import ConfigError, Diverged
 from default_moe.runs import trainer
 from default_moe.training.program import Program
@@ -165,7 +166,19 @@ def test_a_run_of_another_process_is_left_to_it(folder, done, capsys):
     assert [runs.finished(entry, place) for entry in entries] == [False, True, True, True]
     *lines, last = runs.plan(entries, place)
     assert lines[0] == "topk/seed_0: not begun" and lines[1] == "default/seed_0: finished (6 steps)"
-    assert last.startswith("4 runs; about 1 minutes of training are left")
+    assert last.startswith("4 runs; about 1 minute of training left")
+
+
+def test_the_time_that_is_left_goes_by_what_runs_compute(tmp_path, monkeypatch, capsys):
+    """The first takes a minute, the second trains for ten times as many steps."""
+    sets = matrix.parse_sets(["train.num_steps=200,2000"])
+    entries = matrix.entries(default_config(), matrix.parse_methods(["topk"]), [0], sets)
+    clock = [0.0]
+    monkeypatch.setattr(runs, "check_causal", lambda *_: None)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runs.trainer, "train", lambda *_: clock.append(clock.pop() + 60))
+    assert runs.do_runs(entries, tmp_path) == ({}, None)
+    assert re.findall(r"run 2 of 2: .* \((.*) for all that is left\)", capsys.readouterr().out) == ["10 minutes"]
 
 
 def test_runs_on_text_that_has_changed_are_not_compared(folder, tmp_path):
