@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     results: list[Row]
     if config and suite == "step":
         methods = _METHODS.value or ["topk", "default"]
-        results = step.run(config, methods, rounds, _RANDOM.value, profile, _OPTIMIZERS.value)
+        results = step.run(config, methods, rounds, _RANDOM.value, profile, _OPTIMIZERS.value, save)
     elif config:
         results = scaling.run(config, rounds)
     elif suite == "ceilings":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from default_moe.bench.workload import ACCELERATOR_SHAPES
@@ -48,8 +49,9 @@ class Part(NamedTuple):
     rank: int | None = None
 
 
-def parts(on_cpu: bool) -> list[Part]:
+def parts(platform: str) -> list[Part]:
     """Return what to run, in the order of what would be missed most; for a CPU tiny versions."""
+    on_cpu = platform == "cpu"
     shape = "--shape=128,32,4,2,16" if on_cpu else ""  # the standard ones if none is given
     first, last = (f"--shape={','.join(map(str, ACCELERATOR_SHAPES[i]))}" for i in (0, -1))
     rounds = f"--rounds={2 if on_cpu else 10}"
@@ -58,10 +60,8 @@ def parts(on_cpu: bool) -> list[Part]:
     found = [Part("ceilings", 25, (f"--suite=ceilings {rounds}",))]
     if (_ROOT / _KERNELS_TEST).exists() and importlib.util.find_spec("xdist"):
         few = "-k drawn" if on_cpu else ""
-        # Four processes, which compile while others compute.
-        command = (
-            f"-m pytest --noconftest -m gpu -p no:cacheprovider -n {1 if on_cpu else 4} --dist load {_KERNELS_TEST}"
-        )
+        processes = 4 if platform == "gpu" else 1  # compile while others compute; a TPU is one process's
+        command = f"-m pytest --noconftest -m gpu -p no:cacheprovider -n {processes} --dist load {_KERNELS_TEST}"
         found.append(Part("correctness", 60, (f"{command} {few}",), 0.2))
     found += [
         Part("products", 130, (f"--suite=products {shape} {rounds}",)),
@@ -97,9 +97,20 @@ def run(folder: Path, minutes: float = MINUTES) -> bool:
     platform = (folder / "platform.txt").read_text()
     if problem:
         raise ConfigError(f"JAX does not start here: {problem}: {_last_line(platform)}")
-    chosen = parts(_last_line(platform) == "cpu")
-    problems = [_run_part(part, folder, end, part.seconds * minutes / MINUTES) for part in chosen]
+    # So that a part, which is in a session of its own, ends with this process.
+    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        chosen = parts(_last_line(platform))
+        problems = [_run_part(part, folder, end, part.seconds * minutes / MINUTES) for part in chosen]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return not any(problems)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + number)
 
 
 def _run_part(part: Part, folder: Path, end: float, seconds: float) -> str | None:
@@ -121,7 +132,8 @@ def _run_part(part: Part, folder: Path, end: float, seconds: float) -> str | Non
         problem = _run(command, text, end - time.monotonic(), part.memory)
         found = text.read_text(errors="replace") if text.exists() else ""
         print(f"\n{part.name}: {problem or 'done'}\n{found}", flush=True)
-        if problem is None:
+        # Another attempt would write over what this one has found.
+        if problem is None or time.monotonic() >= end or (folder / f"{part.name}.json").exists():
             break
     return problem
 

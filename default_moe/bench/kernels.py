@@ -50,14 +50,18 @@ def _events(profile: ProfileData) -> Iterator[list[Any]]:
 
 
 def _own_times(events: list[Any]) -> Iterator[tuple[str, float]]:
-    """Yield name and nanoseconds of each event of a line, without those within it, as a loop has its body's."""
+    """Yield name and nanoseconds of each event of a line, without those within it, as a loop has its body's.
+
+    Events that only overlap, as kernels of one stream may, keep all of their time.
+    """
     under_way: list[list[Any]] = []  # of events, each within the one before: name, end, own time
     for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
-        while under_way and under_way[-1][1] <= event.start_ns:
+        end = event.start_ns + event.duration_ns
+        while under_way and under_way[-1][1] < end:
             name, _, own = under_way.pop()
             yield name, own
         if under_way:
             under_way[-1][2] -= event.duration_ns
-        under_way.append([event.name, event.start_ns + event.duration_ns, event.duration_ns])
+        under_way.append([event.name, end, event.duration_ns])
     for name, _, own in under_way:
         yield name, own

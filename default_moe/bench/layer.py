@@ -6,7 +6,7 @@ from pathlib import Path
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
-from default_moe.bench.timing import Timing, call_once, time_alternately
+from default_moe.bench.timing import Timing, call_once, one_line, time_alternately
 from default_moe.bench.workload import (
     ROUTINGS,
     LayerShape,
@@ -34,6 +34,8 @@ def run(
     save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Time every shape and pass, print a table of each, and return all rows. `save` takes those found until then.
+
+    A backend that fails is left out, unless it is the last.
 
     Columns that begin with "/" are medians over the rounds of a ratio: to the dense network (torch's block to one on
     torch), to plain top-k of the same backend and routing, to balanced routing, and of torch's block to the fastest
@@ -65,8 +67,12 @@ def run(
             }
         for index, name in enumerate(_PASSES):
             functions = {key: pair[index] for key, pair in candidates.items()}
-            for error in call_once(functions).values():
-                raise error
+            for (candidate, _), error in call_once(functions).items():
+                backend = candidate.split()[-1]
+                functions = {key: f for key, f in functions.items() if key[0].split()[-1] != backend}
+                if not any(key[0].startswith("default ") for key in functions) or backend == "dense":
+                    raise error
+                print(f"\n{shape} {dtype}, {name}: without {backend}, {one_line(error)}")
             timings = time_alternately(functions, rounds)
             group = _rows(timings, shape.active_flops() * (3 if index else 1))
             print(f"\n{shape} {dtype}, {name}\n{report.table(group, _COLUMNS)}", flush=True)

@@ -13,7 +13,7 @@ from jax import Array
 
 from default_moe.bench import report
 from default_moe.bench.report import Row
-from default_moe.bench.timing import call_once, time_alternately
+from default_moe.bench.timing import call_once, one_line, time_alternately
 from default_moe.bench.workload import LayerShape, on_cpu, product_shapes, standard_dtype
 from default_moe.hardware import heading, is_hopper, is_nvidia
 from default_moe.moe.experts import hopper, hopper_tiles
@@ -86,7 +86,7 @@ def _time(functions: Mapping[str, Call], rounds: int, flops: int = 0, best: floa
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowKernel)  # no kernel is timed under another's name
         raised = call_once(functions)
-    errors = {name: " ".join(f"{type(e).__name__}: {e}".split())[:300] for name, e in raised.items()}
+    errors = {name: one_line(error) for name, error in raised.items()}
     timings = time_alternately({name: f for name, f in functions.items() if name not in errors}, rounds)
     rows: list[Row] = [{"by": name, "ms": timing.seconds * 1e3} for name, timing in timings.items()]
     for row in rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from default_moe.errors import ConfigError
+from default_moe.files import write_atomically
 from default_moe.hardware import machine
 
 Row = dict[str, Any]
@@ -47,8 +48,8 @@ def figure(path: Path, width: float) -> Iterator[Any]:
 
 
 def write_json(path: Path, suite: str, rows: list[Row]) -> None:
-    """Write the rows, with the machine. Raises ConfigError if that cannot be done."""
+    """Write the rows, with the machine, whole or not at all. Raises ConfigError if that cannot be done."""
     try:
-        path.write_text(json.dumps({"suite": suite, "machine": machine(), "results": rows}, indent=1) + "\n")
+        write_atomically(path, json.dumps({"suite": suite, "machine": machine(), "results": rows}, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None

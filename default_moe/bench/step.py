@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ def run(
     random_tokens: bool = False,
     profile: str | None = None,
     optimizers: list[str] | None = None,
+    save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Time the step with "topk" and each value of moe.router given, print tables, and return their rows.
 
@@ -31,6 +33,7 @@ def run(
 
     random_tokens: read no data.  profile: folder for a trace of a step of each.  optimizers: values of optim.name, of
     which each method is timed with each, and "topk" with the first is what is compared with; the config's if None.
+    save: takes the rows before anything is traced.
     Raises ConfigError.
     """
     train = config.train
@@ -91,13 +94,15 @@ def run(
         )
     print(f"{heading()}\n{report.table(times, tuple(times[0]))}\n\n{report.table(memories, tuple(memories[0]))}")
     print("(allowed Default MoE: the default vectors, and one [T, N] array of float32 for each MoE layer; per device)")
+    rows = [time | memory for time, memory in zip(times, memories, strict=True)]
+    save(rows)
     if profile:
         for name, candidate in candidates.items():
             folder = Path(profile) / "_".join(name)
             with jax.profiler.trace(folder):
                 jax.block_until_ready(candidate.step())
             print(f"\n{' '.join(name)}, a step ({folder})\n{report.table(kernel_times(folder), COLUMNS)}", flush=True)
-    return [time | memory for time, memory in zip(times, memories, strict=True)]
+    return rows
 
 
 def _with(config: Config, router: str, optimizer: str) -> Config:

@@ -16,6 +16,7 @@ _SLOW_SECONDS = 1.0
 _SLOW_ROUNDS = 3
 # A sample is about this long: functions that are quicker are called several times in it. Hearing that an accelerator is
 # done can take a millisecond.
+_CALLED_AT_A_TIME = 4  # more would need memory for what each of them makes
 _CPU_SAMPLE_SECONDS, _ACCELERATOR_SAMPLE_SECONDS = 2e-3, 5e-2
 
 
@@ -45,10 +46,19 @@ class Timing:
 
 
 def call_once(functions: Mapping[_Key, Callable[[], Any]]) -> dict[_Key, BaseException]:
-    """Call each function, several at a time, since most of the time goes into compiling. Return what those raised."""
-    with ThreadPoolExecutor() as pool:
-        calls = {name: pool.submit(lambda f: jax.block_until_ready(f()), f) for name, f in functions.items()}
-    return {name: error for name, call in calls.items() if (error := call.exception())}
+    """Call each function, some at a time, since most of the time goes into compiling. Return what those raised."""
+
+    def call(function: Callable[[], Any]) -> None:
+        jax.block_until_ready(function())
+
+    with ThreadPoolExecutor(_CALLED_AT_A_TIME) as pool:
+        calls = {name: pool.submit(call, function) for name, function in functions.items()}
+    return {name: error for name, called in calls.items() if (error := called.exception())}
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a kernel, a compiler or a library raised in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def time_alternately(functions: Mapping[_Key, Callable[[], Any]], rounds: int) -> dict[_Key, Timing]:

@@ -48,9 +48,12 @@ def costs(hlo: Hlo, flops_per_second: float, bytes_per_second: float, grouped_fi
             continue
         computation = hlo.computations[name]
         for instruction in computation.values():
-            times = runs * (grouped_fill if _skips_empty_rows(hlo, instruction) else 1.0)
-            flops = times * _flops(hlo, computation, instruction)
-            moved = times * _bytes(hlo, computation, instruction)
+            fill = grouped_fill if _skips_empty_rows(hlo, instruction) else 1.0
+            flops = runs * fill * _flops(hlo, computation, instruction)
+            if instruction.opcode == "custom-call" and re.match(_TPU_GROUPED_KERNEL, instruction.name):
+                moved = runs * _grouped_bytes(computation, instruction, fill)
+            else:
+                moved = runs * fill * _bytes(hlo, computation, instruction)
             total_flops += flops
             total_bytes += moved
             seconds = max(flops / flops_per_second, moved / bytes_per_second)
@@ -140,8 +143,6 @@ def _bytes(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
     opcode = instruction.opcode
     if _FREE.fullmatch(opcode):
         return 0.0
-    if opcode == "custom-call" and re.match(_TPU_GROUPED_KERNEL, instruction.name):
-        return _grouped_bytes(computation, instruction)
     said = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes)
     if opcode == "custom-call" and said:
         return float(said[1])
@@ -151,16 +152,20 @@ def _bytes(hlo: Hlo, computation: dict[str, Instruction], instruction: Instructi
     return _moved(opcode, operands, instruction.results)
 
 
-def _grouped_bytes(computation: dict[str, Instruction], instruction: Instruction) -> float:
-    """Return those of a kernel of tokamax for TPUs, which itself counts a matrix again for every tile of its rows."""
+def _grouped_bytes(computation: dict[str, Instruction], instruction: Instruction, fill: float) -> float:
+    """Return the bytes that one of tokamax's kernels for TPUs moves, in the tiles that we choose.
+
+    The kernel's own estimate counts a matrix once for every tile of rows.  fill: the share of rows that are not empty.
+    """
     (*_, lhs, rhs), out = (computation[name].results[0] for name in instruction.operands), instruction.results[0]
     (num_rows, depth), width = lhs.shape, out.shape[-1]
     itemsize = lhs.bytes // math.prod(lhs.shape)
     if len(rhs.shape) == 3:
-        tiles = tpu_tiles.for_rows(num_rows, depth, width, rhs.shape[0], itemsize)
-        return itemsize * tpu_tiles.numbers_for_rows(tiles, num_rows, depth, width, rhs.shape[0])
-    tiles = tpu_tiles.for_matrices(num_rows, depth, width, out.shape[0], itemsize)
-    return itemsize * tpu_tiles.numbers_for_matrices(tiles, num_rows, depth, width, out.shape[0])
+        choose, numbers, num_groups = tpu_tiles.for_rows, tpu_tiles.numbers_for_rows, rhs.shape[0]
+    else:
+        choose, numbers, num_groups = tpu_tiles.for_matrices, tpu_tiles.numbers_for_matrices, out.shape[0]
+    tiles = choose(num_rows, depth, width, num_groups, itemsize)
+    return itemsize * numbers(tiles, round(fill * num_rows), depth, width, num_groups)
 
 
 def _moved(opcode: str, operands: list[Array], results: tuple[Array, ...]) -> float:

@@ -18,6 +18,7 @@ from default_moe.errors import printable
 
 _PR_SET_PDEATHSIG = 1
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_HEARD = (*_PASSED_ON, signal.SIGTSTP, signal.SIGCHLD)
 _RUNTIME = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")
 
 
@@ -59,10 +60,13 @@ def go_on_in_children(progress: Callable[[], object]) -> None:
     """
     while True:
         before = progress()
+        handlers = {number: signal.getsignal(number) for number in _HEARD}
         child = _fork()
         if child == 0:
             return
         code, told = _wait(child)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if code >= 0 or -code in told:
             os._exit(code if code >= 0 else 128 - code)
         ended_by = f"the process was ended by {signal.Signals(-code).name}"
@@ -88,7 +92,10 @@ def _fork() -> int:
 
 
 def _wait(child: int) -> tuple[int, list[int]]:
-    """The exit code of `child`, and the signals that came until then, each passed on as it came."""
+    """The exit code of `child`, and the signals that came until then, each passed on as it came.
+
+    Handlers stay: what the child said last may have to be waited for.
+    """
     told: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -111,14 +118,13 @@ def _wait(child: int) -> tuple[int, list[int]]:
     # The byte that each signal writes lets `read` return, whenever it comes.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    others_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    others = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         os.read(reader, 1)
-    for number, other in others.items():
-        signal.signal(number, other)
-    signal.set_wakeup_fd(others_writer)
+    signal.set_wakeup_fd(other)
     os.close(reader)
     os.close(writer)
     return os.waitstatus_to_exitcode(ended[1]), told

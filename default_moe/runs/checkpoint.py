@@ -340,7 +340,8 @@ def _failures_of_a_disk() -> Iterator[None]:
 
 def _new_checkpointer(compress: bool) -> ocp.AsyncCheckpointer:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers(), use_compression=compress)
-    # Where a folder could not be made behind its back, its threads would wait minutes for it, and the process for them.
+    # If Orbax made folders in the background, and one could not be made, its threads would wait five minutes, and the
+    # process for them.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(handler, async_options=options)
 

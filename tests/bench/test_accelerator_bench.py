@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def found(tmp_path_factory):
 def test_every_part_leaves_text_and_numbers(found):
     folder, printed = found
     results = {}
-    for part in accelerator.parts(on_cpu=True):
+    for part in accelerator.parts("cpu"):
         assert f"\n{part.name}: done\n{(folder / f'{part.name}.txt').read_text()}" in printed
         if part.name != "correctness":
             written = json.loads((folder / f"{part.name}.json").read_text())
@@ -71,7 +73,7 @@ def test_a_part_that_fails_or_hangs_loses_only_itself(tmp_path, monkeypatch, cap
         Part("second", 100, (wrong, "--suite=products --shape=16,8,2,1,8 --rounds=1", wrong)),
     ]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setattr(accelerator, "parts", lambda on_cpu: parts)
+    monkeypatch.setattr(accelerator, "parts", lambda platform: parts)
     assert not accelerator.run(tmp_path / "out")
     printed = capsys.readouterr().out
     for line in ("wrong: ended with code 2", "error: --shape is '1'", "hanging: stopped after 0 s", "second: done"):
@@ -80,12 +82,68 @@ def test_a_part_that_fails_or_hangs_loses_only_itself(tmp_path, monkeypatch, cap
     assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["second.json"]
 
 
+def wait_for(condition):
+    """What it gives, once that is true."""
+    end = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def has_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+# A part that starts another process, whose number it prints, and waits for it.
+PARENT = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+
+
 def test_what_a_part_started_is_stopped_with_it(tmp_path):
-    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert accelerator._run(["-c", parent], tmp_path / "out.txt", 0.7) == "stopped after 1 s"
-    time.sleep(1.5)
-    assert not (tmp_path / "alive").exists()
+    assert accelerator._run(["-c", PARENT], tmp_path / "out.txt", 5) == "stopped after 5 s"
+    child = int((tmp_path / "out.txt").read_text())
+    wait_for(lambda: has_gone(child))
+
+
+def test_a_suite_that_is_told_to_end_leaves_nothing_running(tmp_path):
+    code = f"""
+        from pathlib import Path
+        from default_moe.bench import accelerator
+        accelerator.parts = lambda platform: [accelerator.Part("part", 400, ("unused",))]
+        run = accelerator._run
+        accelerator._run = lambda arguments, *rest: run(arguments if "-c" in arguments else ["-c", {PARENT!r}], *rest)
+        accelerator.run(Path({str(tmp_path / "out")!r}))
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    suite = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=ROOT)
+    text = tmp_path / "out" / "part.txt"
+    child = int(wait_for(lambda: text.exists() and text.read_text()))
+    suite.terminate()
+    assert suite.wait(60) == 128 + signal.SIGTERM
+    wait_for(lambda: has_gone(child))
+
+
+def test_what_an_attempt_has_found_is_not_written_over(tmp_path, monkeypatch):
+    tried = []
+
+    def run(arguments, output, seconds, memory=0):
+        tried.append(arguments)
+        output.write_text("cpu")
+        if "--suite=layer" in arguments:
+            (tmp_path / "out" / "layer.json").write_text("{}")
+        return "ended with code 1" if len(tried) > 1 else None
+
+    monkeypatch.setattr(accelerator, "_run", run)
+    attempts = ("--suite=layer", "--suite=step")
+    monkeypatch.setattr(
+        accelerator, "parts", lambda platform: [Part("layer", 60, attempts), Part("none", 60, ("a", "b"))]
+    )
+    assert not accelerator.run(tmp_path / "out")
+    assert [arguments[2] for arguments in tried[1:]] == ["--suite=layer", "a", "b"]
 
 
 def test_results_are_never_overwritten(tmp_path):
@@ -97,7 +155,7 @@ def test_results_are_never_overwritten(tmp_path):
 
 
 def test_the_parts_for_an_accelerator_take_as_long_as_is_said(tmp_path, monkeypatch):
-    on_accelerator = accelerator.parts(on_cpu=False)
+    on_accelerator = accelerator.parts("gpu")
     ours = [part for part in on_accelerator if "torch" not in part.name]
     assert [part.name for part in ours[:2]] == ["ceilings", "correctness"] and len(ours) == 6
     assert 60 * accelerator.MINUTES - 15 < sum(part.seconds for part in ours) <= 60 * accelerator.MINUTES
@@ -108,7 +166,7 @@ def test_the_parts_for_an_accelerator_take_as_long_as_is_said(tmp_path, monkeypa
         output.write_text("gpu")
 
     monkeypatch.setattr(accelerator, "_run", run)
-    monkeypatch.setattr(accelerator, "parts", lambda on_cpu: on_accelerator)
+    monkeypatch.setattr(accelerator, "parts", lambda platform: on_accelerator)
     assert accelerator.run(tmp_path / "out", minutes=4)
     assert limits[1] == pytest.approx(ours[0].seconds / 2, abs=0.1)  # the first is for asking where this runs
 

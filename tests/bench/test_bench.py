@@ -188,6 +188,25 @@ def test_the_time_of_a_loop_is_its_own():
     ]
     times = sorted(kernels._own_times(events))
     assert times == [("after", 2), ("body", 3), ("body", 3), ("inner", 1), ("loop", 3)]
+    # Two that only overlap: neither is the other's.
+    assert sorted(kernels._own_times([event("a", 0, 10), event("b", 8, 12)])) == [("a", 10), ("b", 12)]
+
+
+def test_a_layer_is_timed_without_a_backend_that_fails(monkeypatch, capsys):
+    real = layer.moe_candidate
+
+    def candidate(shape, work, router, matmul):
+        def fail():
+            raise ValueError("no\nkernel")
+
+        return (fail, fail) if matmul == "ragged" else real(shape, work, router, matmul)
+
+    monkeypatch.setattr(layer, "moe_candidate", candidate)
+    rows = layer.run([SHAPE], ["blocks", "ragged"], None, 1, False)
+    assert {row["candidate"] for row in rows} == {"dense", "topk blocks", "default blocks"}
+    assert "float32, forward: without ragged, ValueError: no kernel" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no"):
+        layer.run([SHAPE], ["ragged"], None, 1, False)
 
 
 def test_kernels_are_read_from_the_newest_profile(tmp_path):

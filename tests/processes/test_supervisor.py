@@ -100,6 +100,12 @@ def test_a_signal_does_not_wait_until_the_child_ends(start):
     assert program.returncode == 5
 
 
+def test_the_end_of_the_child_is_seen_whatever_was_blocked_before(start):
+    program = start("sys.exit(3)", before="signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])\n")
+    program.communicate(timeout=60)
+    assert program.returncode == 3
+
+
 def test_ctrl_z_stops_both_and_both_go_on(start, tmp_path):
     program = start("""
         print("ready", flush=True)

@@ -19,7 +19,7 @@ from default_moe.hardware import is_nvidia, platform
 def resolve_expert_parallel(config: MoEConfig, num_tokens: int, d_model: int) -> str | None:
     """Return the form under the mesh in use, None if it does not split experts.
 
-    "auto" takes on TPUs the one that moves less. On GPUs it gathers: by a public report `ragged_all_to_all` is three
+    "auto" takes on TPUs the one that moves less. On GPUs it gathers: Marin's authors found `ragged_all_to_all` three
     times slower there, and we have not measured it.
 
     num_tokens: T of a device.

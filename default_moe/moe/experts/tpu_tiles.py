@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 BLOCK = 128  # tiles are multiples of it, or all there is
-# Of the 16 MiB of a core's vector memory that XLA gives a kernel on TPUs of today, unless told otherwise.
+# Tiles may take 12 of the 16 MiB of vector memory that XLA gives a kernel. The rest is for what it computes on the way.
 _MEMORY = 12 * 2**20
 # What a core multiplies and adds while it reads a byte: 197 TFLOP/s and 819 GB/s of a TPU v5e, about the middle.
 _FLOPS_PER_BYTE = 240
@@ -47,9 +47,12 @@ def for_rows(num_rows: int, depth: int, width: int, num_groups: int, itemsize: i
 
 
 def numbers_for_rows(tiles: Tiles, num_rows: int, depth: int, width: int, num_groups: int) -> int:
-    """Return how many numbers that product reads and writes. A matrix that is one tile deep stays for all its rows."""
-    reads = num_groups if depth <= tiles.depth else _tiles_of_rows(num_rows, tiles.rows, num_groups)
-    return num_rows * (depth * math.ceil(width / tiles.columns) + width) + reads * depth * width
+    """Return how many numbers that product reads and writes. What is one tile deep stays for the next tile of rows."""
+    across = math.ceil(width / tiles.columns)
+    if depth <= tiles.depth:
+        return num_rows * (depth * across + width) + num_groups * depth * width
+    worked_on = _tiles_of_rows(num_rows, tiles.rows, num_groups)
+    return worked_on * depth * (tiles.rows * across + width) + num_rows * width
 
 
 def for_matrices(num_rows: int, depth: int, width: int, num_groups: int, itemsize: int) -> Tiles:
@@ -70,9 +73,8 @@ def for_matrices(num_rows: int, depth: int, width: int, num_groups: int, itemsiz
 
 def numbers_for_matrices(tiles: Tiles, num_rows: int, depth: int, width: int, num_groups: int) -> int:
     """Return how many numbers those gradients read and write."""
-    rows = _tiles_of_rows(num_rows, tiles.rows, num_groups) * tiles.rows
     reads = depth * math.ceil(width / tiles.columns) + width * math.ceil(depth / tiles.depth)
-    return rows * reads + num_groups * depth * width
+    return num_rows * reads + num_groups * depth * width
 
 
 def _tiles_of_rows(num_rows: int, rows: int, num_groups: int) -> int:

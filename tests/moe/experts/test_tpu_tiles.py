@@ -36,11 +36,39 @@ def test_tiles_divide_rows_and_cut_matrices_in_blocks(shape, itemsize):
 
 
 def test_larger_tiles_of_rows_are_taken_where_they_save_reading():
-    """So many groups of few rows: a boundary in each tile makes the smallest best. One group of many: all are alike."""
-    assert for_rows(1024, 512, 512, 64, 2).rows == 128
-    assert for_rows(640, 512, 512, 1, 2).rows == 128  # 256 and 512 do not divide the rows
-    # So long sums that no tile holds them: each matrix is read again for every tile of rows.
+    """Sums so long that no tile holds them: each matrix is read again for every tile of rows."""
     assert for_rows(65_536, 65_536, 4096, 1, 4).rows == 512
+    assert for_rows(65_536, 512, 4096, 1, 4).rows == 128
+
+
+def reads(tiles, sizes, depth, width):
+    """The numbers that a product of rows reads, by walking over its grid: a block stays while the next is the same."""
+    ends = np.cumsum(sizes)
+    visits = [
+        (row, group)
+        for group, (first, last) in enumerate(zip(ends - sizes, ends, strict=True))
+        for row in range(first // tiles.rows, -(-last // tiles.rows))
+    ]
+    steps = [
+        (column, row, group, part)
+        for column in range(-(-width // tiles.columns))
+        for row, group in visits
+        for part in range(-(-depth // tiles.depth))
+    ]
+    rows = [(row, part) for _, row, _, part in steps]
+    matrices = [(group, part, column) for column, _, group, part in steps]
+    new = [sum(a != b for a, b in zip([None, *blocks], blocks, strict=False)) for blocks in (rows, matrices)]
+    return new[0] * tiles.rows * tiles.depth + new[1] * tiles.depth * tiles.columns
+
+
+@pytest.mark.parametrize(
+    "tiles", [Tiles(128, 512, 256), Tiles(128, 256, 256), Tiles(256, 512, 512), Tiles(256, 128, 512)]
+)
+def test_numbers_that_are_moved_are_those_of_a_walk_over_the_grid(tiles):
+    """Groups that all end within a tile, so that each boundary costs the most that it can."""
+    sizes = np.array([200, 300, 150, 374])
+    written = 1024 * 512
+    assert tpu_tiles.numbers_for_rows(tiles, 1024, 512, 512, 4) == reads(tiles, sizes, 512, 512) + written
 
 
 @pytest.mark.parametrize(
@@ -59,7 +87,8 @@ def test_kernels_in_such_tiles_equal_float64(dimensions, lhs, rhs, monkeypatch):
     rng = np.random.default_rng(0)
     lhs, rhs = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (lhs, rhs))
     kernel = grouped_matmul._tokamax_for_tpu(lhs, rhs, jnp.asarray(sizes), dimensions)
-    assert kernel.config.tile_n < 512 or kernel.config.tile_k < 256
+    output = {PRODUCT: (256, 512), ROWS_GRADIENT: (512, 256), MATRICES_GRADIENT: (256, 512)}[dimensions]
+    assert (kernel.config.tile_k, kernel.config.tile_n) != output
     monkeypatch.setattr(type(kernel), "supported_on", lambda self, device: True)
     for name, value in (("get_device_kind", "TPU v5 lite"), ("get_num_device_cores", 1)):
         monkeypatch.setattr(tpu_info, name, lambda value=value: value)
