@@ -59,6 +59,7 @@ def run(main: Callable[[list[str]], int], many_processes: bool = False, cached: 
                 load_plugin(arg.partition("=")[2])  # now, for its settings may be among the flags
         if {"--help", "-help", "-h"} & set(sys.argv):
             code = _help(main)
+            sys.stdout.flush()  # that nobody reads it is seen here, however short it is
         else:
             _start(sys.argv, own)
             code = main(sys.argv)

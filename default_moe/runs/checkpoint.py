@@ -7,10 +7,10 @@
     <workdir>/checkpoints_damaged/<step>/       steps that failed verification, kept out of the way
 
 A step is used if its files are as they were written, it is of this run, and its name is its number: see
-`step_folders.py`. It is put together in `<step>.saving` and renamed once its digests
-are on the disk, and renamed to `<step>.deleting` before it is deleted: a directory whose name is only a number is
-whole, unless it was damaged. Older steps are deleted only after that. (Orbax's CheckpointManager commits, and deletes
-old steps, before digests could be written.)
+`step_folders.py`. It is put together in `<step>.saving`, or `<step>.1.saving` after a save has failed, and renamed once
+its digests are on the disk, and renamed to `<step>.deleting` before it is deleted: a directory whose name is only a
+number is whole, unless it was damaged. Older steps are deleted only after that. (Orbax's CheckpointManager commits, and
+deletes old steps, before digests could be written.)
 """
 
 import contextlib
@@ -74,6 +74,7 @@ class CheckpointStore:
         self._saving = -1
         self._error: BaseException | None = None
         self._failed = False
+        self._failures = 0
         if not read_only and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the first save tells of it
                 self._folders.workdir.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,9 @@ class CheckpointStore:
 
     @property
     def _staging(self) -> Path:
-        return self._folders.root / f"{self._saving}.saving"
+        # Threads of TensorStore write on when a save has failed: into a folder of which the next try knows nothing.
+        again = f".{self._failures}" if self._failures else ""
+        return self._folders.root / f"{self._saving}{again}.saving"
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """The background thread: everything after the copy of the arrays."""
@@ -166,6 +169,8 @@ class CheckpointStore:
                 self._staging.rename(self._folders[self._saving])
                 sync_folder(self._folders.root)
                 self._folders.trust(self._saving)
+                with contextlib.suppress(CheckpointError):
+                    self._folders.remove_debris()
                 mark_saved(self._folders.workdir)
                 self._folders.delete_old(self._config.keep_last)
         except BaseException as error:
@@ -182,6 +187,7 @@ class CheckpointStore:
         self._checkpointer = _new_checkpointer(self._compress)
         if jax.process_index() == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
+        self._failures += 1
         reason = io_failure(error)
         if reason is None:
             raise error

@@ -13,7 +13,7 @@ from default_moe.runs.identity import why_foreign
 
 _REQUIRED = ("meta.json", "state/_METADATA")
 _BEST_METRIC = "eval/loss"
-_DEBRIS = re.compile(r"[0-9]+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
+_DEBRIS = re.compile(r"[0-9.]+\.(saving|deleting)|.*\.orbax-checkpoint-tmp.*")
 
 
 class StepFolders:

@@ -60,6 +60,24 @@ def test_a_failed_write_is_reported_and_tried_again(tmp_path, monkeypatch, place
     assert latest(tmp_path, make_state(2))[2] == 2
 
 
+def test_what_a_failed_save_still_writes_is_in_no_ones_way(tmp_path, monkeypatch):
+    """Threads of TensorStore write on, into a folder that was removed, or that is about to be."""
+    with CheckpointStore(tmp_path, report=lambda line: None) as store, monkeypatch.context() as patch:
+        patch.setattr(store._checkpointer, "wait_until_finished", lambda: 1 / 0)
+        patch.setattr("default_moe.runs.checkpoint.io_failure", lambda error: "no space")
+        store.save(1, make_state(1), META)
+        store.wait()
+        assert store.needs_retry
+        patch.setattr(store._folders, "remove_debris", lambda: None)
+        (tmp_path / "checkpoints" / "1.saving" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+        store.save(1, make_state(1), META)
+        store.wait()
+        assert not store.needs_retry and store.steps() == [1]
+        patch.undo()
+        store.save(2, make_state(2), META)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
 def test_nothing_waits_for_a_folder_that_could_not_be_made(tmp_path, monkeypatch):
     """Orbax's threads would for five minutes, as would the end of the process for them."""
 
