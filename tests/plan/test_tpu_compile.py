@@ -20,7 +20,7 @@ from default_moe import sharding
 from default_moe.bench.candidate import random_batch
 from default_moe.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from default_moe.moe import MoELayer
-from default_moe.moe.experts import grouped_matmul
+from default_moe.moe.experts import grouped_matmul, tpu_tiles
 from default_moe.moe.experts.parallel import exchange_bytes
 from default_moe.plan.costs import costs
 from default_moe.plan.hlo import Hlo
@@ -91,14 +91,16 @@ def test_experts_cost_what_is_computed(devices, fields, flops):
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(8320, 1024, 2816, 8), (65_536, 1024, 704, 32), (16_384, 2048, 5632, 8)])
-def test_grouped_products_fit_in_the_tiles_that_are_chosen(topology, shape, monkeypatch):
+def test_grouped_products_fit_in_the_tiles_that_are_chosen(topology, shape, dtype, monkeypatch):
     num_rows, depth, width, num_groups = shape
+    itemsize = jnp.dtype(dtype).itemsize
     (device, *_) = open_topology(topology).devices
     monkeypatch.setattr(jax_backend, "get_default_device", lambda: device)
     here = SingleDeviceSharding(device)
-    lhs = jax.ShapeDtypeStruct((num_rows, depth), jnp.bfloat16, sharding=here)
-    rhs = jax.ShapeDtypeStruct((num_groups, depth, width), jnp.bfloat16, sharding=here)
+    lhs = jax.ShapeDtypeStruct((num_rows, depth), dtype, sharding=here)
+    rhs = jax.ShapeDtypeStruct((num_groups, depth, width), dtype, sharding=here)
     sizes_M = jax.ShapeDtypeStruct((num_groups,), jnp.int32, sharding=here)
 
     def both(lhs, rhs, sizes_M):
@@ -107,11 +109,20 @@ def test_grouped_products_fit_in_the_tiles_that_are_chosen(topology, shape, monk
 
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, [device])):
         text = jax.jit(both).lower(lhs, rhs, sizes_M).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    found = re.findall(r'\\"tile_m\\": (\d+), \\"tile_k\\": (\d+), \\"tile_n\\": (\d+)', text)
+    assert {tuple(map(int, tiles)) for tiles in found} == {
+        tpu_tiles.for_rows(num_rows, depth, width, num_groups, itemsize),
+        tpu_tiles.for_rows(num_rows, width, depth, num_groups, itemsize),
+        tpu_tiles.for_matrices(num_rows, depth, width, num_groups, itemsize),
+    }
     # Beside operands and results: masks of rows and matrices that are nobody's, and what is read more than once, rows
     # of the widest up to 11 times. Tiles of 128 each way would read the paper's rows 22 times, matrices 72 times.
-    least = 2 * 3 * (num_rows * (depth + width) + num_groups * depth * width)
-    assert least < costs(Hlo(text), 1, 1).bytes < 4 * least
+    least = itemsize * 3 * (num_rows * (depth + width) + num_groups * depth * width)
+    moved, of_half = (costs(Hlo(text), 1, 1, fill).bytes for fill in (1.0, 0.5))
+    assert least < moved < (4 if dtype == "bfloat16" else 8) * least
+    # Matrices are read and written whatever the share of rows that are not empty.
+    matrices = itemsize * 3 * num_groups * depth * width
+    assert moved / 2 + matrices / 2 < of_half < moved
 
 
 def test_experts_over_devices_gather_tokens_and_scatter_outputs(devices):
