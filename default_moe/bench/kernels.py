@@ -18,11 +18,14 @@ def kernel_times(folder: Path) -> list[Row]:
     """Return a row of each of the first kernels of the newest profile in `folder`, and one of all others.
 
     share: of the time that all of them take, one after another. Kernels that differ only by a number count as one.
+    None are found where the platform's profiler is not there.
     """
-    newest = max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    profiles = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not profiles:
+        return []
     seconds: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
-    for events in _events(ProfileData.from_file(str(newest))):
+    for events in _events(ProfileData.from_file(str(profiles[-1]))):
         for name, nanoseconds in _own_times(events):
             name = re.sub(r"([._]\d+)+$", "", name)
             seconds[name] += nanoseconds / 1e9

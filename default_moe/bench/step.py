@@ -101,7 +101,9 @@ def run(
             folder = Path(profile) / "_".join(name)
             with jax.profiler.trace(folder):
                 jax.block_until_ready(candidate.step())
-            print(f"\n{' '.join(name)}, a step ({folder})\n{report.table(kernel_times(folder), COLUMNS)}", flush=True)
+            found = kernel_times(folder)
+            table = report.table(found, COLUMNS) if found else "no kernel was seen"
+            print(f"\n{' '.join(name)}, a step ({folder})\n{table}", flush=True)
     return rows
 
 

@@ -223,6 +223,7 @@ def test_kernels_are_read_from_the_newest_profile(tmp_path):
             event_metadata {{ key: 2 value {{ id: 2 name: "fusion.2" }} }}
             event_metadata {{ key: 3 value {{ id: 3 name: "wgmma" }} }} }}
     """
+    assert kernels.kernel_times(tmp_path) == []
     for index, (device, line) in enumerate((("GPU", "Stream #14(Compute)"), ("TPU", "XLA Ops"))):
         folder = tmp_path / "plugins" / "profile" / str(index)
         folder.mkdir(parents=True)
@@ -232,6 +233,9 @@ def test_kernels_are_read_from_the_newest_profile(tmp_path):
         rows = kernels.kernel_times(tmp_path)
         assert [(row["kernel"], row["calls"], row["share"]) for row in rows] == [("fusion", 2, 0.5), ("wgmma", 1, 0.5)]
         assert rows[0]["ms"] == pytest.approx(0.004)
+    empty = ProfileData.text_proto_to_serialized_xspace('planes { name: "/device:GPU:0" }')
+    (folder / "later.xplane.pb").write_bytes(empty)
+    assert kernels.kernel_times(tmp_path) == []
 
 
 def test_the_scaling_suite_sweeps_experts_depth_and_tokens(tmp_path, capsys, monkeypatch):
