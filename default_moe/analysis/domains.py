@@ -13,6 +13,8 @@ import numpy as np
 from default_moe.analysis import statistics
 from default_moe.analysis.observation import Observation
 from default_moe.analysis.pictures import Part, Picture, colors, finish, heat_maps
+from default_moe.config import DataConfig
+from default_moe.data.planted import LENGTH, LETTERS, Planted
 from default_moe.data.stdlib import decode_source, source_files
 from default_moe.data.text_files import SUFFIXES, TextFiles
 from default_moe.errors import ConfigError, check, quoted, shown
@@ -38,19 +40,25 @@ def parse_domains(text: str) -> dict[str, str]:
     return domains
 
 
-def read_domains(domains: Mapping[str, str] | None, text_field: str, characters: int) -> dict[str, list[str]]:
+def read_domains(domains: Mapping[str, str] | None, data: DataConfig, characters: int) -> dict[str, list[str]]:
     """Documents of each domain in a random, fixed order, about so many characters of each.
 
-    domains: a glob by name; None takes the largest packages of Python's standard library.
-    text_field: of .jsonl and .parquet files. Raises ConfigError if a glob names no file, or one that cannot be read.
+    domains: a glob by name; None takes the generators of planted text, held-out documents of each, else the largest
+      packages of Python's standard library.
+    data: of the run; its `text_field` counts for .jsonl and .parquet files. Raises ConfigError if a glob names no
+    file, or one that cannot be read.
     """
+    if domains is None and data.name.partition("/")[0] == "planted":
+        planted = Planted(data.name, data.validation_fraction)
+        held_out = {LETTERS[i]: planted.documents_of(i, "validation") for i in range(planted.num_generators)}
+        return {name: texts[: characters // LENGTH + 1] for name, texts in held_out.items()}
     files = _packages() if domains is None else {name: _files(name, glob) for name, glob in domains.items()}
     texts: dict[str, list[str]] = {}
     for name, paths in files.items():
         random.Random(0).shuffle(paths)
         found = texts[name] = []
         for path in paths[:_MOST_FILES]:
-            for text in _documents(path, text_field):
+            for text in _documents(path, data.text_field):
                 found.append(text)
                 if sum(map(len, found)) > characters:
                     break
@@ -74,7 +82,8 @@ def part(seen: Mapping[str, Observation], layers: Sequence[int]) -> Part:
     least, most = np.quantile(shuffled, [0.025, 0.975], axis=1)
     said = [f"domains: {', '.join(f'{name} ({len(o.tokens):,} tokens)' for name, o in seen.items())}"]
     said += [
-        f"layer {layer}: expert and domain share {bits[i]:.4f} bits; shuffled labels {least[i]:.4f} to {most[i]:.4f}"
+        f"layer {layer}: expert and domain share {bits[i]:.4f} bits of {np.log2(len(names)):.2f} at most; shuffled "
+        f"labels {least[i]:.4f} to {most[i]:.4f}"
         for i, layer in enumerate(layers)
     ]
 

@@ -28,7 +28,9 @@ _SAMPLE = 400  # tokens of the text that is coloured
 _AGAINST = flags.DEFINE_multi_string("against", [], "Another run, whose curves are drawn beside; any number of times.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens to look at, and so many of each domain.", 1, 10**9)
 _DOMAINS = flags.DEFINE_string(
-    "domains", None, "Kinds of text, name:glob,name:glob; the largest packages of Python's library if not given."
+    "domains",
+    None,
+    "Kinds of text, name:glob,name:glob; if not given, planted text's generators or Python's largest packages.",
 )
 _TEXT = flags.DEFINE_string("text", None, "File with a text whose tokens are coloured; held-out text if not given.")
 
@@ -123,7 +125,7 @@ class _Analysis:
 
     def _domains(self) -> Part:
         # A token is hardly ever longer than 8 characters; what is too much is not looked at.
-        texts = domains.read_domains(self.asked, self.config.data.text_field, 8 * _TOKENS.value)
+        texts = domains.read_domains(self.asked, self.config.data, 8 * _TOKENS.value)
         seen = {
             name: observe(self.model, rows_of(self.model, found, f"the domain {name!r}"), _TOKENS.value)
             for name, found in texts.items()

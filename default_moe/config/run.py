@@ -38,8 +38,8 @@ class DataConfig:
 
     name: str = setting(
         "python_stdlib",
-        "'python_stdlib' (the standard library's sources), 'text_files' (what data.files names), or any TFDS text data "
-        "set, 'c4/en' for instance.",
+        "'python_stdlib' (the standard library's sources), 'text_files' (what data.files names), 'planted/16' (text of "
+        "16 random generators, see data/planted.py), or any TFDS text data set, 'c4/en' for instance.",
     )
     files: str | None = setting(
         None,

@@ -102,6 +102,10 @@ def open_corpus(config: DataConfig, log: Log) -> Corpus:
         from default_moe.data.text_files import TextFiles
 
         return TextFiles(config.files or "", config.text_field, config.validation_fraction)
+    if config.name.partition("/")[0] == "planted":
+        from default_moe.data.planted import Planted
+
+        return Planted(config.name, config.validation_fraction)
     from default_moe.data.tfds_text import TfdsText
 
     return TfdsText(config.name, config.text_field, config.validation_fraction, data_directory(config))

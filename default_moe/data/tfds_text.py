@@ -211,7 +211,7 @@ def _known_names() -> list[str]:
     import tensorflow_datasets.text  # noqa: F401  (adds c4, wikipedia and others to the known names)
     from tensorflow_datasets.core import registered
 
-    return ["python_stdlib", "text_files", *registered.list_imported_builders()]
+    return ["python_stdlib", "text_files", "planted", *registered.list_imported_builders()]
 
 
 def _advice(name: str, directory: Path) -> str:

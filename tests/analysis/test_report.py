@@ -17,7 +17,7 @@ from helpers.tiny_runs import REPOSITORY, environment, run_commands, tiny_config
 import default_moe
 from default_moe.analysis import domains, watch
 from default_moe.analysis.observation import observe
-from default_moe.config import MeshConfig
+from default_moe.config import DataConfig, MeshConfig
 from default_moe.data import open_data
 from default_moe.moe import MoELayer
 from default_moe.training.step import model_inputs
@@ -267,14 +267,21 @@ def test_what_cannot_be_is_one_line(runs):
 
 
 def test_the_standard_library_has_domains(tmp_path):
-    texts = domains.read_domains(None, "text", 1000)
+    texts = domains.read_domains(None, DataConfig(), 1000)
     assert len(texts) == 6 and "asyncio" in texts and all(sum(map(len, found)) > 1000 for found in texts.values())
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    found = domains.read_domains({"x": f"{tmp_path}/a.jsonl", "y": f"{tmp_path}/a.jsonl"}, "text", 10)
+    found = domains.read_domains({"x": f"{tmp_path}/a.jsonl", "y": f"{tmp_path}/a.jsonl"}, DataConfig(), 10)
     assert found == {"x": ["one", "two"], "y": ["one", "two"]}
     (tmp_path / "empty.txt").write_text("")
     with refused("hold no text"):
-        domains.read_domains({"x": f"{tmp_path}/empty.txt"}, "text", 10)
+        domains.read_domains({"x": f"{tmp_path}/empty.txt"}, DataConfig(), 10)
+
+
+def test_the_domains_of_planted_text_are_its_generators():
+    texts = domains.read_domains(None, DataConfig(name="planted/3"), 3000)
+    assert list(texts) == ["a", "b", "c"]
+    for letter, found in texts.items():
+        assert len(found) == 3 and {text[::16] for text in found} == {64 * letter}
 
 
 def test_a_checkpoint_that_is_damaged_is_left_out(runs, tmp_path):
