@@ -40,11 +40,6 @@ class MoEConfig:
         "softmax", "What makes scores of router logits.", one_of("softmax", "sigmoid", "sqrt_softplus")
     )
     normalize_weights: bool = setting(False, "Divide the weights of a token's experts by their sum.")
-    straight_through: bool = setting(
-        False,
-        "With normalize_weights, pass the gradient of each weight on to its score as if it had not been divided: the "
-        "router then learns with K = 1 too.",
-    )
     plugin: str | None = setting(
         None, "A module, my_package.my_router, that is imported first: methods it defines can be chosen.", MAY_CHANGE
     )
@@ -147,11 +142,6 @@ class MoEConfig:
         check(
             1 <= self.top_k <= self.num_experts,
             f"moe.top_k is {self.top_k}, but must lie between 1 and moe.num_experts = {self.num_experts}",
-        )
-        check(
-            not self.straight_through or self.normalize_weights,
-            "moe.straight_through is True, but moe.normalize_weights is False: no weight is divided that its gradient "
-            "could pass over",
         )
         check(
             not self.router_z_weight or self.score_function == "softmax",

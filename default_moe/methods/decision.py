@@ -11,7 +11,6 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from default_moe import sharding
-from default_moe.errors import check
 from default_moe.methods.routing import active_experts
 
 State = dict[str, Array]
@@ -31,9 +30,6 @@ class LayerSettings(Protocol):
 
     @property
     def normalize_weights(self) -> bool: ...
-
-    @property
-    def straight_through(self) -> bool: ...
 
     @property
     def weight_scale(self) -> float: ...
@@ -71,12 +67,12 @@ class Samples(NamedTuple):
 
     position_BP: int32 [B, P], the place of each such token in its sequence.
     expert_BP: int32 [B, P], the expert; N stands for none.
-    factor_BP: float32, what the gate's gradient counts of <dL/dy, E_i(x) - V_i>, V_i the expert's default vector.
+    factor: float32 scalar, what the gate's gradient counts of <dL/dy, E_i(x) - V_i>, V_i the expert's default vector.
     """
 
     position_BP: Array
     expert_BP: Array
-    factor_BP: Array
+    factor: Array
 
 
 class Decision(NamedTuple):
@@ -204,8 +200,7 @@ def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array
     """The scores, with moe.normalize_weights divided by the sum of those chosen.
 
     Through that sum gradients reach the chosen scores only from their own gates. An expert that was not chosen, if its
-    gate gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025). With moe.straight_through the
-    gradient of every weight is its score's: as if all experts ran, each weighted by its score.
+    gate gets a gradient at all, takes it as a constant (DenseMixer: Yao et al. 2025).
     """
     if not config.normalize_weights:
         return scores(logits_BLN, config)
@@ -217,11 +212,7 @@ def weights(logits_BLN: Array, index_BLK: Array, config: LayerSettings) -> Array
     constant_BL1 = jax.lax.stop_gradient(log_total_BL1)
     # A score that was passed over though it is far above the chosen ones would overflow. Its gate is not used.
     other_BLN = jnp.where(log_BLN > constant_BL1, 0.0, log_BLN - constant_BL1)
-    weights_BLN = jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
-    if not config.straight_through:
-        return weights_BLN
-    scores_BLN = scores(logits_BLN, config)
-    return jax.lax.stop_gradient(weights_BLN) + (scores_BLN - jax.lax.stop_gradient(scores_BLN))
+    return jnp.exp(jnp.where(chosen_BLN, log_BLN - log_total_BL1, other_BLN))
 
 
 def product_form(decision: Decision, config: LayerSettings) -> Decision:
@@ -233,15 +224,6 @@ def product_form(decision: Decision, config: LayerSettings) -> Decision:
     weights_BLN = jax.lax.stop_gradient(decision.gates) / config.weight_scale
     chosen_BLN = active_experts(decision.expert_index, config.num_experts)
     return decision._replace(gates=_with_gradient_times(decision.gates, weights_BLN + chosen_BLN))
-
-
-def check_product_form(name: str, used: bool, config: LayerSettings) -> None:
-    """Raises ConfigError where two rules would say what gradient passes over the choice."""
-    check(
-        not used or not config.straight_through,
-        f"moe.{name}.product_form is True, but so is moe.straight_through, which has another rule for the gradient of "
-        "a weight: use one of them",
-    )
 
 
 @jax.custom_vjp

@@ -12,7 +12,6 @@ from default_moe.methods.decision import (
     Load,
     RouterInputs,
     State,
-    check_product_form,
     choose,
     decide,
     product_form,
@@ -106,7 +105,6 @@ class DefaultMoE(DefaultVectorSettings, Method):
             f"moe.normalize_weights is True, but moe.{self.name}.substitute is 'forward': weights of active experts "
             "that sum to one leave none for the default vectors; use 'backward'",
         )
-        check_product_form(self.name, self.product_form, config)
 
     def route(self, inputs: RouterInputs, config: LayerSettings) -> Decision:
         share = self.substitution(inputs.state)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from default_moe.methods.decision import Decision, LayerSettings, RouterInputs, check_product_form, product_form
+from default_moe.methods.decision import Decision, LayerSettings, RouterInputs, product_form
 from default_moe.methods.settings import setting
 from default_moe.methods.topk import TopK
 
@@ -32,4 +32,3 @@ class DenseMixer(TopK):
 
     def check(self, config: LayerSettings) -> None:
         """K = 1 may be normalized: the experts that were not chosen still give the router a gradient."""
-        check_product_form(self.name, self.product_form, config)

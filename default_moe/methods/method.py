@@ -62,9 +62,9 @@ class Method(abc.ABC):
         Unless a subclass knows better, normalized weights need two experts that run.
         """
         check(
-            not config.normalize_weights or config.top_k > 1 or config.straight_through,
+            not config.normalize_weights or config.top_k > 1,
             "moe.normalize_weights is True, but with moe.top_k = 1 that makes every weight 1: the router would get no "
-            "gradient; moe.straight_through gives it one",
+            "gradient",
         )
 
     def router(self, config: LayerSettings, name: str) -> nn.Module | None:

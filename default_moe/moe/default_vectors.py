@@ -37,13 +37,13 @@ class SampledOutputs(NamedTuple):
     """Outputs of experts for P tokens that did not choose them, see `methods.Samples`. They carry no gradient.
 
     out_PD: float32.  token_P: int32, which of the T tokens, each at most once.  expert_P: int32, which of the M
-    experts, M for none or one that is held elsewhere.  factor_P: float32, see `correct`.
+    experts, M for none or one that is held elsewhere.  factor: float32 scalar.
     """
 
     out_PD: Array
     token_P: Array
     expert_P: Array
-    factor_P: Array
+    factor: Array
 
     def sums(self, mask_T: Array | None, num_experts: int) -> tuple[Array, Array]:
         """Return for each expert the sum of its outputs, float32 [M, D], and how many these are, [M]."""
@@ -225,9 +225,9 @@ def _correct_fwd(y_TD: Array, gates_TM: Array, ema_MD: Array, samples: SampledOu
 
 
 def _correct_bwd(residuals: tuple, g_TD: Array) -> tuple:
-    ema_MD, (out_PD, token_P, expert_P, factor_P) = residuals
+    ema_MD, (out_PD, token_P, expert_P, factor) = residuals
     ema_PD = ema_MD.at[expert_P].get(mode="fill", fill_value=0)
-    d_gates_P = factor_P * (g_TD[token_P] * (out_PD - ema_PD)).sum(axis=-1)
+    d_gates_P = factor * (g_TD[token_P] * (out_PD - ema_PD)).sum(axis=-1)
     d_gates_TM = jnp.zeros((len(g_TD), len(ema_MD)), jnp.float32)
     return g_TD, d_gates_TM.at[token_P, expert_P].set(d_gates_P, mode="drop"), None, None
 

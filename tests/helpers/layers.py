@@ -67,7 +67,6 @@ def settings_of(config: MoEConfig, length: int = LENGTH) -> Settings:
         expert_gradient=vectors.expert_gradient,
         score_function=config.score_function,
         normalize_weights=config.normalize_weights,
-        straight_through=config.straight_through,
         bias=bias_of(config),
         weight_scale=config.weight_scale,
         product_form=getattr(config.method, "product_form", False),

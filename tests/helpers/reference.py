@@ -197,8 +197,8 @@ def gradients(x, params: Params, result: Result, s: Settings, g, a: float, b: fl
             d_weights[t, i] += g[t] @ expert(params, i, x[t])
         elif s.router in VECTOR_METHODS:
             d_weights[t, i] += g[t] @ result.used[i]
-    for (t, i), factor in zip(s.samples, s.sample_factors, strict=True):
-        d_weights[t, i] += factor * g[t] @ (expert(params, i, x[t]) - result.used[i])
+    for t, i in s.samples:
+        d_weights[t, i] += s.sample_factor * g[t] @ (expert(params, i, x[t]) - result.used[i])
     if s.product_form:
         for t, i in np.ndindex(shape_TN):
             d_weights[t, i] *= routes.weights[t, i] / s.weight_scale + (i in routes.chosen[t])

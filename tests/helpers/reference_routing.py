@@ -20,7 +20,7 @@ class Settings(NamedTuple):
     substitution: share of default vectors in the output with substitute="forward".  bias: of loss_free and frozen, [N].
     thresholds: of the experts, [N].
     capacity: tokens of a sequence of `length` that an expert takes; None for no limit.
-    samples: (t, i), experts run for a token that did not choose them.  sample_factors: c of each.
+    samples: (t, i), experts run for a token that did not choose them.
     """
 
     top_k: int
@@ -33,7 +33,6 @@ class Settings(NamedTuple):
     expert_gradient: bool = False
     score_function: str = "softmax"
     normalize_weights: bool = False
-    straight_through: bool = False
     bias: tuple[float, ...] | None = None
     weight_scale: float = 1.0
     num_groups: int = 1
@@ -44,7 +43,7 @@ class Settings(NamedTuple):
     capacity: int | None = None
     length: int | None = None
     samples: tuple[tuple[int, int], ...] = ()
-    sample_factors: tuple[float, ...] = ()
+    sample_factor: float = 1.0
 
 
 class TokenRoute(NamedTuple):
@@ -118,8 +117,7 @@ def route_token(logits: np.ndarray, s: Settings, draws: Sequence | None) -> Toke
         total = scores[is_chosen].sum()
         weights = scores / total
         # The sum is a constant to experts that were not chosen.
-        if not s.straight_through:
-            weights_to_scores = (np.eye(num_experts) - np.outer(weights * is_chosen, is_chosen)) / total
+        weights_to_scores = (np.eye(num_experts) - np.outer(weights * is_chosen, is_chosen)) / total
     probs, probs_to_scores = share(scores)
     weights, weights_to_scores = s.weight_scale * weights, s.weight_scale * weights_to_scores
     if s.router == "frozen":

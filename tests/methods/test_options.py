@@ -15,7 +15,6 @@ from default_moe.sharding import make_mesh
 
 SIGMOID, SQRT = {"score_function": "sigmoid"}, {"score_function": "sqrt_softplus"}
 NORMALIZED = {"normalize_weights": True}
-STRAIGHT = {**NORMALIZED, "straight_through": True}
 GROUPS = {"num_groups": 4, "groups_per_token": 2, "top_k": 3}
 
 
@@ -30,10 +29,6 @@ GROUPS = {"num_groups": 4, "groups_per_token": 2, "top_k": 3}
         {"router": "densemixer", "product_form": True, "weight_scale": 2.5},
         {"router": "default", "product_form": True, "substitute": "backward", "capacity_factor": 1.0},
         {"router": "loss_free", "sequence_balance_weight": 1.0, **SIGMOID, **GROUPS},
-        {"router": "topk", "top_k": 1, **STRAIGHT},
-        {"router": "densemixer", "weight_scale": 2.5, **SQRT, **STRAIGHT},
-        {"router": "default", "substitute": "backward", "top_k": 1, **STRAIGHT},
-        {"router": "expert_threshold", **SIGMOID, **STRAIGHT},
     ],
     ids=str,
 )
@@ -51,19 +46,6 @@ def test_every_option_equals_the_loops(fields):
 )
 def test_options_equal_the_loops_on_a_mesh(fields):
     sharded_layers.check_step(make_mesh(2, 2, 2), make_config(**fields))
-
-
-def test_straight_through_by_hand():
-    """Scores 1/2, 1/3, 1/6. One expert runs, of weight 1; a gradient of 1 for each weight is that for its score."""
-    config = moe_config(num_experts=3, top_k=1, router="topk", **STRAIGHT)
-    logits = jnp.log(jnp.array([3.0, 2.0, 1.0]))
-
-    def gates(logits):
-        return config.method.route(RouterInputs(logits[None, None]), config).gates[0, 0]
-
-    np.testing.assert_array_equal(gates(logits)[0], 1)
-    p = np.array([1 / 2, 1 / 3, 1 / 6])
-    assert_close(jax.jacobian(gates)(logits), np.diag(p) - np.outer(p, p))
 
 
 def test_groups_by_hand():
@@ -112,12 +94,6 @@ def test_sqrt_softplus_far_from_zero(normalized):
         ({**GROUPS, "router": "remoe"}, "whatever group it is in"),
         ({"router": "dense", "simbal_weight": 0.1}, "so that the load is even"),
         ({"router": "remoe", "simbal_weight": 0.1}, "its own loss balances the experts"),
-        ({"router": "topk", "straight_through": True}, "but moe.normalize_weights is False: no weight is divided"),
-        ({"router": "densemixer", "product_form": True, **STRAIGHT}, "moe.densemixer.product_form is True, but so is"),
-        (
-            {"router": "default", "product_form": True, "substitute": "backward", **STRAIGHT},
-            "another rule for the gradient of a weight: use one of them",
-        ),
         ({"router": "topk", "weight_scale": 0.0}, "must be positive"),
         ({"router": "remoe", "weight_scale": 2.5}, "whose size it learns"),
         ({"router": "sparsemixer", "weight_scale": 2.5}, "weights that are probabilities"),

@@ -131,10 +131,10 @@ def exchanged_experts(
         active_TN = active_experts(index_TK, config.num_experts)
         sums = samples = None
         if routing.samples is not None:
-            position_BP, expert_BP, factor_BP = routing.samples
+            position_BP, expert_BP, factor = routing.samples
             token_P, expert_P = sampled_tokens(position_BP, x_BLD.shape[1]), flat(expert_BP)
             sampled_SD, placed = travel(*jax.lax.stop_gradient((x_TD[token_P], expert_P[:, None], params)))
-            samples = SampledOutputs(sum_choices(sampled_SD, placed, None), token_P, expert_P, flat(factor_BP))
+            samples = SampledOutputs(sum_choices(sampled_SD, placed, None), token_P, expert_P, factor)
             sums = samples.sums(mask_T, config.num_experts)
         elif update:
             ema_weight_TN = ema_weights(gates_TN, active_TN, mask_T, settings, x_TD.dtype)

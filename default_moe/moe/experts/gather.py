@@ -73,11 +73,11 @@ def gathered_experts(
         sums = None if sum_MD is None or ema_weight_TM is None else (sum_MD, ema_weight_TM.sum(axis=0))
         samples = None
         if routing.samples is not None:
-            position_BP, expert_BP, factor_BP = routing.samples
+            position_BP, expert_BP, factor = routing.samples
             position_BP = tokens(position_BP).reshape(-1, position_BP.shape[1])
             token_P = sampled_tokens(position_BP, x_BLD.shape[1])
-            expert_P, factor_P = tokens(expert_BP) - first, tokens(factor_BP)
-            samples = sampled_outputs(x_TD, token_P, expert_P, factor_P, params, config.num_experts, backend)
+            expert_P = tokens(expert_BP) - first
+            samples = sampled_outputs(x_TD, token_P, expert_P, factor, params, config.num_experts, backend)
             sums = samples.sums(mask_T, num_experts)
         y_TD, defaults = update_and_combine(
             y_TD, gates_TM, active_TM, sums, defaults, settings, routing.substitution, samples, other_axes=axes.others

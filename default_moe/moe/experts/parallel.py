@@ -51,10 +51,10 @@ def gather_bytes(config: MoEConfig, num_tokens: int, d_model: int, num_devices: 
 
     Of every token of the others, (G - 1) T: x and its gradient in the compute dtype, the float32 output and its
     gradient, the float32 probabilities and their gradient, and the int32 choices. Of every sample its place and its
-    expert, int32, and its float32 factor.
+    expert, int32.
     """
     a_token = 2 * d_model * (_itemsize(config) + 4) + 8 * config.num_experts + 4 * config.most_experts_per_token
-    samples = 12 * config.method.samples_per_token(config)
+    samples = 8 * config.method.samples_per_token(config)
     return (num_devices - 1) * num_tokens * (a_token + samples)
 
 

@@ -20,7 +20,7 @@ def sampled_outputs(
     x_TD: Array,
     token_P: Array,
     expert_P: Array,
-    factor_P: Array,
+    factor: Array,
     params: ExpertParams,
     num_experts: int,
     backend: str,
@@ -29,7 +29,7 @@ def sampled_outputs(
 
     Args:
       x_TD: tokens in the compute dtype.
-      token_P, expert_P, factor_P: as in `SampledOutputs`; any number that is none of an expert held here for none.
+      token_P, expert_P, factor: as in `SampledOutputs`; any number that is none of an expert held here for none.
       params: of the M experts held here.
       num_experts: N, over which the samples spread.
     """
@@ -38,4 +38,4 @@ def sampled_outputs(
     rows_SD = dispatch(x_TD[token_P], layout)
     out_SD = run_rows(rows_SD, params, layout.group_sizes_M, len(token_P), num_experts, backend)
     out_PD = checkpoint_name(sum_choices(out_SD, layout, None), EXPERT_PRODUCT)
-    return SampledOutputs(out_PD, token_P, layout.expert_TK[:, 0], factor_P)
+    return SampledOutputs(out_PD, token_P, layout.expert_TK[:, 0], factor)

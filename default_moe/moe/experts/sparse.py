@@ -67,7 +67,7 @@ def sparse_experts(
     ):
         sharding.check_divisible(what, size, axis)
     tokens, experts = P(axes.tokens or None), P(axes.experts or None)
-    of_samples: Any = (tokens, tokens, tokens)
+    of_samples: Any = (tokens, tokens, P())
     routing_specs: Any = (tokens, tokens, P(), tokens, Samples(*of_samples) if routing.samples else None)
     param_specs = jax.tree.unflatten(jax.tree.structure(params), itertools.starmap(sharding.weight_spec, WEIGHT_AXES))
 
