@@ -1,7 +1,7 @@
-"""`planted/N`: text of N generators that a random machine draws, so that the right expert of each token is known.
+"""`planted/N`: text that N random generators write, so that it is known which expert each token should go to.
 
-A document is of one generator and names it at every sixteenth character, by a letter. Between the letters each
-character follows from the one before: most often it is what the generator's own permutation makes of that, else any.
+A document is of one generator. Every sixteenth character is the generator's letter. Each of the others is, nine times
+in ten, what the generator's own permutation makes of the one before, else drawn from all.
 """
 
 import functools
