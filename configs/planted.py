@@ -36,5 +36,5 @@ def get_config() -> ConfigDict:
     config.eval.sample_tokens = 0
     config.checkpoint.every_steps = config.train.num_steps // 2
     config.checkpoint.keep_last = 1
-    config.optim.peak_lr = 1.2e-2
+    config.optim.peak_lr = 6e-3
     return config
