@@ -1,4 +1,4 @@
-"""A task where the right expert is known: text of 16 generators, and 16 experts.
+"""A task where a good division of labour is known: text of 16 generators, and 16 experts.
 
     python -m default_moe.compare --config=configs/planted.py --methods=topk,densemixer,frozen
 

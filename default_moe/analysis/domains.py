@@ -51,6 +51,11 @@ def read_domains(domains: Mapping[str, str] | None, data: DataConfig, characters
     if domains is None and data.name.partition("/")[0] == "planted":
         planted = Planted(data.name, data.validation_fraction)
         held_out = {LETTERS[i]: planted.documents_of(i, "validation") for i in range(planted.num_generators)}
+        check(
+            all(held_out.values()),
+            f"data.validation_fraction is {data.validation_fraction}, which holds out no text of some generators: "
+            "evaluate runs of a larger one, or give --domains",
+        )
         return {name: texts[: characters // LENGTH + 1] for name, texts in held_out.items()}
     files = _packages() if domains is None else {name: _files(name, glob) for name, glob in domains.items()}
     texts: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""`planted/N`: text that N random generators write, so that it is known which expert each token should go to.
+"""`planted/N`: text that N random generators write, so that the generator of each token is known.
 
 A document is of one generator. Every sixteenth character is the generator's letter. Each of the others is, nine times
 in ten, what the generator's own permutation makes of the one before, else drawn from all.

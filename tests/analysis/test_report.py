@@ -282,6 +282,8 @@ def test_the_domains_of_planted_text_are_its_generators():
     assert list(texts) == ["a", "b", "c"]
     for letter, found in texts.items():
         assert len(found) == 3 and {text[::16] for text in found} == {64 * letter}
+    with refused("data.validation_fraction is 1e-06, which holds out no text of some generators"):
+        domains.read_domains(None, DataConfig(name="planted/3", validation_fraction=1e-6), 3000)
 
 
 def test_a_checkpoint_that_is_damaged_is_left_out(runs, tmp_path):
