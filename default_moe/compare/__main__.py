@@ -74,8 +74,6 @@ def main(argv: list[str]) -> int:
     if rule:  # that there will not be too many is known now
         matrix.entries(base, methods, rule.all_seeds(seeds), sets, rungs)
     entries = matrix.entries(base, methods, seeds, sets, rungs)
-    if _RUNGS.value:
-        check_rungs(entries, dict(rungs[0]))
     workdir = cli.path(_WORKDIR, f"runs/{cli.config_name(argv, _DEFAULT_CONFIG)}")
     if os.path.exists(workdir / RUN_FILE):
         raise ConfigError(f"{workdir} is the work directory of a run: choose another --workdir for the comparison")
@@ -88,6 +86,8 @@ def main(argv: list[str]) -> int:
     only_read = _REPORT.value or _DRY_RUN.value
     if not only_read and __name__ == "__main__":
         go_on_in_children(lambda: runs.checkpoints(workdir))
+    if _RUNGS.value:  # not before: it computes with JAX, whose threads a child would miss and wait for
+        check_rungs(entries, dict(rungs[0]))
     failures: dict[str, str] = {}
     code, new, programs = None, entries, runs.Programs()
     while True:

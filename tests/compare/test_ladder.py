@@ -1,10 +1,13 @@
 """Ladders: their runs, lines, speed-ups, and the fraction of the exact gradient's gain that a method recovers."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from helpers.refusals import refused
+from helpers.tiny_runs import REPOSITORY, environment
 from scipy import stats
 
 from default_moe.compare import comparison, ladder, matrix, report
@@ -211,3 +214,13 @@ def test_fractions_stand_in_the_report_and_over_all_rungs():
     assert "speed-ups tell little" in ladder.markdown(ladder.ladders(climbed(bent, seeds=[0]), ["train.num_steps"]))[3]
     few = ladder.ladders(climbed(losses, seeds=range(3)), ["train.num_steps"])
     assert "fewer than 4 seeds tell no fraction of it" in "\n".join(ladder.markdown(few))
+
+
+def test_nothing_is_computed_before_the_command_forks(tmp_path):
+    """JAX has threads as soon as it computes. A child of such a process lacks them, and waits for what they hold."""
+    command = [sys.executable, "-m", "default_moe.compare", "--methods=topk,hash", "--seeds=0"]
+    command += [f"--rungs={','.join(RUNGS)}", f"--workdir={tmp_path}"]
+    command += ["--config.data.name=text_files", "--config.data.files=nowhere/*.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=120)
+    assert done.returncode == 2 and "nowhere" in done.stderr.splitlines()[-1]
+    assert "fork" not in done.stderr
