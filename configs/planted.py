@@ -3,13 +3,13 @@
     python -m default_moe.compare --config=configs/planted.py --methods=topk,densemixer,frozen
 
 In each document every character follows from the one before by a permutation of the document's own generator, which a
-letter names now and then. An expert is narrow: it does best with the text of one generator. How far a run's router has
-found that out says
+letter names now and then. An expert is too narrow for all of them. What a run's experts have to do with the generators
+says
 
-    python -m default_moe.analysis domains --workdir=runs/planted
+    python -m default_moe.analysis domains --workdir=runs/planted/runs/topk/seed_0
 
-A run takes 40 seconds on a CPU core. Expect a held-out loss of 1.08 nats per byte from top-k. No model can get below
-0.68: the rest is chance.
+A run takes 30 seconds on a CPU core. Expect a held-out loss of 1.08 nats per byte from top-k. No model can get below
+0.68: 15 of 16 characters have an entropy of 0.73.
 """
 
 from ml_collections import ConfigDict

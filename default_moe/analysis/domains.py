@@ -14,7 +14,7 @@ from default_moe.analysis import statistics
 from default_moe.analysis.observation import Observation
 from default_moe.analysis.pictures import Part, Picture, colors, finish, heat_maps
 from default_moe.config import DataConfig
-from default_moe.data.planted import LENGTH, LETTERS, Planted
+from default_moe.data.planted import LENGTH, LETTERS, Planted, is_planted
 from default_moe.data.stdlib import decode_source, source_files
 from default_moe.data.text_files import SUFFIXES, TextFiles
 from default_moe.errors import ConfigError, check, quoted, shown
@@ -48,7 +48,7 @@ def read_domains(domains: Mapping[str, str] | None, data: DataConfig, characters
     data: of the run; its `text_field` counts for .jsonl and .parquet files. Raises ConfigError if a glob names no
     file, or one that cannot be read.
     """
-    if domains is None and data.name.partition("/")[0] == "planted":
+    if domains is None and is_planted(data.name):
         planted = Planted(data.name, data.validation_fraction)
         held_out = {LETTERS[i]: planted.documents_of(i, "validation") for i in range(planted.num_generators)}
         check(

@@ -14,9 +14,9 @@ _Key = TypeVar("_Key", bound=Hashable)
 # What takes longer than this is timed less often.
 _SLOW_SECONDS = 1.0
 _SLOW_ROUNDS = 3
+_CALLED_AT_A_TIME = 4  # more would need memory for what each of them makes
 # A sample is about this long: functions that are quicker are called several times in it. Hearing that an accelerator is
 # done can take a millisecond.
-_CALLED_AT_A_TIME = 4  # more would need memory for what each of them makes
 _CPU_SAMPLE_SECONDS, _ACCELERATOR_SAMPLE_SECONDS = 2e-3, 5e-2
 
 

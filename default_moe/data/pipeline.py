@@ -13,6 +13,7 @@ from default_moe.data import packing
 from default_moe.data.corpus import Corpus, EvenlySplit, Split
 from default_moe.data.packing import Rows
 from default_moe.data.paths import expanded
+from default_moe.data.planted import Planted, is_planted
 from default_moe.data.sealed import Damaged, read_sealed, write_sealed
 from default_moe.data.sources import RECORD, differences, find_record
 from default_moe.data.token_store import StoreInfo, TokenStore, open_store
@@ -102,9 +103,7 @@ def open_corpus(config: DataConfig, log: Log) -> Corpus:
         from default_moe.data.text_files import TextFiles
 
         return TextFiles(config.files or "", config.text_field, config.validation_fraction)
-    if config.name.partition("/")[0] == "planted":
-        from default_moe.data.planted import Planted
-
+    if is_planted(config.name):
         return Planted(config.name, config.validation_fraction)
     from default_moe.data.tfds_text import TfdsText
 

@@ -23,6 +23,11 @@ LENGTH = 1024  # characters of a document
 DOCUMENTS = 3200  # of all generators together
 
 
+def is_planted(name: str) -> bool:
+    """Whether a `data.name` asks for such text, of however many generators."""
+    return name.partition("/")[0] == "planted"
+
+
 class Planted:
     """Always the same text for the same N, from 2 to 26. See `Corpus` for the interface."""
 
