@@ -71,16 +71,25 @@ class Result:
 
 
 class Programs:
-    """Programs by config: runs that differ in nothing but their seed share what is compiled."""
+    """Programs by config: runs that differ in nothing but their seed share what is compiled.
+
+    The first 16 are kept, and later ones made for one run each: with the code of 31 small models a process on Linux has
+    mapped as many pieces of memory as it may (65,530), and crashes.
+    """
+
+    _KEPT = 16
 
     def __init__(self) -> None:
         self._made: dict[tuple[Config, int], Program] = {}
 
     def __call__(self, config: Config, vocab_size: int, mesh: Mesh | None = None) -> Program:
-        shared = _without_seed(config)
-        if (shared, vocab_size) not in self._made:
-            self._made[shared, vocab_size] = Program(config, vocab_size, mesh)
-        return self._made[shared, vocab_size].with_seed(config.train.seed)
+        key = _without_seed(config), vocab_size
+        program = self._made.get(key)
+        if program is None:
+            program = Program(config, vocab_size, mesh)
+            if len(self._made) < self._KEPT:
+                self._made[key] = program
+        return program.with_seed(config.train.seed)
 
 
 def _without_seed(config: Config) -> Config:

@@ -119,6 +119,22 @@ def test_a_program_with_another_seed_is_that_of_this_seed(folder, seed):
     np.testing.assert_array_equal(jax.random.key_data(ours.new_state().rng), expected)
 
 
+def test_of_many_programs_the_first_are_kept(folder, monkeypatch):
+    monkeypatch.setattr(Programs, "_KEPT", 2)
+    programs = Programs()
+
+    def steps(seed):
+        """What the programs of three runs compile, one after the other."""
+        for peak_lr in (1e-3, 2e-3, 3e-3):
+            config = settings(folder, train={"num_steps": 6, "seed": seed}, optim={"peak_lr": peak_lr})
+            program = programs(Config.from_mapping(config), 257)
+            assert (program.config.train.seed, program.config.optim.peak_lr) == (seed, peak_lr)
+            yield program.train_step
+
+    (one, two, three), (first, second, third) = list(steps(0)), list(steps(1))
+    assert first is one and second is two and third is not three
+
+
 def test_what_is_done_is_not_done_again_and_what_is_new_is_added(folder, done, monkeypatch):
     before = content(done)
     began = []
