@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Tests compile far more than they compute. Without LLVM's optimisation (XLA's own stays) that takes a quarter of the
 # time, and less than half of it again with the simpler of two code generators for fusions and no LLVM module split for
@@ -98,6 +99,15 @@ def pytest_unconfigure() -> None:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if cache.endswith(f"_{os.getpid()}"):  # made by this process
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code_is_let_go():
+    """A process on Linux may map 65,530 pieces of memory, and then crashes: all tests together map more."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
